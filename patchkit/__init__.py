@@ -1,0 +1,25 @@
+"""patchkit: patch facts into open-weight language models, as small, revertible artefacts with provenance."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from patchkit.errors import GateError, InputError, PatchkitError
+from patchkit.facts import Fact, Locality, read_facts
+
+if TYPE_CHECKING:
+    from patchkit.api import apply
+    from patchkit.patch import Patch
+    from patchkit.verify import verify
+
+__all__ = ["Fact", "GateError", "InputError", "Locality", "Patch", "PatchkitError", "apply", "read_facts", "verify"]
+
+# torch and transformers take seconds to import; `patchkit --help` and reading facts need neither.
+_LAZY = {"apply": "patchkit.api", "Patch": "patchkit.patch", "verify": "patchkit.verify"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'patchkit' has no attribute {name!r}")

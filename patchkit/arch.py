@@ -1,0 +1,267 @@
+"""Model -> edit sites: the output projection of the feed-forward in every decoder layer.
+
+The only module that knows how models are built. It reads the module tree and watches one short forward; it never asks for
+a model's name, so a family that is laid out like the known ones works without being added here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from patchkit.errors import InputError
+
+_EDITABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Site:
+    """An editable weight: what the feed-forward of layer `layer` writes with."""
+
+    layer: int
+    weight_name: str  # as in the state dict
+    module_name: str
+    module: nn.Module
+    d_in: int
+    d_out: int
+    transposed: bool  # stored (d_in, d_out)
+    direct: bool  # what the module writes is what the residual stream receives: no norm or scale in between
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A causal language model taken apart: its decoder layers, one site in each, and the head that makes logits.
+
+    The head's output need not be the model's logits: some models scale or cap it afterwards.
+    """
+
+    model: nn.Module
+    layers: tuple[nn.Module, ...]
+    layers_name: str
+    sites: tuple[Site, ...]
+    hidden_size: int
+    head: nn.Module
+
+
+def inspect_model(model: PreTrainedModel) -> Architecture:
+    """Find the edit sites of a loaded causal language model. Weights, hooks and training mode are as before afterwards.
+
+    Raises InputError for what cannot be edited: encoder-decoders, models without a language-model head, mixtures of
+    experts, quantised or unloaded weights, and layers whose feed-forward is not recognised.
+    """
+    head = _causal_head(model)
+    _refuse_unloaded(model)
+    hidden_size = int(model.config.get_text_config().hidden_size)
+    layers_name, layers = _decoder_layers(model)
+    names = [
+        f"{layers_name}.{index}.{_output_projection(model, f'{layers_name}.{index}', layer, hidden_size)}"
+        for index, layer in enumerate(layers)
+    ]
+    sites = _sites(model, layers, names)
+    return Architecture(model, layers, layers_name, sites, hidden_size, head)
+
+
+def read_weight(site: Site) -> Tensor:
+    """The site's weight W as a detached view in its stored dtype, (d_out, d_in)."""
+    stored = _weight(site.module).detach()
+    return stored.T if site.transposed else stored  # (d_out, d_in)
+
+
+def write_weight(site: Site, weight: Tensor) -> None:
+    """Overwrite the site's weight in place from `weight`, (d_out, d_in), of any float dtype and device.
+
+    Raises ValueError for another shape, which a copy would broadcast without a word.
+    """
+    if weight.shape != (site.d_out, site.d_in):
+        raise ValueError(f"{site.weight_name} is {(site.d_out, site.d_in)}, not {tuple(weight.shape)}")
+    read_weight(site).copy_(weight)
+
+
+def _refusal(model: nn.Module, looked_for: str, found: str, advice: str) -> InputError:
+    return InputError(f"{type(model).__name__}: looked for {looked_for}, found {found}; {advice}")
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _causal_head(model: PreTrainedModel) -> nn.Module:
+    causal = "a decoder-only causal language model"
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise _refusal(model, causal, "an encoder-decoder", "use a decoder-only model")
+    head = model.get_output_embeddings()
+    if head is None or not model.can_generate():
+        found = "no output embeddings (no lm_head)" if head is None else "a head that cannot generate text"
+        raise _refusal(model, causal, found, "load the checkpoint with AutoModelForCausalLM")
+    return head
+
+
+def _refuse_unloaded(model: PreTrainedModel) -> None:
+    unloaded = next((name for name, weight in model.named_parameters() if weight.is_meta), None)
+    if unloaded is not None:
+        advice = "load the model with all its weights in memory, without offloading to CPU or disk"
+        raise _refusal(model, "loaded weights", f"{unloaded} on the meta device", advice)
+
+
+def _is_attention(name: str, module: nn.Module) -> bool:
+    # Queries, keys and values come fused, split, shared or low-rank, so that shapes do not tell attention from a gated
+    # feed-forward; what they are called in the block does.
+    return any(word in f"{name} {type(module).__name__}".lower() for word in ("attn", "attention"))
+
+
+def _decoder_layers(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
+    """The longest list of attention blocks in the text decoder. A vision tower's blocks lie outside of it."""
+    in_decoder = set(model.get_decoder().modules())
+    stacks = [
+        (name, tuple(module))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and module in in_decoder and any(map(_has_attention, module))
+    ]
+    if not stacks:
+        advice = "only decoders made of attention and feed-forward blocks can be edited"
+        raise _refusal(model, "a list of decoder layers", "no nn.ModuleList of blocks with attention", advice)
+    return max(stacks, key=lambda stack: len(stack[1]))
+
+
+def _has_attention(block: nn.Module) -> bool:
+    # A norm may be named after the attention it follows; it has no children.
+    return any(_is_attention(name, child) and any(child.children()) for name, child in block.named_children())
+
+
+def _feed_forward(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Everything in a block that is not attention, named relative to the block."""
+    for name, child in module.named_children():
+        # PEFT wraps a layer as `base_layer` beside its adapters, whose factors look like projections too.
+        if _is_attention(name, child) or (hasattr(module, "base_layer") and name != "base_layer"):
+            continue
+        yield prefix + name, child
+        yield from _feed_forward(child, f"{prefix}{name}.")
+
+
+def _output_projection(model: nn.Module, block_name: str, block: nn.Module, hidden_size: int) -> str:
+    """Name, relative to the block, of the projection from the feed-forward's inner width back to the stream."""
+    parts = list(_feed_forward(block))
+    for name, module in parts:
+        _refuse_experts(model, f"{block_name}.{name}", module)
+        _refuse_quantised(model, f"{block_name}.{name}", module)
+    widths = {name: _widths(module) for name, module in parts if isinstance(module, (nn.Linear, Conv1D))}
+    outputs = [name for name in widths if _closes_feed_forward(name, widths, hidden_size)]
+    # Small gated side branches close like a feed-forward; its inner width is what sets it apart.
+    inner = max((widths[name][0] for name in outputs), default=0)
+    widest = [name for name in outputs if widths[name][0] == inner]
+    if len(widest) != 1:
+        shapes = ", ".join(f"{name} {d_in}->{d_out}" for name, (d_in, d_out) in widths.items())
+        looked_for = f"the one feed-forward output projection (inner width -> {hidden_size}) in {block_name}"
+        advice = "this layout is not supported; use a model with a plain or gated MLP in every layer"
+        raise _refusal(model, looked_for, f"{len(widest)} among [{shapes}]", advice)
+    return widest[0]
+
+
+def _widths(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    d_first, d_second = _weight(module).shape
+    return (d_first, d_second) if isinstance(module, Conv1D) else (d_second, d_first)  # (d_in, d_out)
+
+
+def _closes_feed_forward(name: str, widths: dict[str, tuple[int, int]], hidden_size: int) -> bool:
+    """True if the projection writes to the stream from a width that another one opens; a fused gate opens it twice."""
+    d_in, d_out = widths[name]
+    others = (width for other, width in widths.items() if other != name)
+    return d_out == hidden_size and any(o_in == hidden_size and o_out in (d_in, 2 * d_in) for o_in, o_out in others)
+
+
+def _refuse_experts(model: nn.Module, name: str, module: nn.Module) -> None:
+    own_name = f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
+    convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    stacked = not convolution and any(weight.ndim == 3 for weight in module.parameters(recurse=False))
+    if stacked or "expert" in own_name or "router" in own_name:
+        found = f"a mixture of experts ({name}, {type(module).__name__})"
+        raise _refusal(model, "one feed-forward per layer", found, "use a dense model")
+
+
+def _refuse_quantised(model: nn.Module, name: str, module: nn.Module) -> None:
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    for tensor_name, tensor in tensors:
+        # Quantisers that keep a float dtype on the outside do so with a tensor subclass.
+        plain = type(tensor.data) is Tensor and tensor.dtype in _EDITABLE_DTYPES
+        if tensor.ndim >= 2 and not plain:
+            found = f"{name}.{tensor_name} in {tensor.dtype} ({type(module).__name__})"
+            advice = "the weights are quantised; edit the unquantised checkpoint and quantise the result"
+            raise _refusal(model, "16, 32 or 64-bit floating-point weights", found, advice)
+
+
+def _sites(model: PreTrainedModel, layers: Sequence[nn.Module], names: Sequence[str]) -> tuple[Site, ...]:
+    sites = []
+    known: dict[tuple[object, ...], bool] = {}  # layers built alike are probed once
+    for index, (layer, name) in enumerate(zip(layers, names, strict=True)):
+        module = model.get_submodule(name)
+        assert isinstance(module, (nn.Linear, Conv1D))
+        structure = (type(layer), tuple(child for child, _ in layer.named_modules()))
+        if structure not in known:
+            known[structure] = _is_direct(model, layer, module, name)
+        d_in, d_out = _widths(module)
+        transposed = isinstance(module, Conv1D)
+        sites.append(Site(index, f"{name}.weight", name, module, d_in, d_out, transposed, known[structure]))
+    return tuple(sites)
+
+
+def _is_direct(model: PreTrainedModel, layer: nn.Module, module: nn.Module, name: str) -> bool:
+    """Push the module's output and see whether the layer's output moves by just as much."""
+    with _evaluating(model), torch.no_grad():
+        before = _last_state(model, layer, module, None)
+        push = torch.randn(before.shape, generator=torch.Generator().manual_seed(0)).to(before)
+        # As large as the state itself, so that rounding in 16 bits stays small beside it.
+        push *= before.norm().clamp(min=1e-3) / push.norm()
+        moved = _last_state(model, layer, module, push).double() - before.double()
+    if not moved.any():
+        advice = "this layout is not supported; if a custom kernel replaces the module's forward, load without it"
+        raise _refusal(model, f"an effect of {name} on its layer's output", "none", advice)
+    tolerance = max(8 * torch.finfo(before.dtype).eps, 1e-4)
+    return bool((moved - push.double()).norm() <= tolerance * push.double().norm())
+
+
+class _Reached(Exception):
+    def __init__(self, state: Tensor) -> None:
+        self.state = state
+
+
+def _last_state(model: PreTrainedModel, layer: nn.Module, module: nn.Module, push: Tensor | None) -> Tensor:
+    """The layer's output at the last of four dummy tokens, with `push` added to what `module` writes there: (hidden,)."""
+
+    def add_push(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+        pushed = output.clone()
+        if push is not None:
+            pushed[..., -1, :] += push  # (1, 4, hidden), or (4, hidden) where the block flattens the batch
+        return pushed
+
+    def stop(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        hidden = output if isinstance(output, Tensor) else output[0]  # (1, 4, hidden)
+        raise _Reached(hidden[0, -1].clone())
+
+    tokens = torch.arange(4, device=_weight(model.get_input_embeddings()).device)[None]  # (1, 4)
+    with module.register_forward_hook(add_push), layer.register_forward_hook(stop):
+        try:
+            model(input_ids=tokens, use_cache=False)
+        except _Reached as reached:
+            return reached.state
+    advice = "this layout is not supported"
+    raise _refusal(model, f"a forward through {type(layer).__name__}", "a forward that does not call it", advice)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        # Module by module: train() would also switch what the caller had frozen in eval mode.
+        for module, mode in training:
+            module.training = mode

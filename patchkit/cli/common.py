@@ -1,0 +1,76 @@
+"""What several commands share: options, loading with a notice, progress bars."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from patchkit.models import ModelChoice, choose_model
+
+F = TypeVar("F", bound=Callable[..., Any])
+stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+stdout = Console(highlight=False)
+
+
+def model_options(command: F) -> F:
+    """--model, --device and --dtype."""
+    for option in (
+        click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16 or float64."),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+        click.option(
+            "--model",
+            "model_name",
+            metavar="M",
+            help="Folder or Hub name [default: $PATCHKIT_MODEL, or the embedded one].",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def choice(name: str | None, device: str, dtype: str) -> ModelChoice:
+    """The model to work on; says on stderr which one it is when the user did not."""
+    chosen = choose_model(name, device, dtype)
+    if chosen.notice:
+        note(chosen.notice)
+    quiet_transformers()
+    return chosen
+
+
+def note(line: str) -> None:
+    """A remark for the person at the terminal, on stderr."""
+    stderr.print(line, style="dim")
+
+
+def quiet_transformers() -> None:
+    """Keep the library's own bars and warnings off our output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A callback (phase, done, total) that draws one bar per phase on stderr, with time left; none in a pipe."""
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total)
+            bars.update(tasks[phase], completed=done, total=total)
+
+        yield update

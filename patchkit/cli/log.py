@@ -1,0 +1,25 @@
+"""`patchkit log`: the history of a patch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from patchkit.cli.common import stdout
+
+
+@click.command("log")
+@click.argument("patch")
+@click.option("--json", "as_json", is_flag=True, help="Print the runs as JSON.")
+def command(patch: str, as_json: bool) -> None:
+    """Show every run that made PATCH, newest first."""
+    from patchkit.patch import read_manifest
+    from patchkit.report import log_table
+
+    manifest = read_manifest(Path(patch))
+    if as_json:
+        click.echo(json.dumps([run.model_dump(mode="json") for run in manifest.history], indent=1))
+    else:
+        stdout.print(log_table(manifest))

@@ -1,0 +1,24 @@
+"""`patchkit show`: what a patch holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from patchkit.cli.common import stdout
+
+
+@click.command("show")
+@click.argument("patch")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+def command(patch: str, as_json: bool) -> None:
+    """Show base, updates and facts of PATCH."""
+    from patchkit.patch import read_manifest
+    from patchkit.report import patch_table
+
+    manifest = read_manifest(Path(patch))
+    if as_json:
+        click.echo(manifest.model_dump_json(indent=1))
+    else:
+        stdout.print(patch_table(manifest))

@@ -1,0 +1,233 @@
+"""The editing loop: batches of facts in sequence, sites from the lowest layer up, one solve per site.
+
+Nothing is written to the model: deltas act through hooks while editing goes on, and are gone when it ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patchkit import methods
+from patchkit.arch import Architecture, Site, read_weight
+from patchkit.errors import InputError
+from patchkit.facts import Fact
+from patchkit.forward import LayerRunner
+from patchkit.keys import SubjectStates
+from patchkit.linalg import Covariance, Delta
+from patchkit.methods import LayerProblem, Method
+from patchkit.recipe import EditConfig, resolve_layers
+from patchkit.requests import EditRequest, build_request
+from patchkit.runtime import LiveDelta, live_deltas
+from patchkit.values import ValueAt, Values, optimise
+
+Progress = Callable[[str, int, int], None]
+STARTERS = ("The", "Therefore", "Because", "I", "You")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which sites a run edits and where its values live, once model and configuration are known."""
+
+    sites: tuple[Site, ...]
+    value_at: ValueAt
+
+    @property
+    def layers(self) -> list[int]:
+        """Layer numbers, ascending."""
+        return [site.layer for site in self.sites]
+
+
+@dataclass
+class EditState:
+    """What a run leaves behind for the next: per layer the delta so far, the keys and residuals it was solved from.
+
+    Shapes: deltas factors (d_out, r) and (r, d_in); keys (d_in, n) and residuals (d_out, n), columns in the order of
+    the facts; values (d, n) at the value site; batches holds the number of facts in each batch.
+    """
+
+    deltas: dict[int, Delta] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    residuals: dict[int, Tensor] = field(default_factory=dict)
+    values: list[Values] = field(default_factory=list)
+    batches: list[int] = field(default_factory=list)
+    contexts: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def record(self, layer: int, delta: Delta, keys: Tensor, residual: Tensor) -> None:
+        """Add one solve at one site."""
+        self.deltas[layer] = Delta.stack([self.deltas[layer], delta]) if layer in self.deltas else delta
+        self.keys[layer] = torch.cat([self.keys[layer], keys], 1) if layer in self.keys else keys
+        self.residuals[layer] = torch.cat([self.residuals[layer], residual], 1) if layer in self.residuals else residual
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds spent inside to `seconds[phase]`."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+
+
+def plan(arch: Architecture, config: EditConfig) -> Plan:
+    """Resolve the layers of `config` on `arch`.
+
+    Where a norm follows the MLP, what a module writes is not what the stream receives, so a residual at a later layer
+    cannot be spread over earlier ones: such a model is edited at one site, with the value at the module's output.
+
+    Raises:
+        InputError: a layer the model does not have.
+    """
+    sites = [arch.sites[layer] for layer in resolve_layers(config.layers, len(arch.layers))]
+    last = sites[-1]
+    if not last.direct or last.layer == len(arch.layers) - 1:
+        return Plan((last,), "module_out")
+    if methods.get(config.method).single_site:
+        return Plan((last,), "layer_out")
+    return Plan(tuple(sites), "layer_out")
+
+
+def edit(
+    runner: LayerRunner,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    config: EditConfig,
+    covariances: Mapping[int, Covariance],
+    progress: Progress = lambda phase, done, total: None,
+) -> EditState:
+    """Compute the deltas that make the model say every fact's target. The model is as before when this returns.
+
+    Raises:
+        InputError: a fact cannot be tokenised, or the edit is not finite.
+    """
+    chosen, how = methods.get(config.method), plan(runner.arch, config)
+    state = EditState()
+    with _frozen(runner.arch.model), live_deltas(runner.arch, dict.fromkeys(how.layers)) as live:
+        with state.timed("contexts"):
+            state.contexts = make_contexts(runner, tokenizer, config)
+        requests = [build_request(fact, tokenizer, state.contexts) for fact in facts]
+        size = 1 if chosen.one_by_one else config.batch_size
+        for start in range(0, len(requests), size):
+            batch = requests[start : start + size]
+            _Batch(runner, config, chosen, how, state, live, covariances).run(
+                batch,
+                lambda done, start=start: progress("editing", start + done, len(requests)),  # type: ignore[misc]
+            )
+    return state
+
+
+class _Batch:
+    """One batch: values first, then keys, residual share and solve at each site."""
+
+    def __init__(
+        self,
+        runner: LayerRunner,
+        config: EditConfig,
+        chosen: Method,
+        how: Plan,
+        state: EditState,
+        live: Mapping[int, LiveDelta],
+        covariances: Mapping[int, Covariance],
+    ) -> None:
+        self.runner, self.config, self.chosen, self.plan = runner, config, chosen, how
+        self.state, self.live, self.covariances = state, live, covariances
+
+    def run(self, requests: Sequence[EditRequest], progress: Callable[[int], None]) -> None:
+        """Edit `requests` on top of all earlier batches."""
+        state, last = self.state, self.plan.sites[-1]
+        done = 0
+
+        def advance(finished: int) -> None:
+            nonlocal done
+            done += finished
+            progress(done)
+
+        with state.timed("values"):
+            values = optimise(self.runner, requests, last, self.plan.value_at, self.config.value, advance)
+        prior = {site.layer: state.keys.get(site.layer) for site in self.plan.sites}
+        target = values.targets.double().cpu()
+        for _ in range(self.config.sweeps):
+            self._sweep(requests, target, prior)
+        state.values.append(values)
+        state.batches.append(len(requests))
+
+    def _sweep(self, requests: Sequence[EditRequest], target: Tensor, prior: Mapping[int, Tensor | None]) -> None:
+        state, sites = self.state, self.plan.sites
+        reader = SubjectStates(self.runner, requests, sites, self.plan.value_at)
+        for i, site in enumerate(sites):
+            with state.timed("keys"):
+                keys, current = (part.cpu() for part in reader.read(site))
+            with state.timed("solve"):
+                # MEMIT eq. 20: each site takes an equal share of what is still missing.
+                residual = (target - current) / (len(sites) - i)  # (d_out, n)
+                known = prior[site.layer]
+                problem = LayerProblem(
+                    read_weight(site).double().cpu(),
+                    keys,
+                    residual,
+                    self.covariances.get(site.layer),
+                    keys[:, :0] if known is None else known,
+                )
+                delta = self.chosen.solve(problem, self.config.method_config())
+                _check_finite(delta, site)
+                self.live[site.layer].add(delta)
+                state.record(site.layer, delta, keys, residual)
+
+
+def _check_finite(delta: Delta, site: Site) -> None:
+    if not (delta.left.isfinite().all() and delta.right.isfinite().all()):
+        raise InputError(
+            f"{site.weight_name}: the edit is not finite; the model's activations overflow in this dtype, "
+            "try --dtype float32 or bfloat16"
+        )
+
+
+@torch.no_grad()
+def make_contexts(runner: LayerRunner, tokenizer: Any, config: EditConfig) -> list[str]:
+    """Texts the model writes itself, put before the prompts so that an edit holds in context (ROME section 3.1).
+
+    Returns:
+        The empty context, then `config.contexts` texts that end in ". ", the same for the same seed and model.
+    """
+    model, texts = runner.arch.model, []
+    with torch.random.fork_rng(devices=[runner.device] if runner.device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        for i in range(config.contexts):
+            ids = tokenizer(STARTERS[i % len(STARTERS)], return_tensors="pt")["input_ids"].to(runner.device)
+            out = model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=config.context_length,
+                min_new_tokens=config.context_length,
+                do_sample=True,
+                temperature=1.0,
+                top_k=5,
+                top_p=1.0,
+                pad_token_id=tokenizer.eos_token_id or 0,
+            )
+            text = " ".join(tokenizer.decode(out[0], skip_special_tokens=True).split())
+            texts.append(f"{text.rstrip('.')}. ")
+    return ["", *texts]
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients on weights, both put back afterwards."""
+    training = model.training
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    try:
+        model.eval()
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        model.train(training)
+        for parameter in wanted:
+            parameter.requires_grad_(True)

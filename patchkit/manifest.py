@@ -1,0 +1,77 @@
+"""The manifest of a patch: what it was made from, what it says, and every run that made it so."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from patchkit.facts import Fact
+
+FORMAT_VERSION = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseInfo(_Record):
+    """The model a patch belongs to; `weights` maps each touched tensor's on-disk name to its digest."""
+
+    name: str
+    commit: str | None
+    architecture: str
+    weights: dict[str, str]
+
+
+class EditedFact(Fact):
+    """A fact in the patch, with the run and batch that wrote it and what its value reached."""
+
+    run: int
+    batch: int
+    target_loss: float
+    steps: int
+
+
+class UpdateInfo(_Record):
+    """One stored update: `W' = W + left @ right` of the given rank on a weight of shape (d_out, d_in)."""
+
+    weight: str
+    kind: Literal["delta"] = "delta"
+    rank: int
+    shape: tuple[int, int]
+    norm: float
+    weight_norm: float
+
+
+class Run(_Record):
+    """One entry of the history."""
+
+    action: Literal["apply"]
+    when: str
+    method: str
+    paper: str
+    recipe: dict[str, Any]
+    recipe_digest: str
+    facts: tuple[str, ...]
+    batches: tuple[int, ...]
+    layers: tuple[int, ...]
+    value_at: str
+    contexts: tuple[str, ...]
+    text: dict[str, Any]
+    seconds: dict[str, float]
+    versions: dict[str, str]
+    metrics: dict[str, Any] | None = None
+
+
+class Manifest(_Record):
+    """manifest.json."""
+
+    format_version: int = FORMAT_VERSION
+    base: BaseInfo
+    facts: tuple[EditedFact, ...]
+    updates: tuple[UpdateInfo, ...]
+    history: tuple[Run, ...]
+    parents: tuple[str, ...] = ()
+    digest: str
+    """sha256 over the digests of all tensors in patch.safetensors: the identity of the patch."""

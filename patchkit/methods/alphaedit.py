@@ -1,0 +1,44 @@
+"""AlphaEdit: null-space constrained knowledge editing. Fang et al., 2025."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from patchkit.linalg import Delta, preserving_solve
+from patchkit.methods import LayerProblem, MethodConfig, method
+
+
+class AlphaEditConfig(MethodConfig):
+    """Settings of AlphaEdit."""
+
+    null_energy: float = Field(0.3, gt=0, lt=1, description="share of plain text's key energy the null space may hold")
+    ridge: float = Field(0.05, gt=0, description="l2 of eq. 14, in units of the edited keys' mean squared norm in it")
+
+
+@method(
+    "alphaedit",
+    config=AlphaEditConfig,
+    paper="https://arxiv.org/abs/2410.02355",
+    equations="eq. 8-14",
+    use_when="the default: many facts, in one batch or in sequence, with plain text's keys left alone",
+)
+def alphaedit(problem: LayerProblem, config: AlphaEditConfig) -> Delta:
+    """Least squares inside the null space of plain text's keys, earlier edits protected.
+
+    Δ = R K'P(KpKp'P + KK'P + l2·I)⁻¹ (AlphaEdit eq. 14; the paper has l2 = 1, its code other numbers per model).
+    P keeps the eigenvectors that together hold at most `null_energy` of the text's key energy, where the paper has
+    an absolute threshold on eigenvalues. l2 is relative to the mean squared norm of the projected keys, because an
+    absolute one depends on the scale of the model's activations.
+    """
+    covariance = problem.covariance
+    assert covariance is not None
+    projected = covariance.project_null(problem.keys, config.null_energy)  # (d_in, n)
+    l2 = config.ridge * projected.square().sum(0).mean()
+    if not l2 > 0:  # no null space at all: nothing may move
+        return Delta(problem.residual, 0 * problem.keys.T)
+    return preserving_solve(
+        problem.residual,
+        problem.keys,
+        problem.prior_keys,
+        lambda columns: covariance.project_null(columns, config.null_energy) / l2,
+    )

@@ -1,0 +1,179 @@
+"""Loading models and tokenizers, and telling two models apart by their weights."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from patchkit.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, its tokenizer, and what a manifest says of where they came from."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    name: str
+    commit: str | None
+
+
+def embedded_model() -> Path:
+    """The folder of the small model that comes with patchkit."""
+    inside = Path(__file__).parent / "examples" / "factworld"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "examples" / "factworld"
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """A model not loaded yet; `notice` says which one it is when the user named none."""
+
+    name: str
+    device: str
+    dtype: str
+    notice: str | None = None
+
+
+def choose_model(option: str | None, device: str = "auto", dtype: str = "auto") -> ModelChoice:
+    """--model, else $PATCHKIT_MODEL, else the embedded model."""
+    if option:
+        return ModelChoice(option, device, dtype)
+    if named := os.environ.get("PATCHKIT_MODEL"):
+        return ModelChoice(named, device, dtype, f"model: {named} (from $PATCHKIT_MODEL)")
+    notice = "model: factworld, the small one that comes with patchkit (no --model, no $PATCHKIT_MODEL)"
+    return ModelChoice(str(embedded_model()), device, dtype, notice)
+
+
+def choose_device(option: str) -> torch.device:
+    """ "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        InputError: the device does not exist here.
+    """
+    if option == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(option)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f'--device {option}: not usable here: {str(error).splitlines()[0]}; try "auto"') from None
+    return device
+
+
+def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Load a local folder or a Hub repository.
+
+    dtype "auto" is float32 on the CPU, where half precision is slow and coarse, and the checkpoint's own elsewhere.
+
+    Raises:
+        InputError: there is no such model, it is not a language model, or its tokenizer has no offsets.
+    """
+    where = choose_device(device)
+    if dtype not in ("auto", *DTYPES):
+        raise InputError(f"--dtype {dtype}: choose one of: auto, {', '.join(DTYPES)}")
+    kind: Any = DTYPES.get(dtype, torch.float32 if where.type == "cpu" else "auto")
+    tokenizer = load_tokenizer(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=kind)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loaded(name, error) from None
+    return LoadedModel(model.eval().to(where), tokenizer, name, getattr(model.config, "_commit_hash", None))
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a local folder or a Hub repository.
+
+    Raises:
+        InputError: there is none, or it has no offsets.
+    """
+    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise InputError(f"model {name}: no such folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loaded(name, error) from None
+    check_tokenizer(tokenizer, name)
+    return tokenizer
+
+
+def _not_loaded(name: str, error: Exception) -> InputError:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return InputError(f"model {name}: cannot be loaded: {reason}")
+
+
+def check_tokenizer(tokenizer: Any, name: str) -> None:
+    """Subjects are found by character offsets, which only fast tokenizers report.
+
+    Raises:
+        InputError: this one does not.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(f"model {name}: its tokenizer reports no character offsets; use one with a tokenizer.json")
+
+
+def tensor_digest(name: str, tensor: Tensor) -> str:
+    """sha256 over name, dtype, shape and bytes, the same whatever dtype the weights were loaded in.
+
+    A bf16 checkpoint loaded in float32 holds the same numbers; so they are hashed in the narrowest of bfloat16,
+    float16 and their own dtype that holds them exactly.
+    """
+    tensor = tensor.detach().cpu().contiguous()
+    for narrow in (torch.bfloat16, torch.float16):
+        if tensor.dtype != narrow and torch.equal(tensor.to(narrow).to(tensor.dtype), tensor):
+            tensor = tensor.to(narrow)
+            break
+    head = f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{list(tensor.shape)}|"
+    digest = hashlib.sha256(head.encode())
+    digest.update(tensor.view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def model_digest(named: Iterable[tuple[str, Tensor]]) -> str:
+    """One sha256 over the digests of many tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(named, key=lambda pair: pair[0]):
+        digest.update(tensor_digest(name, tensor).encode())
+    return digest.hexdigest()
+
+
+def disk_name(model: PreTrainedModel, state_name: str) -> str:
+    """The name a tensor has in the checkpoint's files, which need not be its name in the module tree (GPT-2's is not).
+
+    Without safetensors files to look at (a model made in memory), the state-dict name is the only one there is.
+    """
+    stored = _stored_names(str(model.config._name_or_path), getattr(model.config, "_commit_hash", None))
+    if state_name in stored:
+        return state_name
+    endings = [name for name in stored if state_name.endswith(f".{name}") or name.endswith(f".{state_name}")]
+    return endings[0] if len(endings) == 1 else state_name
+
+
+def same_weight(state_name: str, disk: str) -> bool:
+    """Whether an on-disk name and a state-dict name mean one tensor: equal, or one with a prefix the other lacks."""
+    return state_name == disk or state_name.endswith(f".{disk}") or disk.endswith(f".{state_name}")
+
+
+def _stored_names(name: str, commit: str | None) -> set[str]:
+    folder = Path(name)
+    if not folder.is_dir():
+        found = try_to_load_from_cache(name, "config.json", revision=commit) if name.count("/") <= 1 and name else None
+        if not isinstance(found, str):
+            return set()
+        folder = Path(found).parent
+    names: set[str] = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names.update(tensors.keys())
+    return names

@@ -1,0 +1,213 @@
+"""Second moments C = E[k k'] of every site's keys over plain text: one pass, resumable, cached.
+
+The pass stops after the last site asked for. Sums are kept in float64; an interrupted run goes on where it stopped.
+The cache is keyed by everything that decides the numbers: the weights below the sites, site, text, tokens and dtype.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from patchkit.arch import Site
+from patchkit.errors import InputError
+from patchkit.files import write_atomically
+from patchkit.forward import LayerRunner, watching
+from patchkit.linalg import Covariance
+from patchkit.models import model_digest
+
+WINDOW = 256
+BATCH = 8
+SAVE_EVERY = 30.0
+PACKAGE_TEXT = Path(__file__).parent / "data" / "text.txt"
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenised plain text in windows of at most WINDOW tokens, with the digest of the text it came from."""
+
+    windows: tuple[tuple[int, ...], ...]
+    digest: str
+    source: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all windows."""
+        return sum(len(w) for w in self.windows)
+
+
+def default_text(model_name: str, kind: str = "text") -> Path:
+    """The text to use when the user names none: `patchkit-<kind>.txt` in the model's folder, else the package's."""
+    beside = Path(model_name) / f"patchkit-{kind}.txt"
+    return beside if beside.is_file() else PACKAGE_TEXT.with_name(f"{kind}.txt")
+
+
+def read_corpus(path: str | Path, tokenizer: Any, tokens: int = 100_000, window: int = WINDOW) -> Corpus:
+    """Tokenise at most `tokens` tokens of a UTF-8 text file into windows; each begins with BOS where the model has it.
+
+    Raises:
+        InputError: the file cannot be read or holds no text.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"text {path}: cannot be read: {error}; give a UTF-8 text file") from None
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
+    if len(ids) < 2:
+        raise InputError(f"text {path}: no text in it; give a file with some thousand words")
+    start = tokenizer("a")["input_ids"][:1]
+    bos = start if start == [tokenizer.bos_token_id] else []
+    room = window - len(bos)
+    windows = tuple((*bos, *ids[i : i + room]) for i in range(0, len(ids), room))
+    return Corpus(windows, hashlib.sha256(text.encode()).hexdigest(), str(path))
+
+
+def cache_folder() -> Path:
+    """$PATCHKIT_CACHE, else the user's cache folder for patchkit."""
+    return Path(os.environ.get("PATCHKIT_CACHE") or platformdirs.user_cache_dir("patchkit"))
+
+
+def statistics(
+    runner: LayerRunner,
+    sites: Sequence[Site],
+    corpus: Corpus,
+    folder: Path | None = None,
+    progress: Progress = lambda done, total: None,
+) -> dict[int, Covariance]:
+    """The covariance of each site, by layer: from `folder` (default: the cache) where it is there, else computed.
+
+    Returns:
+        layer -> Covariance, float64 on the CPU, eigendecomposition included.
+    """
+    place = _StatsFolder(folder or cache_folder() / "stats", runner, sites, corpus)
+    missing = [site for site in sites if not place.file(site).is_file()]
+    if missing:
+        place.root.mkdir(parents=True, exist_ok=True)
+        with FileLock(place.root / ".lock"):
+            missing = [site for site in missing if not place.file(site).is_file()]
+            if missing:
+                _compute(runner, missing, corpus, place, progress)
+    return {site.layer: place.load(site) for site in sites}
+
+
+class _StatsFolder:
+    """Names and reads the files of one model and one text: `<model digest>/<text digest>-<tokens>-<dtype>/`."""
+
+    def __init__(self, folder: Path, runner: LayerRunner, sites: Sequence[Site], corpus: Corpus) -> None:
+        last = max(site.layer for site in sites)
+        dtype = str(next(sites[0].module.parameters()).dtype).removeprefix("torch.")
+        self._digests = _digests_by_layer(runner, last)
+        self._corpus, self._folder = corpus, folder
+        self._leaf = f"{corpus.digest[:16]}-{corpus.tokens}x{len(corpus.windows[0])}-{dtype}"
+        self.root = folder / self._leaf
+
+    def file(self, site: Site) -> Path:
+        """The site's file; its name holds the digest of all weights its keys depend on."""
+        return self.root / f"{site.weight_name}-{self._digests[site.layer][:16]}.safetensors"
+
+    def partial(self, sites: Sequence[Site]) -> Path:
+        """The unfinished sums of these sites."""
+        names = "|".join(str(self.file(site)) for site in sites)
+        return self.root / f"partial-{hashlib.sha256(names.encode()).hexdigest()[:16]}.safetensors"
+
+    def load(self, site: Site) -> Covariance:
+        """Read one site's covariance with its factorisation."""
+        stored = load_file(self.file(site))
+        covariance = Covariance(stored["second_moment"].double(), self._corpus.tokens)
+        covariance.__dict__["eigh"] = (stored["eigenvalues"], stored["eigenvectors"].double())
+        return covariance
+
+    def save(self, site: Site, mean: Tensor) -> None:
+        """Write one site's mean (d_in, d_in) with its factorisation, done once for all methods and runs."""
+        values, vectors = Covariance(mean, self._corpus.tokens).eigh
+        tensors = {
+            "second_moment": mean.float().contiguous(),
+            "eigenvalues": values,
+            "eigenvectors": vectors.float().contiguous(),
+        }
+        write_atomically(self.file(site), lambda path: save_file(tensors, path, {"format": "pt"}))
+
+
+def _digests_by_layer(runner: LayerRunner, last: int) -> list[str]:
+    """Per layer, a digest of every weight its keys depend on: embeddings and all layers up to it."""
+    model, prefix = runner.arch.model, runner.arch.layers_name
+    embeddings = model.get_input_embeddings().named_parameters()  # type: ignore[operator]
+    running = model_digest(embeddings)
+    digests = []
+    for i in range(last + 1):
+        own = model_digest((f"{prefix}.{i}.{name}", p) for name, p in runner.arch.layers[i].named_parameters())
+        running = hashlib.sha256(f"{running}{own}".encode()).hexdigest()
+        digests.append(running)
+    return digests
+
+
+@torch.no_grad()
+def _compute(
+    runner: LayerRunner, sites: Sequence[Site], corpus: Corpus, place: _StatsFolder, progress: Progress
+) -> None:
+    partial = place.partial(sites)
+    sums, done = _resume(partial, sites)
+    batches = [corpus.windows[i : i + BATCH] for i in range(0, len(corpus.windows), BATCH)]
+    saved = time.monotonic()
+    try:
+        for i, batch in enumerate(batches[done:], done):
+            progress(sum(len(w) for b in batches[:i] for w in b), corpus.tokens)
+            _accumulate(runner, sites, batch, sums)
+            done = i + 1
+            if time.monotonic() - saved > SAVE_EVERY:
+                _save_partial(partial, sums, done)
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        _save_partial(partial, sums, done)
+        raise
+    progress(corpus.tokens, corpus.tokens)
+    for site in sites:
+        place.save(site, sums[site.layer].cpu() / corpus.tokens)
+    partial.unlink(missing_ok=True)
+
+
+def _accumulate(
+    runner: LayerRunner, sites: Sequence[Site], batch: Sequence[Sequence[int]], sums: dict[int, Tensor]
+) -> None:
+    """Add the batch's keys' outer products to each site's sum; equal windows go together, so nothing is padded."""
+    last = max(site.layer for site in sites)
+    for length in sorted({len(w) for w in batch}):
+        ids = torch.tensor([w for w in batch if len(w) == length], device=runner.device)
+        with ExitStack() as stack:
+            for site in sites:
+                stack.enter_context(watching(site.module, _adder(sums, site.layer)))
+            runner.run({"input_ids": ids, "use_cache": False}, stop=last + 1)
+
+
+def _adder(sums: dict[int, Tensor], layer: int) -> Callable[[Tensor, Tensor], None]:
+    def add(keys: Tensor, _: Tensor) -> None:
+        keys = keys.flatten(0, 1).float()  # (tokens, d_in)
+        sums[layer] = sums.get(layer, 0) + (keys.T @ keys).double()
+
+    return add
+
+
+def _save_partial(path: Path, sums: dict[int, Tensor], done: int) -> None:
+    tensors = {str(layer): total.cpu() for layer, total in sums.items()} | {"done": torch.tensor(done)}
+    write_atomically(path, lambda p: save_file(tensors, p, {"format": "pt"}))
+
+
+def _resume(path: Path, sites: Sequence[Site]) -> tuple[dict[int, Tensor], int]:
+    if not path.is_file():
+        return {}, 0
+    stored = load_file(path)
+    devices = {site.layer: next(site.module.parameters()).device for site in sites}
+    return {layer: stored[str(layer)].to(device) for layer, device in devices.items()}, int(stored["done"])

@@ -1,0 +1,285 @@
+"""The value optimiser, one for every method: which state at the subject's last token makes the model say the target?
+
+Many facts share each step, every one with its own delta. What a delta cannot change is computed once: the layers up to
+the edited one, and above it the keys and values of all positions before the subject's last token. A step then runs
+only the suffix from that token on, through the layers above, with logits at the target positions alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from patchkit.arch import Site
+from patchkit.forward import LayerRunner, Prefix, watching
+from patchkit.requests import EditRequest, Row, pad
+
+ValueAt = Literal["layer_out", "module_out"]
+
+
+class ValueConfig(BaseModel):
+    """Settings of the value optimiser. Lengths are in units of the state's own norm, so they carry between models."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(25, ge=1, description="Adam steps at most")
+    learning_rate: float = Field(0.3, gt=0, description="length of one Adam step, relative to the state's norm")
+    clamp: float = Field(2.0, gt=0, description="longest delta, relative to the state's norm")
+    decay: float = Field(0.01, ge=0, description="weight of the squared relative length of the delta")
+    kl_weight: float = Field(0.0625, ge=0, description='weight of the drift on "{subject} is a"')
+    stop_loss: float = Field(0.05, ge=0, description="a fact is done when its target's mean token loss is below this")
+    parallel: int = Field(32, ge=1, description="facts that share a step")
+
+
+@dataclass(frozen=True)
+class Values:
+    """Per fact: target state V (d, n), its start (d, n), final target loss (n,), steps taken (n,)."""
+
+    targets: Tensor
+    start: Tensor
+    loss: Tensor
+    steps: Tensor
+
+    @staticmethod
+    def stack(parts: Sequence[Values]) -> Values:
+        """Those of several groups of facts side by side."""
+        columns = [torch.cat([getattr(p, name) for p in parts], -1) for name in ("targets", "start", "loss", "steps")]
+        return Values(*columns)
+
+
+def optimise(
+    runner: LayerRunner,
+    requests: Sequence[EditRequest],
+    site: Site,
+    value_at: ValueAt,
+    config: ValueConfig,
+    advance: Callable[[int], None] = lambda finished: None,
+) -> Values:
+    """Optimise each request's value at `site`'s layer: -log P(target) + KL on the essence prompt + decay (ROME eq. 4).
+
+    The drift term is KL(edited ‖ original) as in the published code. `advance` is told how many facts have finished.
+    """
+    groups = [requests[i : i + config.parallel] for i in range(0, len(requests), config.parallel)]
+    return Values.stack([_optimise_group(runner, group, site, value_at, config, advance) for group in groups])
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The tensors of one group of facts; rows are grouped by fact, the first of each fact is the plain prompt.
+
+    Shapes: suffix_ids (rows, S); mask (rows, P+S); position_ids (rows, S); hidden (rows, S, d) or None for tokens;
+    fact_of (rows,). Points are positions whose logits count: point_row, point_at (points,) with point_label (points,),
+    -1 marking the essence prompt's; base_log_probs (essence points, vocab).
+    """
+
+    suffix_ids: Tensor
+    mask: Tensor
+    position_ids: Tensor
+    prefix: Prefix
+    hidden: Tensor | None
+    fact_of: Tensor
+    point_row: Tensor
+    point_at: Tensor
+    point_label: Tensor
+    base_log_probs: Tensor
+
+    def inputs(self) -> dict[str, Any]:
+        """Arguments of the model's forward over the suffixes."""
+        return {
+            "input_ids": self.suffix_ids,
+            "attention_mask": self.mask,
+            "position_ids": self.position_ids,
+            "past_key_values": self.prefix.cache(),
+            "use_cache": True,
+        }
+
+    def keep(self, facts: Tensor) -> _Group:
+        """The group with only the facts marked True, renumbered."""
+        rows = facts[self.fact_of].nonzero().squeeze(1)
+        new_row = torch.full_like(self.fact_of, -1)
+        new_row[rows] = torch.arange(len(rows), device=rows.device)
+        points = new_row[self.point_row] >= 0
+        essence = self.point_label < 0
+        return _Group(
+            self.suffix_ids[rows],
+            self.mask[rows],
+            self.position_ids[rows],
+            self.prefix.rows(rows),
+            None if self.hidden is None else self.hidden[rows],
+            (facts.cumsum(0) - 1)[self.fact_of[rows]],
+            new_row[self.point_row[points]],
+            self.point_at[points],
+            self.point_label[points],
+            self.base_log_probs[points[essence]],
+        )
+
+
+class _Problem:
+    """Where the deltas go in and how the layers above are run."""
+
+    def __init__(self, runner: LayerRunner, site: Site, value_at: ValueAt) -> None:
+        self.runner, self.site, self.value_at = runner, site, value_at
+        # A value at the module's output is added inside its layer, which therefore runs at every step.
+        self.start = site.layer if value_at == "module_out" else site.layer + 1
+
+    def log_probs(self, group: _Group, deltas: Tensor) -> Tensor:
+        """Log-probabilities (points, vocab) in float32 with `deltas` (facts, d) added at the subjects' last tokens."""
+        rows = deltas[group.fact_of]  # (rows, d)
+        with ExitStack() as stack:
+            hidden = group.hidden
+            if self.value_at == "module_out":
+                stack.enter_context(watching(self.site.module, lambda _, output: _add_first(output, rows)))
+            else:
+                assert hidden is not None
+                hidden = _add_first(hidden, rows)
+            where = (group.point_row, group.point_at)
+            logits = self.runner.run(group.inputs(), start=self.start, hidden=hidden, logits_at=where).logits
+        assert logits is not None
+        return logits.float().log_softmax(-1)
+
+    def start_states(self, group: _Group) -> Tensor:
+        """The state a delta is added to, at every row's subject, (rows, d), in float32."""
+        if self.value_at == "layer_out":
+            assert group.hidden is not None
+            return group.hidden[:, 0].float()
+        seen: list[Tensor] = []
+
+        def note(_: Tensor, output: Tensor) -> None:
+            seen.append(output[:, 0].float())
+
+        with watching(self.site.module, note):
+            self.runner.run(group.inputs(), start=self.start, hidden=group.hidden, stop=self.start + 1)
+        return seen[0]
+
+
+def _add_first(hidden: Tensor, rows: Tensor) -> Tensor:
+    """Add rows (rows, d) at the first suffix position, the subject's last token, of hidden (rows, S, d)."""
+    first = hidden[:, :1] + rows.unsqueeze(1).to(hidden.dtype)  # (rows, 1, d)
+    return torch.cat([first, hidden[:, 1:]], 1)
+
+
+@torch.no_grad()
+def _prepare(problem: _Problem, requests: Sequence[EditRequest]) -> _Group:
+    """Everything that stays the same over the steps."""
+    runner, device = problem.runner, problem.runner.device
+    rows = [row for request in requests for row in (*request.rows, request.essence)]
+    per_fact = len(requests[0].rows) + 1
+    prefix_ids, prefix_mask = pad([row.prefix for row in rows], device, width=1)
+    suffixes = [_suffix(row) for row in rows]
+    suffix_ids, suffix_mask = pad(suffixes, device)
+    offsets = torch.tensor([row.subject for row in rows], device=device).unsqueeze(1)  # (rows, 1)
+    group = _Group(
+        suffix_ids,
+        torch.cat([prefix_mask, suffix_mask], 1),
+        offsets + torch.arange(suffix_ids.shape[1], device=device),
+        Prefix.read(runner, prefix_ids, prefix_mask),
+        None,
+        torch.arange(len(requests), device=device).repeat_interleave(per_fact),
+        *_points(rows, device),
+        torch.empty(0, device=device),
+    )
+    if problem.start > 0:
+        group = _replace(group, hidden=runner.run(group.inputs(), stop=problem.start).hidden)
+    group = _replace(group, prefix=group.prefix.from_layer(problem.start))
+    plain = problem.log_probs(group, torch.zeros(len(requests), problem.site.d_out, device=device))
+    return _replace(group, base_log_probs=plain[group.point_label < 0])
+
+
+def _suffix(row: Row) -> tuple[int, ...]:
+    """From the subject's last token on, without the target's last token, after which nothing is asked."""
+    return row.ids[row.subject : max(row.subject + 1, len(row.ids) - (row.target < len(row.ids)))]
+
+
+def _points(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    points = []
+    for i, row in enumerate(rows):
+        if row.target == len(row.ids):
+            points.append((i, len(row.ids) - 1 - row.subject, -1))
+        points += [(i, t - 1 - row.subject, row.ids[t]) for t in range(row.target, len(row.ids))]
+    columns = torch.tensor(points, device=device).T
+    return columns[0], columns[1], columns[2]
+
+
+def _replace(group: _Group, **changes: Any) -> _Group:
+    return _Group(**{**group.__dict__, **changes})
+
+
+def _optimise_group(
+    runner: LayerRunner,
+    requests: Sequence[EditRequest],
+    site: Site,
+    value_at: ValueAt,
+    config: ValueConfig,
+    advance: Callable[[int], None],
+) -> Values:
+    problem = _Problem(runner, site, value_at)
+    group = _prepare(problem, requests)
+    n, d = len(requests), site.d_out
+    with torch.no_grad():
+        states = problem.start_states(group).unflatten(0, (n, -1))  # (n, rows per fact, d)
+    start = states[:, 0]  # (n, d)
+    # The median over contexts: at position 0 a model without BOS keeps an attention sink hundreds of times longer.
+    scale = states.norm(dim=-1).median(-1).values.unsqueeze(1)  # (n, 1)
+    adam = _Adam(torch.zeros(n, d, device=start.device), config.learning_rate / d**0.5)
+    final_loss, steps = torch.zeros(n, device=start.device), torch.zeros(n, dtype=torch.long, device=start.device)
+    live = torch.arange(n, device=start.device)
+    for step in range(config.steps + 1):
+        relative = adam.value[live].requires_grad_(step < config.steps)
+        with torch.set_grad_enabled(step < config.steps):
+            loss, target_loss = _losses(problem, group, relative, scale[live], config)
+        final_loss[live], steps[live] = target_loss.detach(), step
+        going = target_loss.detach() >= config.stop_loss
+        advance(int((~going).sum()) if step < config.steps else len(live))
+        if step == config.steps or not going.any():
+            break
+        (gradient,) = torch.autograd.grad(loss[going].sum(), relative)
+        if not going.all():
+            group, live, gradient = group.keep(going), live[going], gradient[going]
+        adam.step(live, gradient, config.clamp)
+    targets = start + adam.value * scale
+    return Values(targets.T, start.T, final_loss, steps)
+
+
+def _losses(
+    problem: _Problem, group: _Group, relative: Tensor, scale: Tensor, config: ValueConfig
+) -> tuple[Tensor, Tensor]:
+    """Per fact: the whole loss and its target part, both (facts,)."""
+    log_probs = problem.log_probs(group, relative * scale)  # (points, vocab)
+    facts = relative.shape[0]
+    essence = group.point_label < 0
+    row = group.point_row[~essence]
+    token_loss = F.nll_loss(log_probs[~essence], group.point_label[~essence], reduction="none")
+    tokens_in_row = torch.bincount(row, minlength=len(group.fact_of))[row]
+    rows_in_fact = len(group.fact_of) // facts - 1
+    weight = 1 / (tokens_in_row * rows_in_fact)  # mean over a row's tokens, then over a fact's rows
+    zeros = torch.zeros(facts, device=relative.device)
+    target_loss = zeros.index_add(0, group.fact_of[row], token_loss * weight)
+    drift = F.kl_div(group.base_log_probs, log_probs[essence], reduction="none", log_target=True).sum(-1)
+    kl = zeros.index_add(0, group.fact_of[group.point_row[essence]], drift)
+    decay = relative.square().sum(-1)
+    return target_loss + config.kl_weight * kl + config.decay * decay, target_loss
+
+
+class _Adam:
+    """Adam (Kingma & Ba, algorithm 1) over the rows still in play; a library's would keep moving finished facts."""
+
+    def __init__(self, value: Tensor, rate: float) -> None:
+        self.value, self.rate = value, rate
+        self.mean, self.square, self.steps = torch.zeros_like(value), torch.zeros_like(value), 0
+
+    def step(self, rows: Tensor, gradient: Tensor, longest: float) -> None:
+        """Move `rows`, then clip each to length `longest`."""
+        self.steps += 1
+        self.mean[rows] = 0.9 * self.mean[rows] + 0.1 * gradient
+        self.square[rows] = 0.999 * self.square[rows] + 0.001 * gradient.square()
+        mean = self.mean[rows] / (1 - 0.9**self.steps)
+        spread = (self.square[rows] / (1 - 0.999**self.steps)).sqrt() + 1e-8
+        moved = self.value[rows] - self.rate * mean / spread
+        self.value[rows] = moved * (longest / moved.norm(dim=-1, keepdim=True)).clamp_max(1)
