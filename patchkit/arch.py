@@ -1,6 +1,6 @@
 """Model -> edit sites: the output projection of the feed-forward in every decoder layer.
 
-The only module that knows how models are built. It reads the module tree and watches one short forward; it never asks for
+The only module that knows how models are built. It reads the module tree and watches a short forward; it never asks for
 a model's name, so a family that is laid out like the known ones works without being added here.
 """
 
@@ -97,7 +97,7 @@ def _causal_head(model: PreTrainedModel) -> nn.Module:
     causal = "a decoder-only causal language model"
     if getattr(model.config, "is_encoder_decoder", False):
         raise _refusal(model, causal, "an encoder-decoder", "use a decoder-only model")
-    head = model.get_output_embeddings()
+    head: nn.Module | None = model.get_output_embeddings()
     if head is None or not model.can_generate():
         found = "no output embeddings (no lm_head)" if head is None else "a head that cannot generate text"
         raise _refusal(model, causal, found, "load the checkpoint with AutoModelForCausalLM")
@@ -139,8 +139,7 @@ def _has_attention(block: nn.Module) -> bool:
 def _feed_forward(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Everything in a block that is not attention, named relative to the block."""
     for name, child in module.named_children():
-        # PEFT wraps a layer as `base_layer` beside its adapters, whose factors look like projections too.
-        if _is_attention(name, child) or (hasattr(module, "base_layer") and name != "base_layer"):
+        if _is_attention(name, child):
             continue
         yield prefix + name, child
         yield from _feed_forward(child, f"{prefix}{name}.")
@@ -154,7 +153,7 @@ def _output_projection(model: nn.Module, block_name: str, block: nn.Module, hidd
         _refuse_quantised(model, f"{block_name}.{name}", module)
     widths = {name: _widths(module) for name, module in parts if isinstance(module, (nn.Linear, Conv1D))}
     outputs = [name for name in widths if _closes_feed_forward(name, widths, hidden_size)]
-    # Small gated side branches close like a feed-forward; its inner width is what sets it apart.
+    # The factors of adapters and small side branches fit together like a feed-forward; it is wider than they are.
     inner = max((widths[name][0] for name in outputs), default=0)
     widest = [name for name in outputs if widths[name][0] == inner]
     if len(widest) != 1:
@@ -233,7 +232,7 @@ class _Reached(Exception):
 
 
 def _last_state(model: PreTrainedModel, layer: nn.Module, module: nn.Module, push: Tensor | None) -> Tensor:
-    """The layer's output at the last of four dummy tokens, with `push` added to what `module` writes there: (hidden,)."""
+    """The layer's output, (hidden,), at the last of four dummy tokens; `push` joins what `module` writes."""
 
     def add_push(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
         pushed = output.clone()

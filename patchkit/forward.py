@@ -47,14 +47,15 @@ class Prefix:
     @staticmethod
     @torch.no_grad()
     def read(runner: LayerRunner, ids: Tensor, mask: Tensor) -> Prefix:
-        """Run right-padded prefixes (rows, P) through all layers and keep their attention states.
+        """Run left-padded prefixes (rows, P) through all layers and keep their attention states.
 
-        No layer's cache evicts, sliding windows included: prompts are short, and evicted states could not be shared.
+        Padding on the left keeps the distance to the suffix true, which sliding windows count in. No layer's cache
+        evicts, sliding ones included: prompts are short, and evicted states could not be shared.
         """
         cache = Cache(layers=[DynamicLayer() for _ in range(runner.depth)])
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
         mask = mask.clone()
-        mask[:, 0] = 1  # an empty prefix would leave its row nothing to attend to: NaN; the suffix pass masks it again
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        mask[:, -1] = 1  # an empty prefix would leave its row nothing to attend to: NaN; the suffix pass masks it again
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         runner.run({**inputs, "past_key_values": cache, "use_cache": True}, stop=runner.depth)
         layers: Any = cache.layers
@@ -88,7 +89,7 @@ class LayerRunner:
 
     def __init__(self, arch: Architecture) -> None:
         self.arch = arch
-        self._output_arity: list[int] | None = None
+        self._arity = self._output_arity()
 
     @property
     def depth(self) -> int:
@@ -140,7 +141,7 @@ class LayerRunner:
         layers = [self.arch.layers[i] for i in indices]
         saved = [layer.__dict__.get("forward") for layer in layers]
         try:
-            for layer, arity in zip(layers, self._arity(), strict=False):
+            for layer, arity in zip(layers, self._arity, strict=False):
                 layer.forward = _pass_through(arity)
             yield
         finally:
@@ -150,23 +151,21 @@ class LayerRunner:
                 else:
                     layer.forward = forward
 
-    def _arity(self) -> list[int]:
-        """Per layer 0 for a bare tensor, else the length of the tuple it returns; found once with a one-token pass."""
-        if self._output_arity is None:
-            seen: list[int] = []
+    def _output_arity(self) -> list[int]:
+        """Per layer 0 for a bare tensor, else the length of the tuple it returns, seen in a one-token pass."""
+        seen: list[int] = []
 
-            def note(module: nn.Module, args: Any, output: Any) -> None:
-                seen.append(len(output) if isinstance(output, tuple) else 0)
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            seen.append(len(output) if isinstance(output, tuple) else 0)
 
-            handles = [layer.register_forward_hook(note) for layer in self.arch.layers]
-            try:
-                with torch.no_grad():
-                    self.arch.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            self._output_arity = seen
-        return self._output_arity
+        handles = [layer.register_forward_hook(note) for layer in self.arch.layers]
+        try:
+            with torch.no_grad():
+                self.arch.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
 
 
 def _pass_through(arity: int) -> Callable[..., Any]:
@@ -219,11 +218,16 @@ def _gathering(head: nn.Module, where: tuple[Tensor, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def watching(module: nn.Module, see: Callable[[Tensor, Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `see(input, output)` at each run of `module`; what it returns, if anything, replaces the output."""
+def watching(module: nn.Module, rows: int, see: Callable[[Tensor, Tensor], Tensor | None]) -> Iterator[None]:
+    """Call `see(input, output)` at each run of `module`; what it returns, if anything, replaces the output.
+
+    `rows` is the number of sequences in the pass: some families flatten (rows, seq, d) to two dimensions before a
+    module (OPT), and `see` always gets and gives three.
+    """
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        return see(args[0], output)
+        seen = see(args[0].view(rows, -1, args[0].shape[-1]), output.view(rows, -1, output.shape[-1]))
+        return None if seen is None else seen.view_as(output)
 
     handle = module.register_forward_hook(hook)
     try:

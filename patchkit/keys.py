@@ -36,14 +36,14 @@ class SubjectStates:
         Edits attached to the model in the meantime count. Sites are read in the order of their layers.
         """
         start, hidden = self._resume
-        last = self.sites[-1]
+        last, rows = self.sites[-1], len(self._subject)
         keys: list[Tensor] = []
         states: list[Tensor] = []
         entering: list[Tensor] = []
         with ExitStack() as stack:
             stack.enter_context(watching_input(self.runner.arch.layers[site.layer], entering.append))
-            stack.enter_context(watching(site.module, lambda seen, _: keys.append(self._at_subject(seen))))
-            stack.enter_context(watching(last.module, lambda _, output: states.append(self._at_subject(output))))
+            stack.enter_context(watching(site.module, rows, lambda seen, _: keys.append(self._at_subject(seen))))
+            stack.enter_context(watching(last.module, rows, lambda _, output: states.append(self._at_subject(output))))
             out = self.runner.run(self._inputs, start=start, hidden=hidden, stop=last.layer + 1).hidden
         assert out is not None
         self._resume = (site.layer, entering[0])

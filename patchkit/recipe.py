@@ -21,7 +21,7 @@ from patchkit.values import ValueConfig
 class EditConfig(BaseModel):
     """Everything that decides an edit besides the facts, the model and the text."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)  # layers: 8 is meant as "8"
 
     method: str
     layers: str = Field("14%-27%", description='layers to edit: "4-8", "4,6", or a share of the depth, "13%-27%"')

@@ -97,12 +97,15 @@ def _row(fact: Fact, tokenizer: Any, text: str, target: str | None, shift: int) 
     return Row(tuple(ids), subject, first)
 
 
-def pad(sequences: Sequence[Sequence[int]], device: torch.device, width: int = 0) -> tuple[Tensor, Tensor]:
-    """Right-padded ids and mask, (rows, max(longest, width)) each. Padding is id 0: masked, so any id would do."""
+def pad(
+    sequences: Sequence[Sequence[int]], device: torch.device, width: int = 0, left: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Padded ids and mask, (rows, max(longest, width)) each. Padding is id 0: masked, so any id would do."""
     width = max(width, *(len(s) for s in sequences))
     ids = torch.zeros(len(sequences), width, dtype=torch.long)
     mask = torch.zeros(len(sequences), width, dtype=torch.long)
     for i, sequence in enumerate(sequences):
-        ids[i, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
-        mask[i, : len(sequence)] = 1
+        start = width - len(sequence) if left else 0
+        ids[i, start : start + len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+        mask[i, start : start + len(sequence)] = 1
     return ids.to(device), mask.to(device)

@@ -188,7 +188,7 @@ def _accumulate(
         ids = torch.tensor([w for w in batch if len(w) == length], device=runner.device)
         with ExitStack() as stack:
             for site in sites:
-                stack.enter_context(watching(site.module, _adder(sums, site.layer)))
+                stack.enter_context(watching(site.module, len(ids), _adder(sums, site.layer)))
             runner.run({"input_ids": ids, "use_cache": False}, stop=last + 1)
 
 

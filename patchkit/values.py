@@ -30,7 +30,7 @@ class ValueConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: int = Field(25, ge=1, description="Adam steps at most")
-    learning_rate: float = Field(0.3, gt=0, description="length of one Adam step, relative to the state's norm")
+    learning_rate: float = Field(0.15, gt=0, description="length of one Adam step, relative to the state's norm")
     clamp: float = Field(2.0, gt=0, description="longest delta, relative to the state's norm")
     decay: float = Field(0.01, ge=0, description="weight of the squared relative length of the delta")
     kl_weight: float = Field(0.0625, ge=0, description='weight of the drift on "{subject} is a"')
@@ -135,28 +135,33 @@ class _Problem:
         with ExitStack() as stack:
             hidden = group.hidden
             if self.value_at == "module_out":
-                stack.enter_context(watching(self.site.module, lambda _, output: _add_first(output, rows)))
+                stack.enter_context(watching(self.site.module, len(rows), lambda _, output: _add_first(output, rows)))
             else:
                 assert hidden is not None
                 hidden = _add_first(hidden, rows)
             where = (group.point_row, group.point_at)
             logits = self.runner.run(group.inputs(), start=self.start, hidden=hidden, logits_at=where).logits
         assert logits is not None
-        return logits.float().log_softmax(-1)
+        return widen(logits).log_softmax(-1)
 
     def start_states(self, group: _Group) -> Tensor:
         """The state a delta is added to, at every row's subject, (rows, d), in float32."""
         if self.value_at == "layer_out":
             assert group.hidden is not None
-            return group.hidden[:, 0].float()
+            return widen(group.hidden[:, 0])
         seen: list[Tensor] = []
 
         def note(_: Tensor, output: Tensor) -> None:
-            seen.append(output[:, 0].float())
+            seen.append(widen(output[:, 0]))
 
-        with watching(self.site.module, note):
+        with watching(self.site.module, len(group.fact_of), note):
             self.runner.run(group.inputs(), start=self.start, hidden=group.hidden, stop=self.start + 1)
         return seen[0]
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """In float32, or in float64 where it is that already."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _add_first(hidden: Tensor, rows: Tensor) -> Tensor:
@@ -171,7 +176,7 @@ def _prepare(problem: _Problem, requests: Sequence[EditRequest]) -> _Group:
     runner, device = problem.runner, problem.runner.device
     rows = [row for request in requests for row in (*request.rows, request.essence)]
     per_fact = len(requests[0].rows) + 1
-    prefix_ids, prefix_mask = pad([row.prefix for row in rows], device, width=1)
+    prefix_ids, prefix_mask = pad([row.prefix for row in rows], device, width=1, left=True)
     suffixes = [_suffix(row) for row in rows]
     suffix_ids, suffix_mask = pad(suffixes, device)
     offsets = torch.tensor([row.subject for row in rows], device=device).unsqueeze(1)  # (rows, 1)
@@ -227,8 +232,8 @@ def _optimise_group(
     start = states[:, 0]  # (n, d)
     # The median over contexts: at position 0 a model without BOS keeps an attention sink hundreds of times longer.
     scale = states.norm(dim=-1).median(-1).values.unsqueeze(1)  # (n, 1)
-    adam = _Adam(torch.zeros(n, d, device=start.device), config.learning_rate / d**0.5)
-    final_loss, steps = torch.zeros(n, device=start.device), torch.zeros(n, dtype=torch.long, device=start.device)
+    adam = _Adam(torch.zeros_like(start), config.learning_rate / d**0.5)
+    final_loss, steps = start.new_zeros(n), torch.zeros(n, dtype=torch.long, device=start.device)
     live = torch.arange(n, device=start.device)
     for step in range(config.steps + 1):
         relative = adam.value[live].requires_grad_(step < config.steps)
@@ -259,7 +264,7 @@ def _losses(
     tokens_in_row = torch.bincount(row, minlength=len(group.fact_of))[row]
     rows_in_fact = len(group.fact_of) // facts - 1
     weight = 1 / (tokens_in_row * rows_in_fact)  # mean over a row's tokens, then over a fact's rows
-    zeros = torch.zeros(facts, device=relative.device)
+    zeros = relative.new_zeros(facts)
     target_loss = zeros.index_add(0, group.fact_of[row], token_loss * weight)
     drift = F.kl_div(group.base_log_probs, log_probs[essence], reduction="none", log_target=True).sum(-1)
     kl = zeros.index_add(0, group.fact_of[group.point_row[essence]], drift)

@@ -1,0 +1,34 @@
+"""Every test runs offline, on one thread, with caches of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _offline(socket_disabled: None) -> None:
+    """No test may reach a network; those of the Hub open loopback for themselves."""
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics are shared by the tests of one run and never with the user's cache."""
+    monkeypatch.setenv("PATCHKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.delenv("PATCHKIT_MODEL", raising=False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _threads() -> Iterator[None]:
+    """One order of summation, whatever the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,263 @@
+"""Edit sites are found in every family, in the right orientation; what cannot be edited is refused with a reason."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaForSequenceClassification, PreTrainedModel
+
+from patchkit.arch import Architecture, inspect_model, read_weight, write_weight
+from patchkit.errors import InputError
+from tests import zoo
+
+WEIGHTS = {
+    "llama": "model.layers.{}.mlp.down_proj.weight",
+    "mistral": "model.layers.{}.mlp.down_proj.weight",
+    "qwen2": "model.layers.{}.mlp.down_proj.weight",
+    "qwen3": "model.layers.{}.mlp.down_proj.weight",
+    "gemma": "model.layers.{}.mlp.down_proj.weight",
+    "gemma2": "model.layers.{}.mlp.down_proj.weight",
+    "gemma3": "model.layers.{}.mlp.down_proj.weight",
+    "gemma3_vision": "model.language_model.layers.{}.mlp.down_proj.weight",
+    "phi3": "model.layers.{}.mlp.down_proj.weight",
+    "gpt2": "transformer.h.{}.mlp.c_proj.weight",
+    "gpt_neox": "gpt_neox.layers.{}.mlp.dense_4h_to_h.weight",
+    "olmo2": "model.layers.{}.mlp.down_proj.weight",
+    "stablelm": "model.layers.{}.mlp.down_proj.weight",
+    "falcon_new": "transformer.h.{}.mlp.dense_4h_to_h.weight",
+    "falcon_old": "transformer.h.{}.mlp.dense_4h_to_h.weight",
+    "falcon_sequential": "transformer.h.{}.mlp.dense_4h_to_h.weight",
+    "opt": "model.decoder.layers.{}.fc2.weight",
+    "gptj": "transformer.h.{}.mlp.fc_out.weight",
+    "granite": "model.layers.{}.mlp.down_proj.weight",
+    "cohere": "model.layers.{}.mlp.down_proj.weight",
+    "starcoder2": "model.layers.{}.mlp.c_proj.weight",
+    "phi": "model.layers.{}.mlp.fc2.weight",
+}
+INDIRECT = {"gemma2", "gemma3", "gemma3_vision", "olmo2", "granite"}
+TOKENS = torch.arange(4, 12)[None]  # (1, 8)
+
+every_family = pytest.mark.parametrize("family", zoo.FAMILIES)
+
+
+@cache
+def inspected(family: str) -> Architecture:
+    """Shared by tests that leave the model as it is."""
+    return inspect_model(zoo.FAMILIES[family]())
+
+
+def snapshot(model: nn.Module) -> dict[str, object]:
+    """What inspecting must not change, apart from the weights: training modes and hooks."""
+    return {
+        name: (module.training, len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module))
+        for name, module in model.named_modules()
+    }
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(input_ids=TOKENS, use_cache=False).logits
+    return result
+
+
+def refusal(model: PreTrainedModel) -> str:
+    with pytest.raises(InputError) as caught:
+        inspect_model(model)
+    message = str(caught.value)
+    assert message.startswith(f"{type(model).__name__}: ")
+    assert "\n" not in message
+    return message
+
+
+@every_family
+def test_one_site_per_layer_under_its_state_dict_name(family: str) -> None:
+    arch = inspected(family)
+    assert [site.weight_name for site in arch.sites] == [WEIGHTS[family].format(i) for i in range(zoo.LAYERS)]
+    state = arch.model.state_dict()
+    for index, (site, layer) in enumerate(zip(arch.sites, arch.layers, strict=True)):
+        assert site.layer == index
+        assert layer is arch.model.get_submodule(f"{arch.layers_name}.{index}")
+        assert site.module is arch.model.get_submodule(site.module_name)
+        assert state[site.weight_name].data_ptr() == read_weight(site).data_ptr()
+
+
+@every_family
+def test_read_weight_maps_inputs_to_outputs(family: str) -> None:
+    arch = inspected(family)
+    assert arch.hidden_size == zoo.HIDDEN
+    inputs = torch.randn(5, zoo.INNER)
+    for site in arch.sites:
+        weight = read_weight(site)
+        assert weight.shape == (site.d_out, site.d_in) == (zoo.HIDDEN, zoo.INNER)
+        assert site.transposed == (family == "gpt2")
+        bias = 0 if site.module.bias is None else site.module.bias
+        torch.testing.assert_close(site.module(inputs), inputs @ weight.T + bias)
+
+
+@every_family
+def test_direct_means_nothing_stands_between_site_and_stream(family: str) -> None:
+    assert {site.direct for site in inspected(family).sites} == {family not in INDIRECT}
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_direct_is_the_same_in_half_precision(family: str, dtype: torch.dtype) -> None:
+    model = zoo.FAMILIES[family]().to(dtype)
+    assert {site.direct for site in inspect_model(model).sites} == {family not in INDIRECT}
+
+
+@every_family
+def test_head_is_called_once_with_the_whole_sequence(family: str) -> None:
+    arch, shapes = inspected(family), []
+    with arch.head.register_forward_hook(lambda _module, args, _output: shapes.append(args[0].shape)):
+        logits(arch.model)
+    assert shapes == [(1, 8, zoo.HIDDEN)]
+
+
+@every_family
+def test_inspecting_leaves_the_model_as_it_was(family: str) -> None:
+    model = zoo.FAMILIES[family]().train()
+    next(model.children()).eval()  # a mixed state, as with frozen parts
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    before = snapshot(model)
+    rng = torch.get_rng_state()
+    inspect_model(model)
+    assert snapshot(model) == before
+    assert torch.equal(torch.get_rng_state(), rng)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, weights[name])
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+@every_family
+def test_write_weight_changes_the_model_and_back(family: str) -> None:
+    model = zoo.FAMILIES[family]()
+    site = inspect_model(model).sites[1]
+    before, original = logits(model), read_weight(site).clone()
+    wanted = torch.randn(site.d_out, site.d_in, dtype=torch.float64)
+    write_weight(site, wanted)
+    assert torch.equal(read_weight(site), wanted.float())
+    assert (logits(model) - before).abs().max() > 1e-3
+    write_weight(site, original)
+    assert torch.equal(logits(model), before)
+
+
+def test_write_weight_refuses_a_shape_that_would_broadcast() -> None:
+    site = inspected("llama").sites[0]
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.down_proj\.weight is \(32, 80\), not \(1, 80\)"):
+        write_weight(site, torch.zeros(1, site.d_in))
+
+
+def test_a_norm_after_the_residual_sum_is_not_direct() -> None:
+    model = zoo.FAMILIES["opt"]()
+    for layer in model.model.decoder.layers:
+        layer.do_layer_norm_before = False
+    assert not any(site.direct for site in inspect_model(model).sites)
+
+
+def test_sites_under_peft_adapters_are_the_base_layers() -> None:
+    model = zoo.FAMILIES["llama"]()
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["gate_proj", "up_proj", "down_proj", "q_proj"]))
+    sites = inspect_model(adapted).sites
+    assert sites[2].weight_name == "base_model.model.model.layers.2.mlp.down_proj.base_layer.weight"
+    assert all(site.direct for site in sites)
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ("mixtral", "mixture of experts (model.layers.0.mlp"),
+        ("qwen2_moe", "mixture of experts (model.layers.0.mlp"),
+        ("granite_moe", "mixture of experts (model.layers.0.block_sparse_moe"),
+        ("t5", "found an encoder-decoder; use a decoder-only model"),
+        ("bart", "found an encoder-decoder; use a decoder-only model"),
+        ("bert", "no output embeddings (no lm_head); load the checkpoint with AutoModelForCausalLM"),
+        ("bert_masked", "a head that cannot generate text; load the checkpoint with AutoModelForCausalLM"),
+        ("mamba", "no nn.ModuleList of blocks with attention"),
+    ],
+)
+def test_unsupported_models_are_refused_with_the_reason(broken: str, reason: str) -> None:
+    assert reason in refusal(zoo.BROKEN[broken]())
+
+
+def test_a_classifier_is_sent_to_the_causal_class() -> None:
+    model = LlamaForSequenceClassification(zoo.FAMILIES["llama"]().config)
+    assert "load the checkpoint with AutoModelForCausalLM" in refusal(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_quantised_weights_are_refused(dtype: torch.dtype) -> None:
+    model = zoo.FAMILIES["llama"]()
+    down = model.model.layers[2].mlp.down_proj
+    down.weight = nn.Parameter(down.weight.detach().to(dtype), requires_grad=False)
+    message = refusal(model)
+    assert f"model.layers.2.mlp.down_proj.weight in {dtype} (Linear)" in message
+    assert "edit the unquantised checkpoint" in message
+
+
+def test_packed_weights_in_buffers_are_refused() -> None:
+    class PackedLinear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("qweight", torch.zeros(zoo.INNER // 8, zoo.HIDDEN, dtype=torch.int32))
+
+    model = zoo.FAMILIES["llama"]()
+    model.model.layers[0].mlp.down_proj = PackedLinear()
+    assert "model.layers.0.mlp.down_proj.qweight in torch.int32 (PackedLinear)" in refusal(model)
+
+
+def test_unloaded_weights_are_refused() -> None:
+    model = zoo.FAMILIES["llama"]()
+    model.model.layers[3].to("meta")
+    message = refusal(model)
+    assert "model.layers.3" in message
+    assert "meta device; load the model with all its weights in memory" in message
+
+
+def test_an_unknown_feed_forward_is_refused_with_what_is_there() -> None:
+    model = zoo.FAMILIES["llama"]()
+    model.model.layers[1].mlp = nn.Sequential(nn.Linear(zoo.HIDDEN, 48), nn.Linear(50, zoo.HIDDEN))
+    message = refusal(model)
+    assert "output projection (inner width -> 32) in model.layers.1, found 0 among" in message
+    assert "mlp.0 32->48, mlp.1 50->32" in message
+
+
+def test_a_feed_forward_as_wide_as_the_stream_is_not_guessed_at() -> None:
+    model = zoo.FAMILIES["phi"]()
+    model.model.layers[0].mlp = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32))
+    assert "found 2 among [mlp.0 32->32, mlp.2 32->32]" in refusal(model)
+
+
+def test_a_projection_the_forward_bypasses_is_refused() -> None:
+    model = zoo.FAMILIES["llama"]()
+    model.model.layers[0].mlp.forward = lambda hidden: hidden
+    before = snapshot(model)
+    assert "an effect of model.layers.0.mlp.down_proj on its layer's output, found none" in refusal(model)
+    assert snapshot(model) == before
+
+
+def test_a_forward_that_fails_leaves_no_hooks_behind() -> None:
+    def fail(_hidden: Tensor) -> Tensor:
+        raise RuntimeError("kernel failed")
+
+    model = zoo.FAMILIES["gpt2"]().train()
+    model.transformer.h[0].mlp.forward = fail
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="kernel failed"):
+        inspect_model(model)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_tiny_tokenizer_offsets_cover_the_text(bos: bool) -> None:
+    text = "The capital of France is Paris; naïve Zürich."
+    encoded = zoo.tiny_tokenizer(bos)(text, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    assert (ids[0] == 0) == bos
+    assert max(ids) < zoo.VOCAB
+    covered = {position for start, end in offsets for position in range(start, end)}
+    assert covered == set(range(len(text)))
