@@ -9,14 +9,13 @@ from patchkit.errors import GateError, InputError, PatchkitError
 from patchkit.facts import Fact, Locality, read_facts
 
 if TYPE_CHECKING:
-    from patchkit.api import apply
+    from patchkit.api import apply, measure
     from patchkit.patch import Patch
-    from patchkit.verify import verify
 
-__all__ = ["Fact", "GateError", "InputError", "Locality", "Patch", "PatchkitError", "apply", "read_facts", "verify"]
+__all__ = ["Fact", "GateError", "InputError", "Locality", "Patch", "PatchkitError", "apply", "measure", "read_facts"]
 
 # torch and transformers take seconds to import; `patchkit --help` and reading facts need neither.
-_LAZY = {"apply": "patchkit.api", "Patch": "patchkit.patch", "verify": "patchkit.verify"}
+_LAZY = {"apply": "patchkit.api", "Patch": "patchkit.patch", "measure": "patchkit.api"}
 
 
 def __getattr__(name: str) -> Any:

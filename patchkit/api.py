@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from patchkit import methods
 from patchkit.arch import inspect_model
-from patchkit.editor import EditState, Plan, Progress, edit, plan
+from patchkit.editor import EditState, Plan, Progress, edit, frozen, plan
 from patchkit.facts import Fact, parse_facts
 from patchkit.forward import LayerRunner
 from patchkit.linalg import Delta
@@ -25,7 +25,10 @@ from patchkit.models import check_tokenizer, disk_name
 from patchkit.patch import Patch, updates_digest, weight_digest
 from patchkit.recipe import EditConfig, load_recipe
 from patchkit.requests import build_request
-from patchkit.stats import Corpus, default_text, read_corpus, statistics
+from patchkit.stats import Corpus, default_text, read_corpus, statistics, window_of
+from patchkit.verify import Report, verify
+
+EVAL_TOKENS, EVAL_WINDOW = 8192, 512
 
 
 def apply(
@@ -62,17 +65,47 @@ def apply(
     known = parse_facts(facts, token_count=lambda target: count_tokens(tokenizer, target)).facts
     for fact in known:  # what cannot be tokenised should be known before minutes of statistics
         build_request(fact, tokenizer)
-    runner = LayerRunner(inspect_model(model))
-    how = plan(runner.arch, config)
-    corpus = read_corpus(text or default_text(name), tokenizer)
-    needed = how.sites if methods.get(config.method).needs_statistics else ()
-    covariances = (
-        statistics(runner, needed, corpus, Path(stats) if stats else None, lambda a, b: progress("statistics", a, b))
-        if needed
-        else {}
-    )
-    state = edit(runner, tokenizer, known, config, covariances, progress)
+    with frozen(model):
+        runner = LayerRunner(inspect_model(model))
+        how = plan(runner.arch, config)
+        corpus = read_corpus(text or default_text(name), tokenizer, window=window_of(model))
+        needed = how.sites if methods.get(config.method).needs_statistics else ()
+        place = Path(stats) if stats else None
+        covariances = (
+            statistics(runner, needed, corpus, place, lambda a, b: progress("statistics", a, b)) if needed else {}
+        )
+        state = edit(runner, tokenizer, known, config, covariances, progress)
     return _Made(runner, known, config, how, corpus, state).patch()
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    patch: Patch,
+    facts: Iterable[Fact | Mapping[str, Any]] | None = None,
+    *,
+    text: str | Path | None = None,
+    progress: Progress = lambda phase, done, total: None,
+) -> Report:
+    """Measure `patch` on `model`, always against the untouched base: its own facts, or the given ones.
+
+    Args:
+        text: plain text for the perplexity; without it a small English one that comes with patchkit.
+
+    Raises:
+        InputError: the patch is for another model, or a fact cannot be used.
+    """
+    known = patch.manifest.facts if facts is None else parse_facts(facts).facts
+    source = text or default_text(str(model.config._name_or_path), "eval")
+    with frozen(model):
+        return verify(
+            LayerRunner(inspect_model(model)),
+            tokenizer,
+            known,
+            lambda: patch.attached(model),
+            read_corpus(source, tokenizer, EVAL_TOKENS, window_of(model, EVAL_WINDOW)),
+            lambda done, total: progress("measuring", done, total),
+        )
 
 
 def count_tokens(tokenizer: Any, text: str) -> int:

@@ -23,7 +23,7 @@ from patchkit.keys import SubjectStates
 from patchkit.linalg import Covariance, Delta
 from patchkit.methods import LayerProblem, Method
 from patchkit.recipe import EditConfig, resolve_layers
-from patchkit.requests import EditRequest, build_request
+from patchkit.requests import EditRequest, build_request, encode_prompt
 from patchkit.runtime import LiveDelta, live_deltas
 from patchkit.values import ValueAt, Values, optimise
 
@@ -109,7 +109,7 @@ def edit(
     """
     chosen, how = methods.get(config.method), plan(runner.arch, config)
     state = EditState()
-    with _frozen(runner.arch.model), live_deltas(runner.arch, dict.fromkeys(how.layers)) as live:
+    with frozen(runner.arch.model), live_deltas(runner.arch, dict.fromkeys(how.layers)) as live:
         with state.timed("contexts"):
             state.contexts = make_contexts(runner, tokenizer, config)
         requests = [build_request(fact, tokenizer, state.contexts) for fact in facts]
@@ -200,7 +200,7 @@ def make_contexts(runner: LayerRunner, tokenizer: Any, config: EditConfig) -> li
     with torch.random.fork_rng(devices=[runner.device] if runner.device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         for i in range(config.contexts):
-            ids = tokenizer(STARTERS[i % len(STARTERS)], return_tensors="pt")["input_ids"].to(runner.device)
+            ids = torch.tensor([encode_prompt(tokenizer, STARTERS[i % len(STARTERS)])], device=runner.device)
             out = model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -218,9 +218,9 @@ def make_contexts(runner: LayerRunner, tokenizer: Any, config: EditConfig) -> li
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients on weights, both put back afterwards."""
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     wanted = [p for p in model.parameters() if p.requires_grad]
     try:
         model.eval()
@@ -228,6 +228,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
         yield
     finally:
-        model.train(training)
+        for module in training:  # one by one: train() would also switch what the caller had put in evaluation mode
+            module.training = True
         for parameter in wanted:
             parameter.requires_grad_(True)

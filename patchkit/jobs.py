@@ -8,19 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patchkit.api import apply, count_tokens
+from patchkit.api import apply, count_tokens, measure
 from patchkit.arch import inspect_model
 from patchkit.editor import Progress, plan
 from patchkit.errors import GateError
 from patchkit.facts import Fact, read_facts, write_rejected
 from patchkit.forward import LayerRunner
-from patchkit.models import LoadedModel, ModelChoice, load_model, load_tokenizer
+from patchkit.models import ModelChoice, load_model, load_tokenizer
 from patchkit.patch import Patch
 from patchkit.recipe import load_recipe
-from patchkit.stats import PACKAGE_TEXT, default_text, read_corpus, statistics
-from patchkit.verify import Report, verify
+from patchkit.stats import PACKAGE_TEXT, default_text, read_corpus, statistics, window_of
+from patchkit.verify import Report
 
-EVAL_TOKENS, EVAL_WINDOW = 8192, 512
 SMALL_TEXT = "statistics: from the small English text that comes with patchkit; --text FILE with more text is better"
 
 
@@ -88,33 +87,13 @@ def apply_file(
         stats=stats,
         progress=progress,
     )
-    report = measure(loaded, patch, read.facts, progress)
+    report = measure(loaded.model, loaded.tokenizer, patch, read.facts, progress=progress)
     patch = patch.with_metrics(report.summary())
     patch.save(folder)
     if read.rejected:
         write_rejected(folder / "rejected.jsonl", read.rejected)
         say(f"{len(read.rejected)} bad facts left out: {folder / 'rejected.jsonl'}")
     return Applied(patch, report, folder)
-
-
-def measure(
-    loaded: LoadedModel,
-    patch: Patch,
-    facts: tuple[Fact, ...],
-    progress: Progress = lambda phase, done, total: None,
-    text: str | None = None,
-) -> Report:
-    """Verify `facts` with the patch attached to `loaded`, perplexity on `text` or the evaluation text at hand."""
-    runner = LayerRunner(inspect_model(loaded.model))
-    corpus = read_corpus(text or default_text(loaded.name, "eval"), loaded.tokenizer, EVAL_TOKENS, EVAL_WINDOW)
-    return verify(
-        runner,
-        loaded.tokenizer,
-        facts,
-        lambda: patch.attached(loaded.model),
-        corpus,
-        lambda done, total: progress("measuring", done, total),
-    )
 
 
 @dataclass(frozen=True)
@@ -170,7 +149,7 @@ def verify_patch(
             facts, zsre_target=zsre_target, token_count=lambda target: count_tokens(tokenizer, target)
         ).facts
     loaded = load_model(chosen.name, chosen.device, chosen.dtype)
-    return measure(loaded, patch, known, progress, text)
+    return measure(loaded.model, loaded.tokenizer, patch, known, text=text, progress=progress)
 
 
 def compute_statistics(
@@ -195,7 +174,7 @@ def compute_statistics(
     source = Path(text) if text else default_text(loaded.name)
     if source == PACKAGE_TEXT:
         say(SMALL_TEXT)
-    corpus = read_corpus(source, loaded.tokenizer, tokens)
+    corpus = read_corpus(source, loaded.tokenizer, tokens, window_of(loaded.model))
     sites = plan(runner.arch, config).sites
     found = statistics(
         runner, sites, corpus, Path(out) if out else None, lambda done, total: progress("statistics", done, total)

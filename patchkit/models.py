@@ -131,7 +131,7 @@ def tensor_digest(name: str, tensor: Tensor) -> str:
     """
     tensor = tensor.detach().cpu().contiguous()
     for narrow in (torch.bfloat16, torch.float16):
-        if tensor.dtype != narrow and torch.equal(tensor.to(narrow).to(tensor.dtype), tensor):
+        if torch.equal(tensor.to(narrow).to(tensor.dtype), tensor):
             tensor = tensor.to(narrow)
             break
     head = f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{list(tensor.shape)}|"
@@ -167,7 +167,7 @@ def same_weight(state_name: str, disk: str) -> bool:
 
 def _stored_names(name: str, commit: str | None) -> set[str]:
     folder = Path(name)
-    if not folder.is_dir():
+    if not name or not folder.is_dir():
         found = try_to_load_from_cache(name, "config.json", revision=commit) if name.count("/") <= 1 and name else None
         if not isinstance(found, str):
             return set()

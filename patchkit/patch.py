@@ -106,7 +106,7 @@ class Patch:
         updates = {
             u.weight: Delta(tensors[f"{u.weight}.0.left"], tensors[f"{u.weight}.0.right"])
             for u in manifest.updates
-            if f"{u.weight}.0.left" in tensors
+            if tensors.keys() >= {f"{u.weight}.0.left", f"{u.weight}.0.right"}
         }
         if updates_digest(updates) != manifest.digest:
             raise InputError(f"{folder}: patch.safetensors is not the one in manifest.json; get the patch again")

@@ -114,7 +114,10 @@ def _override(data: dict[str, Any], override: str) -> None:
         section = section.setdefault(part, {})
         if not isinstance(section, dict):
             raise InputError(f'--set {override}: "{part}" has no keys of its own')
-    section[parts[-1]] = yaml.safe_load(text)
+    try:
+        section[parts[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: not YAML: {' '.join(str(error).split())}") from None
 
 
 def resolve_layers(layers: str, depth: int) -> list[int]:

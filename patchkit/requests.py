@@ -66,10 +66,20 @@ def encode_target(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], 
     encoded = tokenizer(f"{prompt} {target}", return_offsets_mapping=True)
     ends = [end for _, end in encoded["offset_mapping"]]
     first = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ends))
+    return _without_eos(encoded, first), first
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of a text that is to be continued: with a BOS where the tokenizer has one, never with an EOS."""
+    return _without_eos(tokenizer(prompt, return_offsets_mapping=True), 1)
+
+
+def _without_eos(encoded: Any, first: int) -> list[int]:
+    """The ids, less what the tokenizer appends to every text: tokens at the end that cover no character."""
     ids = list(encoded["input_ids"])
-    while len(ids) > first and ends[len(ids) - 1] == 0:  # an EOS that the tokenizer appends is not part of the target
+    while len(ids) > first and encoded["offset_mapping"][len(ids) - 1][1] == 0:
         ids.pop()
-    return ids, first
+    return ids
 
 
 def subject_span(prompt: str, subject: str) -> tuple[int, int]:
@@ -89,7 +99,7 @@ def _row(fact: Fact, tokenizer: Any, text: str, target: str | None, shift: int) 
             f'fact {fact.id}: the tokenizer gives the subject "{fact.subject}" no token; choose another one'
         )
     if target is None:
-        ids = [i for i, (a, b) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
+        ids = _without_eos(encoded, subject + 1)
         return Row(tuple(ids), subject, len(ids))
     ids, first = encode_target(tokenizer, text, target)
     if first >= len(ids):

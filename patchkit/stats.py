@@ -18,8 +18,10 @@ from typing import Any
 import platformdirs
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from patchkit.arch import Site
 from patchkit.errors import InputError
@@ -75,6 +77,11 @@ def read_corpus(path: str | Path, tokenizer: Any, tokens: int = 100_000, window:
     return Corpus(windows, hashlib.sha256(text.encode()).hexdigest(), str(path))
 
 
+def window_of(model: PreTrainedModel, window: int = WINDOW) -> int:
+    """`window`, or the positions the model has where they are fewer: learned ones end there."""
+    return min(window, getattr(model.config.get_text_config(), "max_position_embeddings", None) or window)
+
+
 def cache_folder() -> Path:
     """$PATCHKIT_CACHE, else the user's cache folder for patchkit."""
     return Path(os.environ.get("PATCHKIT_CACHE") or platformdirs.user_cache_dir("patchkit"))
@@ -125,7 +132,10 @@ class _StatsFolder:
 
     def load(self, site: Site) -> Covariance:
         """Read one site's covariance with its factorisation."""
-        stored = load_file(self.file(site))
+        try:
+            stored = load_file(self.file(site))
+        except SafetensorError as error:
+            raise InputError(f"{self.file(site)}: damaged statistics ({error}); delete the file") from None
         covariance = Covariance(stored["second_moment"].double(), self._corpus.tokens)
         covariance.__dict__["eigh"] = (stored["eigenvalues"], stored["eigenvectors"].double())
         return covariance
@@ -142,10 +152,14 @@ class _StatsFolder:
 
 
 def _digests_by_layer(runner: LayerRunner, last: int) -> list[str]:
-    """Per layer, a digest of every weight its keys depend on: embeddings and all layers up to it."""
-    model, prefix = runner.arch.model, runner.arch.layers_name
-    embeddings = model.get_input_embeddings().named_parameters()  # type: ignore[operator]
-    running = model_digest(embeddings)
+    """Per layer, a digest of every weight its keys depend on: all layers up to it, and what is outside the layers.
+
+    Embeddings of tokens and of positions, and norms and projections after them: which of the decoder's modules act
+    before the layers cannot be told by looking, so the final norm counts as well.
+    """
+    decoder, prefix = runner.arch.model.get_decoder(), runner.arch.layers_name  # type: ignore[operator]
+    inside = {id(p) for layer in runner.arch.layers for p in layer.parameters()}
+    running = model_digest((name, p) for name, p in decoder.named_parameters() if id(p) not in inside)
     digests = []
     for i in range(last + 1):
         own = model_digest((f"{prefix}.{i}.{name}", p) for name, p in runner.arch.layers[i].named_parameters())
@@ -165,13 +179,15 @@ def _compute(
     try:
         for i, batch in enumerate(batches[done:], done):
             progress(sum(len(w) for b in batches[:i] for w in b), corpus.tokens)
-            _accumulate(runner, sites, batch, sums)
-            done = i + 1
+            added = dict(sums)  # an interrupt in the middle of a batch leaves `sums` without any of it
+            _accumulate(runner, sites, batch, added)
+            sums, done = added, i + 1
             if time.monotonic() - saved > SAVE_EVERY:
                 _save_partial(partial, sums, done)
                 saved = time.monotonic()
     except KeyboardInterrupt:
-        _save_partial(partial, sums, done)
+        if done:
+            _save_partial(partial, sums, done)
         raise
     progress(corpus.tokens, corpus.tokens)
     for site in sites:

@@ -228,7 +228,7 @@ def perplexity(runner: LayerRunner, corpus: Corpus) -> float:
         assert logits is not None
         total += float(F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum"))
         count += len(window) - 1
-    return float(torch.tensor(total / count).exp())
+    return float(torch.tensor(total / count, dtype=torch.float64).exp())
 
 
 def _report(

@@ -54,7 +54,7 @@ def command(
     folder = Path(out) if out else Path(f"{Path(facts).stem if facts != '-' else 'stdin'}-patch")
     short = {"layers": layers, "batch_size": batch_size, "seed": seed}
     settings = (*overrides, *(f"{key}={value}" for key, value in short.items() if value is not None))
-    if folder.exists() and not (folder / "manifest.json").is_file() and any(folder.iterdir()):
+    if folder.exists() and not (folder / "manifest.json").is_file() and (folder.is_file() or any(folder.iterdir())):
         raise InputError(f"--out {folder}: it is there and is no patch; choose another folder")
     with progress_bars() as progress:
         done = apply_file(
@@ -75,4 +75,6 @@ def command(
         click.echo(done.as_json())
     else:
         stdout.print(apply_table(done.report))
-        stdout.print(f"patch: {folder} ({done.size / 1e3:,.0f} kB; `patchkit verify {folder}` measures it again)")
+        stdout.print(
+            f"patch: {folder} ({done.size / 1e3:,.0f} kB; `patchkit verify {folder}` measures it again)", soft_wrap=True
+        )

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from patchkit.models import ModelChoice, choose_model
+if TYPE_CHECKING:
+    from patchkit.models import ModelChoice
 
 F = TypeVar("F", bound=Callable[..., Any])
-stderr = Console(stderr=True, soft_wrap=True, highlight=False)
-stdout = Console(highlight=False)
+# Prompts and paths are printed as they are: "[/b]" is no markup here and ":smile:" no emoji.
+stderr = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+stdout = Console(highlight=False, markup=False, emoji=False)
 
 
 def model_options(command: F) -> F:
@@ -35,6 +37,8 @@ def model_options(command: F) -> F:
 
 def choice(name: str | None, device: str, dtype: str) -> ModelChoice:
     """The model to work on; says on stderr which one it is when the user did not."""
+    from patchkit.models import choose_model
+
     chosen = choose_model(name, device, dtype)
     if chosen.notice:
         note(chosen.notice)

@@ -8,6 +8,8 @@ import click
 
 from patchkit.cli.common import choice, model_options, progress_bars, stdout
 
+SHARE = click.FloatRange(0, 1)
+
 
 @click.command("verify")
 @click.argument("patch")
@@ -19,11 +21,11 @@ from patchkit.cli.common import choice, model_options, progress_bars, stdout
 @click.option("--zsre-target", type=click.Choice(["alt", "answers"]), default="alt", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
-    "--min-efficacy", type=float, metavar="X", help="Least share of facts whose every target token is the argmax."
+    "--min-efficacy", type=SHARE, metavar="X", help="Least share of facts whose every target token is the argmax."
 )
-@click.option("--min-generalization", type=float, metavar="X", help="Least share of paraphrases with P(new) > P(true).")
+@click.option("--min-generalization", type=SHARE, metavar="X", help="Least share of paraphrases with P(new) > P(true).")
 @click.option(
-    "--min-locality", type=float, metavar="X", help="Least share of neighbours that stay as the base has them."
+    "--min-locality", type=SHARE, metavar="X", help="Least share of neighbours that stay as the base has them."
 )
 @click.option("--max-perplexity-ratio", type=float, metavar="X", help="Most that plain text's perplexity may grow by.")
 def command(

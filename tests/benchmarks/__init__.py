@@ -1,0 +1,1 @@
+"""Programs that measure patchkit against a plain implementation of the published procedure."""

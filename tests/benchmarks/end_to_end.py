@@ -1,0 +1,144 @@
+"""Patchkit against the plain implementation of the published procedure: the same edit, its time and its outcome.
+
+    python -m tests.benchmarks.end_to_end --model FOLDER --facts FACTS --text TEXT --eval-text TEXT --json
+
+Loading, statistics (with what published code computes once per model and keeps: P, the inverse of C) and verification
+are not part of either time. Contexts are made once and their time counts for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from patchkit.arch import inspect_model
+from patchkit.editor import EditState, edit, plan
+from patchkit.facts import read_facts
+from patchkit.forward import LayerRunner
+from patchkit.models import load_model
+from patchkit.recipe import load_recipe
+from patchkit.runtime import live_deltas
+from patchkit.stats import Corpus, read_corpus, statistics
+from patchkit.verify import verify
+
+from .oracle import OracleResult, added, oracle_edit
+
+
+def main() -> None:
+    """Parse the options, measure, print."""
+    options = _options()
+    torch.set_num_threads(options.threads)
+    result = measure(options)
+    print(json.dumps(result, indent=2) if options.json else _table(result))
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Edit the same facts both ways, one after the other, and verify each on the otherwise untouched model."""
+    loaded = load_model(options.model, options.device)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    facts = read_facts(options.facts, skip_bad=True, limit=options.count).facts
+    config = load_recipe(options.method, None, options.set)
+    runner = LayerRunner(inspect_model(model))
+    corpus = read_corpus(options.text, tokenizer)
+    covariances = statistics(runner, plan(runner.arch, config).sites, corpus)
+
+    began = time.perf_counter()
+    ours = edit(runner, tokenizer, facts, config, covariances)
+    ours_s = time.perf_counter() - began
+    began = time.perf_counter()
+    oracle = oracle_edit(model, tokenizer, facts, config, covariances, ours.contexts)
+    oracle_s = time.perf_counter() - began - oracle.seconds["statistics"] + ours.seconds["contexts"]
+
+    plain = read_corpus(options.eval_text, tokenizer, options.eval_tokens)
+
+    def rates(attached: Callable[[], AbstractContextManager[Any]]) -> dict[str, Any]:
+        return verify(runner, tokenizer, facts, attached, plain).model_dump(exclude={"per_fact"})
+
+    return {
+        "model": options.model,
+        "method": config.method,
+        "facts": len(facts),
+        "contexts": len(ours.contexts),
+        "ours_s": ours_s,
+        "oracle_s": oracle_s,
+        "ratio": oracle_s / ours_s,
+        "ours": _side(rates(lambda: live_deltas(runner.arch, ours.deltas)), ours.seconds, _steps(ours)),
+        "oracle": _side(rates(lambda: added(runner.arch, oracle.deltas)), oracle.seconds, oracle.steps),
+        "target_difference": _difference(ours, oracle),
+        "machine": _machine(corpus),
+    }
+
+
+def _side(rates: dict[str, Any], seconds: dict[str, float], steps: list[int]) -> dict[str, Any]:
+    return {"steps": sum(steps), "seconds": seconds, "metrics": rates}
+
+
+def _steps(state: EditState) -> list[int]:
+    return [count for values in state.values for count in values.steps.tolist()]
+
+
+def _difference(ours: EditState, oracle: OracleResult) -> float:
+    """The largest relative difference of a fact's target states."""
+    targets = torch.cat([values.targets for values in ours.values], 1)  # (d, n)
+    return float(((targets - oracle.values).norm(dim=0) / oracle.values.norm(dim=0)).max())
+
+
+def _machine(corpus: Corpus) -> dict[str, Any]:
+    return {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "processor": platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "text_tokens": corpus.tokens,
+    }
+
+
+def _table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['facts']} facts, {result['method']}, {result['model']}",
+        f"{'':28}{'ours':>10}{'oracle':>10}",
+        f"{'seconds':28}{result['ours_s']:10.2f}{result['oracle_s']:10.2f}   ratio {result['ratio']:.2f}",
+        f"{'optimiser steps':28}{result['ours']['steps']:10d}{result['oracle']['steps']:10d}",
+    ]
+    theirs = result["oracle"]["metrics"]
+    for group, found in result["ours"]["metrics"].items():
+        if isinstance(found, dict):
+            lines += [
+                f"{f'{group} {name}':28}{_cell(value)}{_cell(theirs[group][name])}" for name, value in found.items()
+            ]
+    lines.append(" ".join(f"{name}={value}" for name, value in result["machine"].items()))
+    return "\n".join(lines)
+
+
+def _cell(value: float | None) -> str:
+    return f"{'-':>10}" if value is None else f"{value:10.4f}"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="patchkit against the published procedure, written plainly")
+    parser.add_argument("--model", required=True, help="folder of the model")
+    parser.add_argument("--facts", required=True, help="file of facts")
+    parser.add_argument("--text", required=True, help="plain text for the statistics")
+    parser.add_argument("--eval-text", required=True, help="plain text for the perplexity")
+    parser.add_argument("--eval-tokens", type=int, default=5000)
+    parser.add_argument("--count", type=int, default=20, help="facts to edit")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--method", default="alphaedit", choices=["alphaedit", "memit", "rome"])
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the recipe"
+    )
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
