@@ -7,14 +7,17 @@ from importlib import import_module
 
 import click
 
-from patchkit.errors import PatchkitError
+from patchkit.errors import InputError, PatchkitError
 
 _COMMANDS = {
     "apply": "Write facts into a model, as a patch.",
     "verify": "Measure a patch against the untouched base.",
+    "merge": "Write a patched checkpoint that loads by itself.",
     "show": "What a patch holds.",
     "log": "The history of a patch.",
     "methods": "The editing methods, with their papers.",
+    "export": "A patch as a LoRA adapter for other runtimes.",
+    "push": "Publish a patch, an adapter or a merged model on the Hub.",
     "stats": "Compute a model's key statistics ahead of time.",
 }
 
@@ -55,6 +58,9 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.exceptions.Exit as ended:
         sys.exit(ended.exit_code)
+    except OSError as error:  # a full disk, a folder that may not be written
+        click.echo(f"error: {error}", err=True)
+        sys.exit(InputError.exit_status)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         sys.exit(130)

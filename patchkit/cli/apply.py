@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -54,8 +55,7 @@ def command(
     folder = Path(out) if out else Path(f"{Path(facts).stem if facts != '-' else 'stdin'}-patch")
     short = {"layers": layers, "batch_size": batch_size, "seed": seed}
     settings = (*overrides, *(f"{key}={value}" for key, value in short.items() if value is not None))
-    if folder.exists() and not (folder / "manifest.json").is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise InputError(f"--out {folder}: it is there and is no patch; choose another folder")
+    _refuse_place(folder)
     with progress_bars() as progress:
         done = apply_file(
             facts,
@@ -78,3 +78,12 @@ def command(
         stdout.print(
             f"patch: {folder} ({done.size / 1e3:,.0f} kB; `patchkit verify {folder}` measures it again)", soft_wrap=True
         )
+
+
+def _refuse_place(folder: Path) -> None:
+    """Raises InputError where a patch could not be written, or would replace what is none; before any work."""
+    if folder.exists() and not (folder / "manifest.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise InputError(f"--out {folder}: it is there and is no patch; choose another folder")
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"--out {folder}: {above} is no folder one may write to; choose another place")

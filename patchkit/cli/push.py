@@ -1,0 +1,58 @@
+"""`patchkit push`: publish on the Hub."""
+
+from __future__ import annotations
+
+import click
+
+from patchkit.cli.common import note, stderr, stdout
+
+
+@click.command("push")
+@click.argument("folder")
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="Make the repository private.")
+@click.option("--pr", is_flag=True, help="Open a pull request instead of committing.")
+@click.option("--branch", metavar="B", help="Commit to this branch, made from main where it is not there.")
+@click.option("--tag", metavar="T", help="Tag the commit.")
+@click.option("--message", metavar="M", help="The commit's message.")
+@click.option("--base", metavar="NAME", help="The base's name on the Hub, if the patch was made from a local folder.")
+@click.option("--card", metavar="F", help="This file as README.md, instead of the card made from the manifest.")
+@click.option("--dry-run", is_flag=True, help="Print the files, their sizes and the card; touch no network.")
+def command(
+    folder: str,
+    repo: str,
+    private: bool,
+    pr: bool,
+    branch: str | None,
+    tag: str | None,
+    message: str | None,
+    base: str | None,
+    card: str | None,
+    dry_run: bool,
+) -> None:
+    """Publish FOLDER (a patch, an adapter or a merged model) as the Hub repository REPO (user/name), in one commit.
+
+    The card says what was edited, from which base, how, and how well; the licence is the base's. `hf auth login`
+    or $HF_TOKEN says who you are.
+    """
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+    from patchkit.card import base_name
+    from patchkit.publish import pack, push
+
+    if not stderr.is_terminal:
+        disable_progress_bars()
+    package = pack(folder, repo, base=base, card=card, online=not dry_run)
+    named = package.manifests[0].base.name
+    if base is None and base_name(named) != named:
+        note(f"note: the base is {named} on this machine; --base NAME tells others what it is called on the Hub")
+    if dry_run:
+        for name, size in package.sizes().items():
+            click.echo(f"{size:>14,}  {name}")
+        click.echo(f"\n{package.card}")
+        return
+    done = push(package, repo, private=private, pr=pr, branch=branch, tag=tag, message=message, say=note)
+    stdout.print(f"pushed: {done.url}", soft_wrap=True)
+    if package.kind == "patch" and not pr:
+        name = f"{done.repo}@{tag or branch}" if tag or branch else done.repo
+        stdout.print(f'use it: patchkit.Patch.load("{name}"), patchkit verify {name}', soft_wrap=True)

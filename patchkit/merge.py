@@ -1,0 +1,512 @@
+"""Patches merged into a checkpoint, on its files: no model is built, and one tensor at a time is in memory.
+
+Every file of the base is copied; in the copies only the byte ranges of touched tensors are overwritten, so that names,
+order, dtypes, metadata and whatever else the files hold stay as they are. The new folder appears under its name when it
+is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, TypedDict
+
+import torch
+from huggingface_hub import ModelCardData
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from patchkit.checkpoint import (
+    DTYPES,
+    StoredTensor,
+    find_checkpoint,
+    new_folder,
+    read_header,
+    start_copying,
+    stored_tensors,
+    visible_files,
+)
+from patchkit.errors import InputError
+from patchkit.files import write_atomically
+from patchkit.linalg import Delta
+from patchkit.manifest import Manifest
+from patchkit.models import same_weight
+from patchkit.patch import Patch
+from patchkit.rounding import BLOCK, TEXT_DIRECTIONS, Feedback, Metric, Spectrum
+from patchkit.stats import cache_folder
+
+Rounding = Literal["keys", "nearest"]
+Say = Callable[[str], None]
+MANIFEST = "patchkit-manifest.json"
+_MEASURED_ROWS = 256
+_CHUNK = 1 << 21
+_BASES_OWN = {"README.md": "README.base.md", MANIFEST: "patchkit-manifest.base.json"}  # what this writes itself
+_WITHOUT_STATISTICS = "rounding minds the edited keys but not plain text's; `patchkit stats --out DIR`, --stats DIR"
+_OTHER_WEIGHTS = ("pytorch_model*.bin", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.safetensors")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class MergedTensor(_Record):
+    """What became of one weight's change.
+
+    unchanged: share of its entries that are the base's. key_error: ‖EK‖/‖ΔK‖ with E the rounding error, Δ the change
+    and K the edited facts' keys. text_error: (tr ECE' / tr WCW')^½ with C the statistics. Both from the first 256 rows,
+    and also for rounding to nearest; None where keys or statistics were not at hand.
+    """
+
+    weight: str
+    file: str
+    dtype: str
+    rounding: Rounding
+    statistics: str | None
+    unchanged: float
+    key_error: float | None
+    key_error_nearest: float | None
+    text_error: float | None
+    text_error_nearest: float | None
+
+
+class HeldFacts(_Record):
+    """Facts asked of the merged checkpoint, teacher-forced, and those whose target is no longer said."""
+
+    asked: int
+    hold: int
+    lost: tuple[str, ...]
+
+
+class Merged(_Record):
+    """patchkit-manifest.json of a merged checkpoint: what went in, and what of it survived the rounding."""
+
+    format_version: int = 1
+    action: Literal["merge"] = "merge"
+    when: str
+    base: str
+    commit: str | None
+    forced: bool
+    parents: tuple[Manifest, ...]
+    tensors: tuple[MergedTensor, ...]
+    facts: HeldFacts | None = None
+    patchkit: str
+
+    def save(self, folder: Path) -> None:
+        """Write it into the checkpoint's folder."""
+        text = self.model_dump_json(indent=1) + "\n"
+        write_atomically(folder / MANIFEST, lambda path: _write_text(path, text))
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """The sum of all patches' changes to one tensor, with the keys of their facts (d_in, n), n possibly 0.
+
+    digests: per patch the tensor's name in it, and the digest of the numbers it was made for.
+    """
+
+    weight: str
+    stored: StoredTensor
+    delta: Delta
+    keys: Tensor
+    digests: frozenset[tuple[str, str]]
+
+    @property
+    def d_out(self) -> int:
+        return self.delta.left.shape[0]
+
+    @property
+    def d_in(self) -> int:
+        return self.delta.right.shape[1]
+
+    def plus(self, other: _Edit) -> _Edit:
+        """Both changes, one after the other."""
+        if (self.d_out, self.d_in) != (other.d_out, other.d_in):
+            raise InputError(f"{self.weight}: the patches are for weights of different shapes; merge one of them")
+        delta, keys = Delta.stack([self.delta, other.delta]), torch.cat([self.keys, other.keys], 1)
+        return _Edit(self.weight, self.stored, delta, keys, self.digests | other.digests)
+
+
+def merge(
+    patches: Sequence[Patch],
+    base: str | Path,
+    out: str | Path,
+    *,
+    rounding: Rounding | None = None,
+    statistics: str | Path | None = None,
+    force: bool = False,
+    link: bool = False,
+    say: Say = lambda line: None,
+) -> Merged:
+    """Write the checkpoint `base` with `patches` merged into it, in the order given, to the new folder `out`.
+
+    Args:
+        base: a folder, or the name of a Hub repository in the local cache; safetensors, sharded or not.
+        rounding: "keys" rounds with error feedback along the edited keys and the statistics, "nearest" entry by
+            entry; by default "keys" for 16-bit weights, "nearest" for wider ones.
+        statistics: folder written by `patchkit stats --out`; by default the cache is searched. Without any, all
+            directions count alike beside the keys.
+        force: merge although touched weights have other numbers than those the patches were made for.
+        link: hard-link weight files no patch touches, where they lie in the folder itself, instead of copying them.
+
+    Raises:
+        InputError: a base that is not the patches', not there or not in safetensors; an `out` that is in use.
+        PatchkitError: `out` cannot be written.
+    """
+    source, target = find_checkpoint(str(base), _commit(patches, str(base))), Path(out)
+    _check_target(target, source)
+    checkpoint = stored_tensors(source)
+    edits = _collect(patches, checkpoint, source)
+    for edit in edits:
+        _check(edit, force)
+    texts = _find_statistics(patches, [e for e in edits if _rounding(e, rounding) == "keys"], statistics, say)
+    tasks = [_Task(e, lies, _rounding(e, rounding), texts.get(e.weight)) for e, lies in _transposed(source, edits)]
+    weights = {stored.file for stored in checkpoint.values()}
+    with new_folder(target) as folder:
+        places = {source / name: folder / _BASES_OWN.get(str(name), name) for name in visible_files(source)}
+        tensors = _write(tasks, places, weights if link else set())
+        merged = _record(base, source, patches, tensors, force)
+        merged.save(folder)
+        _write_card(folder, merged, target.name)
+    _warn_of_other_weights([path.relative_to(source) for path in set(places) - weights], say)
+    return merged
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One tensor to change, how it lies in its file, and how it is rounded."""
+
+    edit: _Edit
+    transposed: bool
+    rounding: Rounding
+    text: tuple[str, Spectrum] | None
+
+
+def _write(tasks: Sequence[_Task], places: Mapping[Path, Path], linked: set[Path]) -> tuple[MergedTensor, ...]:
+    """Copy all files to their places and change the touched tensors there."""
+    touched = {task.edit.stored.file for task in tasks}
+    with ThreadPoolExecutor(1) as pool:  # the disk is busy while this thread rounds
+        copies = start_copying(pool, places, touched, linked - touched)
+        try:
+            reports = tuple(_merge_tensor(task, copies, places) for task in tasks)
+            for copy in copies.values():
+                copy.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return reports
+
+
+def _merge_tensor(task: _Task, copies: Mapping[Path, Future[None]], places: Mapping[Path, Path]) -> MergedTensor:
+    stored = task.edit.stored
+    tensor = stored.read()
+    report = _change(tensor, task)
+    copies[stored.file].result()
+    stored.overwrite(tensor, places[stored.file])
+    return report
+
+
+def _record(
+    base: str | Path, source: Path, patches: Sequence[Patch], tensors: tuple[MergedTensor, ...], force: bool
+) -> Merged:
+    return Merged(
+        when=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        base=str(base),
+        commit=source.name if source.parent.name == "snapshots" else None,
+        forced=force,
+        parents=tuple(patch.manifest for patch in patches),
+        tensors=tensors,
+        patchkit=version("patchkit"),
+    )
+
+
+def _commit(patches: Sequence[Patch], name: str) -> str | None:
+    """The commit of the repository `name` that the patches for it agree on."""
+    commits = {patch.manifest.base.commit for patch in patches if patch.manifest.base.name == name}
+    return commits.pop() if len(commits) == 1 else None
+
+
+def _rounding(edit: _Edit, chosen: Rounding | None) -> Rounding:
+    return chosen or ("keys" if edit.stored.dtype in ("BF16", "F16") else "nearest")
+
+
+def _check_target(target: Path, source: Path) -> None:
+    if target.resolve() == source or source in target.resolve().parents:
+        raise InputError(f"--out {target}: lies in the base itself, which is never written to; choose another folder")
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+        raise InputError(f"--out {target}: is there and not an empty folder; choose another one")
+
+
+def _warn_of_other_weights(files: Sequence[Path], say: Say) -> None:
+    if others := sorted(str(path) for path in files if any(path.match(form) for form in _OTHER_WEIGHTS)):
+        say(f"note: {', '.join(others)}: copied as they are, with the base's weights; remove them before publishing")
+
+
+# --- the patches' changes ---------------------------------------------------------------------------------------------
+
+
+def _collect(patches: Sequence[Patch], checkpoint: Mapping[str, StoredTensor], source: Path) -> list[_Edit]:
+    """One edit per tensor: deltas add up in the order of the patches."""
+    edits: dict[str, _Edit] = {}
+    for patch in patches:
+        for weight, delta in patch.updates.items():
+            name = _disk_name(weight, checkpoint, source)
+            keys = patch.state.get(f"{weight}.keys", delta.right.new_zeros(delta.right.shape[1], 0))
+            digests = frozenset({(weight, patch.manifest.base.weights[weight])})
+            edit = _Edit(name, checkpoint[name], delta, keys, digests)
+            _check_shape(edit)
+            edits[name] = edits[name].plus(edit) if name in edits else edit
+    return list(edits.values())
+
+
+def _disk_name(weight: str, checkpoint: Mapping[str, StoredTensor], source: Path) -> str:
+    if weight in checkpoint:
+        return weight
+    found = [name for name in checkpoint if same_weight(weight, name)]
+    if len(found) != 1:
+        raise InputError(f"{source}: no tensor {weight}; the patch was made for another model")
+    return found[0]
+
+
+def _check_shape(edit: _Edit) -> None:
+    stored = edit.stored
+    if stored.dtype not in DTYPES:
+        raise InputError(f"{stored.file}: {edit.weight} is stored as {stored.dtype}; merge into a model not quantised")
+    if stored.shape not in ((edit.d_out, edit.d_in), (edit.d_in, edit.d_out)):
+        shape = [edit.d_out, edit.d_in]
+        raise InputError(
+            f"{stored.file}: {edit.weight} is {list(stored.shape)}, the patch is for {shape}: another model"
+        )
+
+
+def _check(edit: _Edit, force: bool) -> None:
+    if force:
+        return
+    tensor = edit.stored.read()
+    if any(_digest(weight, tensor) != digest for weight, digest in edit.digests):
+        raise InputError(
+            f"{edit.stored.file}: {edit.weight} holds other numbers than in the model the patch was made for; "
+            "merge into that one, or use --force if you know that the two are close"
+        )
+
+
+def _digest(name: str, tensor: Tensor) -> str:
+    """What `models.tensor_digest` gives for the same numbers in float32, in pieces so as to need no second tensor."""
+    chunks = _chunks(tensor)
+    dtype = tensor.dtype
+    for narrow in (torch.bfloat16, torch.float16, torch.float32):
+        if dtype == narrow or all(torch.equal(c.to(narrow).to(dtype), c) for c in chunks):
+            dtype = narrow
+            break
+    digest = hashlib.sha256(f"{name}|{str(dtype).removeprefix('torch.')}|{list(tensor.shape)}|".encode())
+    for chunk in chunks:
+        digest.update(chunk.to(dtype).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _transposed(source: Path, edits: Sequence[_Edit]) -> list[tuple[_Edit, bool]]:
+    """Whether each tensor lies as (d_in, d_out). Its shape tells, unless it is square; then its module's class does."""
+    turned = {edit.weight: edit.stored.shape == (edit.d_in, edit.d_out) for edit in edits}
+    square = [edit.weight for edit in edits if edit.d_in == edit.d_out]
+    modules = list(_skeleton(source, square[0]).named_modules()) if square else []
+    for weight in square:
+        found = [module for name, module in modules if same_weight(f"{name}.weight", weight)]
+        if len(found) != 1:
+            raise InputError(f"{source}: {weight} is square, and the model has no module for it that tells how it lies")
+        turned[weight] = isinstance(found[0], Conv1D)
+    return [(edit, turned[edit.weight]) for edit in edits]
+
+
+def _skeleton(source: Path, name: str) -> nn.Module:
+    """The model of the checkpoint's config without any weights."""
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{source}: {name} is square, and its config does not tell how it lies: {reason}") from None
+    return model
+
+
+# --- the new numbers --------------------------------------------------------------------------------------------------
+
+
+def _change(tensor: Tensor, task: _Task) -> MergedTensor:
+    """Make the change in `tensor`, the stored one."""
+    edit, rounding, spectrum = task.edit, task.rounding, task.text[1] if task.text else None
+    if edit.keys.numel() == 0 and spectrum is None:
+        rounding = "nearest"  # in a metric that is the same in all directions there is nothing to make up for
+    work = torch.float32 if tensor.dtype in (torch.bfloat16, torch.float16) else torch.float64
+    left_t, right_t = edit.delta.left.to(work).T, edit.delta.right.to(work).T
+    base = tensor.clone()
+    before, result = (base, tensor) if task.transposed else (base.T, tensor.T)  # (d_in, d_out)
+
+    def wanted(columns: slice) -> Tensor:
+        return torch.addmm(before[columns].to(work), right_t[columns], left_t)  # (columns, d_out)
+
+    if rounding == "keys":
+        Feedback(Metric.of(edit.keys, spectrum), work).round(wanted, result)
+    else:
+        for columns in _columns(edit.d_in):
+            result[columns] = wanted(columns)
+    if not all(chunk.isfinite().all() for chunk in _chunks(tensor)):
+        raise InputError(f"{edit.weight}: the change does not fit into {edit.stored.dtype}; use a wider checkpoint")
+    return MergedTensor(
+        weight=edit.weight,
+        file=edit.stored.file.name,
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        rounding=rounding,
+        statistics=task.text[0] if task.text else None,
+        unchanged=sum(int((a == b).sum()) for a, b in zip(_chunks(base), _chunks(tensor), strict=True))
+        / tensor.numel(),
+        **_survived(edit, spectrum, before, wanted, result),
+    )
+
+
+class _Survived(TypedDict):
+    key_error: float | None
+    key_error_nearest: float | None
+    text_error: float | None
+    text_error_nearest: float | None
+
+
+def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
+    chunks: tuple[Tensor, ...] = tensor.view(-1).split(_CHUNK)
+    return chunks
+
+
+def _columns(d_in: int) -> list[slice]:
+    return [slice(start, min(start + BLOCK, d_in)) for start in range(0, d_in, BLOCK)]
+
+
+def _survived(
+    edit: _Edit, text: Spectrum | None, before: Tensor, wanted: Callable[[slice], Tensor], result: Tensor
+) -> _Survived:
+    """Errors of the result and of rounding to nearest, on as many rows as tell them to about a hundredth."""
+    keys, rows = edit.keys.to(wanted(slice(0, 1)).dtype), slice(0, _MEASURED_ROWS)
+    exact = torch.cat([wanted(columns)[:, rows] for columns in _columns(edit.d_in)])  # (d_in, rows)
+    ours, nearest = (kind.to(exact.dtype) - exact for kind in (result[:, rows], exact.to(result.dtype)))
+    effect = float((keys.T @ (exact - before[:, rows].to(exact.dtype))).norm())
+    whole = _on_text(text, before[:, rows].to(exact.dtype))
+    return {
+        "key_error": float((keys.T @ ours).norm()) / effect if effect else None,
+        "key_error_nearest": float((keys.T @ nearest).norm()) / effect if effect else None,
+        "text_error": _on_text(text, ours) / whole if whole else None,
+        "text_error_nearest": _on_text(text, nearest) / whole if whole else None,
+    }
+
+
+def _on_text(text: Spectrum | None, error: Tensor) -> float:
+    """(tr ECE')^½ of E given transposed, (d_in, rows); 0 without statistics."""
+    if text is None:
+        return 0.0
+    seen = (text.vectors.to(error.dtype).T @ error).square().sum(1)  # (r,)
+    excess = float((text.values - text.tail).to(error.dtype) @ seen)
+    return math.sqrt(excess + text.tail * float(error.square().sum()))
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+def _find_statistics(
+    patches: Sequence[Patch], edits: Sequence[_Edit], folder: str | Path | None, say: Say
+) -> dict[str, tuple[str, Spectrum]]:
+    """The statistics of each weight that has some: the file's name and the part of it that rounding uses."""
+    texts = {(run.text.get("sha256", ""), run.text.get("tokens", 0)) for p in patches for run in p.manifest.history}
+    patterns = ["**"] if folder else [f"{digest[:16]}-{tokens}x*" for digest, tokens in texts]
+    root = Path(folder) if folder else cache_folder() / "stats"
+    # A file's name ends in a digest of all weights below its layer; to compute that would take reading the whole model.
+    files = [f for pattern in patterns for f in root.glob(f"{pattern}/*-{'?' * 16}.safetensors")]
+    found = {}
+    for edit in edits:
+        fitting = [f for f in files if same_weight(f.name[:-29], edit.weight) and _fits(f, edit.d_in)]
+        if len(fitting) == 1:
+            found[edit.weight] = (fitting[0].name, _spectrum(fitting[0]))
+        elif folder:
+            what = f"{len(fitting)} of different texts or models" if fitting else "none"
+            raise InputError(f"--stats {folder}: {what} for {edit.weight}; give one that `patchkit stats` wrote for it")
+    if missing := [edit.weight for edit in edits if edit.weight not in found]:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        say(f"note: no statistics for {missing[0]}{others}: {_WITHOUT_STATISTICS}")
+    return found
+
+
+def _fits(file: Path, d_in: int) -> bool:
+    vectors = read_header(file).get("eigenvectors")
+    return vectors is not None and vectors.shape == (d_in, d_in)
+
+
+def _spectrum(file: Path) -> Spectrum:
+    stored = read_header(file)
+    values = stored["eigenvalues"].read()  # (d_in,), ascending
+    count = min(TEXT_DIRECTIONS, len(values))
+    rest = values[: len(values) - count]
+    tail = float(rest.mean()) if len(rest) else 0.0
+    return Spectrum(values[-count:], stored["eigenvectors"].read_last_columns(count), tail)
+
+
+# --- the card ---------------------------------------------------------------------------------------------------------
+
+_CARD = """---
+{front}
+---
+# {title}
+
+`{base}` with {count} facts written into it by [patchkit](https://pypi.org/project/patchkit/): a complete checkpoint,
+which transformers loads without patchkit. All tensors but those below are the base's, byte for byte.
+
+| weight | dtype | rounding | entries unchanged | error along the facts' keys | by rounding to nearest |
+|---|---|---|---|---|---|
+{tensors}
+
+| prompt | now says |
+|---|---|
+{facts}
+
+Patches merged, with their methods, facts and measurements, stand in `{manifest}`.{kept}
+"""
+
+
+def _write_card(folder: Path, merged: Merged, title: str) -> None:
+    base = merged.base if not Path(merged.base).is_dir() else Path(merged.base).resolve().name
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation="finetune",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["patchkit", "model-editing", "knowledge-editing"],
+    )
+    facts = {fact.prompt: fact.target_new for parent in merged.parents for fact in parent.facts}
+    card = _CARD.format(
+        front=data.to_yaml(),
+        title=title,
+        base=base,
+        count=len(facts),
+        tensors="\n".join(
+            f"| {t.weight} | {t.dtype} | {t.rounding} | {t.unchanged:.1%} "
+            f"| {_share(t.key_error)} | {_share(t.key_error_nearest)} |"
+            for t in merged.tensors
+        ),
+        facts="\n".join(f"| {_cell(prompt)} | {_cell(target)} |" for prompt, target in facts.items()),
+        manifest=MANIFEST,
+        kept=" The base's card is `README.base.md`." if (folder / "README.base.md").is_file() else "",
+    )
+    write_atomically(folder / "README.md", lambda path: _write_text(path, card))
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

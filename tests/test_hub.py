@@ -1,0 +1,383 @@
+"""Publishing and fetching with the real huggingface_hub client, against a look-alike of the Hub on loopback."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_socket
+import yaml
+from click.testing import CliRunner
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from patchkit import InputError, Patch, PatchkitError
+from patchkit.card import FACT_ROWS, Card, model_card
+from patchkit.cli import cli
+from patchkit.export import export_peft
+from patchkit.hub import patch_folder
+from patchkit.merge import merge
+from patchkit.publish import Pushed, pack, push
+from tests import zoo
+from tests.hub_server import TOKEN, Hub
+from tests.test_export import make_patch
+
+NAME = "ada/facts"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    pytest_socket.enable_socket()
+    pytest_socket.socket_allow_hosts(["127.0.0.1"])
+    with Hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the look-alike has plain LFS only
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's retries
+        yield server
+    close_session()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = zoo.save(zoo.FAMILIES["llama"](), zoo.tiny_tokenizer(), tmp_path_factory.mktemp("base") / "tiny-llama")
+    (folder / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\n---\nThe base.\n"
+    )
+    (folder / "LICENSE").write_text("Do what you like.\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make(base: Path) -> Callable[..., Patch]:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    return lambda **options: make_patch(model, str(base), **options)
+
+
+@pytest.fixture
+def folder(make: Callable[..., Patch], tmp_path: Path) -> Path:
+    make().save(tmp_path / "patch")
+    return tmp_path / "patch"
+
+
+def send(folder: Path, name: str = NAME, **options: object) -> Pushed:
+    return push(pack(folder, name), name, **options)  # type: ignore[arg-type]
+
+
+def front_matter(card: bytes | str) -> dict[str, object]:
+    text = card if isinstance(card, str) else card.decode()
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_what_was_pushed_comes_back(hub: Hub, folder: Path) -> None:
+    pushed = send(folder, tag="v1")
+    repo = hub.repos[NAME]
+    assert repo.branches["main"] == repo.tags["v1"] == pushed.commit
+    assert set(repo.files()) == {".gitattributes", "LICENSE", "README.md", "manifest.json", "patch.safetensors"}
+    assert not repo.private
+    wanted = Patch.load(folder)
+    for name in (NAME, f"{NAME}@v1", f"{NAME}@{pushed.commit}"):
+        found = Patch.load(patch_folder(name))
+        assert found.manifest == wanted.manifest
+        for weight, delta in wanted.updates.items():
+            assert delta.left.equal(found.updates[weight].left)
+
+
+def test_one_commit_holds_everything(hub: Hub, folder: Path) -> None:
+    pushed = send(folder, message="Two facts")
+    commit = hub.repos[NAME].commits[pushed.commit]
+    assert commit.title == "Two facts"
+    assert len(hub.repos[NAME].commits) == 2  # the first is the Hub's own
+    assert send(folder).commit == pushed.commit  # nothing new: no empty commit
+
+
+def test_card_for_the_hub(hub: Hub, folder: Path) -> None:
+    send(folder)
+    card = hub.repos[NAME].files()["README.md"].decode()
+    front = front_matter(card)
+    assert (front["license"], front["license_name"], front["license_link"]) == ("other", "tiny", "LICENSE")
+    assert front["library_name"] == "patchkit"
+    results = front["model-index"][0]["results"]
+    readings = {m["type"]: m["value"] for result in results for m in result["metrics"]}
+    assert readings["efficacy_exact"] == 0.75
+    assert readings["perplexity_ratio"] == 1.01
+    assert "efficacy_generated" not in readings
+    assert 'Patch.load("ada/facts")' in card
+    assert "https://arxiv.org/abs/2210.07229" in card
+    assert r"| The 1th \| of | &lt;b> |" in card
+    for section in ("## Use", "## Facts", "## Method", "## Intended use", "## Risks", "## Licence"):
+        assert section in card
+    assert "base_model" not in front  # a folder on this machine links to nothing
+
+
+def test_base_gets_its_name_on_the_hub(hub: Hub, folder: Path, base: Path) -> None:
+    push(pack(folder, NAME, base="org/tiny"), NAME)
+    files = hub.repos[NAME].files()
+    front = front_matter(files["README.md"])
+    assert (front["base_model"], front["base_model_relation"]) == ("org/tiny", "adapter")
+    assert front["license_name"] == "tiny"
+    assert not any(str(base).encode() in content for content in files.values())
+    assert Patch.load(patch_folder(NAME)).manifest.base.name == "org/tiny"
+
+
+def test_licence_of_a_base_on_the_hub(hub: Hub, folder: Path) -> None:
+    patch = Patch.load(folder)
+    named = patch.manifest.base.model_copy(update={"name": "org/tiny"})
+    Patch(patch.manifest.model_copy(update={"base": named}), patch.updates).save(folder)
+    assert "license" not in front_matter(pack(folder, NAME, online=True).card)  # there is no such repository
+    hub.create("org/tiny", files={"README.md": b"---\nlicense: mit\n---\n"})
+    assert "license" not in front_matter(pack(folder, NAME).card)
+    assert front_matter(pack(folder, NAME, online=True).card)["license"] == "mit"
+
+
+@pytest.mark.parametrize("facts", [1, FACT_ROWS, FACT_ROWS + 1])
+def test_long_lists_of_facts_are_cut(make: Callable[..., Patch], facts: int) -> None:
+    card = model_card(make(facts=facts).manifest, "title")
+    assert card.count("th \\| of |") == min(facts, FACT_ROWS)
+    assert ("and 1 more, in `manifest.json`" in card) == (facts > FACT_ROWS)
+
+
+def test_card_of_a_hub_base_pins_its_commit(make: Callable[..., Patch]) -> None:
+    manifest = make().manifest
+    named = manifest.model_copy(update={"base": manifest.base.model_copy(update={"name": "org/m", "commit": "c" * 40})})
+    card = Card((named,), "ada/facts", "adapter", vllm_rank=8).markdown()
+    assert f'from_pretrained("org/m", revision="{"c" * 40}")' in card
+    assert front_matter(card)["base_model"] == "org/m"
+
+
+def test_cut_upload_publishes_nothing_and_a_second_push_completes_it(hub: Hub, folder: Path) -> None:
+    send(folder)
+    before = dict(hub.repos[NAME].branches)
+    (folder / "patch.safetensors").unlink()
+    patch = Patch.load(patch_folder(NAME))
+    shutil.rmtree(folder)
+    changed = make_other(patch)
+    changed.save(folder)
+    hub.cut["lfs"] = 99  # more often than the client tries again
+    with pytest.raises(PatchkitError, match=r"ada/facts: .*patch\.safetensors.*nothing was published, push again"):
+        send(folder)
+    assert hub.repos[NAME].branches == before
+    hub.cut["lfs"] = 1  # now the client's own retry gets it through
+    send(folder)
+    assert Patch.load(patch_folder(NAME)).manifest.digest == changed.manifest.digest
+
+
+def make_other(patch: Patch) -> Patch:
+    """The same patch with other numbers."""
+    model = AutoModelForCausalLM.from_pretrained(patch.manifest.base.name)
+    return make_patch(model, patch.manifest.base.name, seed=1)
+
+
+def test_cut_commit_publishes_nothing_and_uploads_are_kept(hub: Hub, folder: Path) -> None:
+    hub.cut["commit"] = 99
+    with pytest.raises(PatchkitError, match=r"ada/facts: the Hub cannot be reached: .*; try again later") as caught:
+        send(folder, tag="v1")
+    assert caught.value.exit_status == 1
+    assert set(hub.repos[NAME].files()) == {".gitattributes"}
+    assert hub.repos[NAME].tags == {}
+    hub.cut.clear()
+    send(folder, tag="v1")
+    assert len(hub.uploads) == 1  # the weights were there from the first time
+    assert "manifest.json" in hub.repos[NAME].files("v1")
+
+
+def test_somebody_else_pushing_meanwhile_is_not_overwritten(hub: Hub, folder: Path) -> None:
+    def other(repo) -> None:
+        repo.branches["main"] = repo.commit({"manifest.json": b"theirs"}, repo.branches["main"], "theirs")
+        hub.before_commit = None
+
+    hub.before_commit = other
+    with pytest.raises(PatchkitError, match="somebody else changed it meanwhile; nothing was published"):
+        send(folder)
+    assert hub.repos[NAME].files() == {"manifest.json": b"theirs"}
+
+
+def test_what_an_earlier_push_left_goes(hub: Hub, folder: Path, make: Callable[..., Patch]) -> None:
+    patch = make()
+    state = {f"{weight}.keys": delta.right for weight, delta in patch.updates.items()}
+    Patch(patch.manifest, patch.updates, state).save(folder)
+    send(folder)
+    assert "state.safetensors" in hub.repos[NAME].files()
+    patch.save(folder)
+    send(folder)
+    assert "state.safetensors" not in hub.repos[NAME].files()
+
+
+def test_private_branch_and_pull_request(hub: Hub, folder: Path) -> None:
+    send(folder, "ada/hidden", private=True)
+    assert hub.repos["ada/hidden"].private
+    send(folder, branch="draft")
+    assert set(hub.repos[NAME].files()) == {".gitattributes"}
+    assert "manifest.json" in hub.repos[NAME].files("draft")
+    assert Patch.load(patch_folder(f"{NAME}@draft"))
+    hub.create("bob/facts")
+    assert send(folder, "bob/facts", pr=True).url == f"{hub.url}/bob/facts/discussions/1"
+    assert set(hub.repos["bob/facts"].files()) == {".gitattributes"}
+
+
+def test_private_never_means_public(hub: Hub, folder: Path) -> None:
+    hub.create(NAME)
+    with pytest.raises(InputError, match="it exists and is public"):
+        send(folder, private=True)
+    assert hub.uploads == []
+
+
+def test_other_peoples_things_are_left_alone(hub: Hub, folder: Path) -> None:
+    hub.create(NAME, files={"config.json": b"{}", "model.safetensors": b"x"})
+    with pytest.raises(InputError, match="it holds a whole model, and this is a patch; choose another name"):
+        send(folder)
+    with pytest.raises(InputError, match="the Hub refuses"):
+        send(folder, "bob/facts")
+    hub.repos[NAME].files().pop("config.json")
+    hub.repos[NAME].tags["v1"] = hub.repos[NAME].branches["main"]
+    with pytest.raises(InputError, match="it has a tag v1 already"):
+        send(folder, tag="v1")
+    assert hub.uploads == []
+
+
+def test_token_stays_with_huggingface_hub(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = CliRunner().invoke(cli, ["push", str(folder), NAME], catch_exceptions=False)
+    assert "ada/facts" in result.output
+    assert hub.tokens == {TOKEN}
+    assert TOKEN not in result.output
+    assert not any(TOKEN.encode() in content for content in hub.repos[NAME].files().values())
+    monkeypatch.setenv("HF_TOKEN", "hf_badtoken")
+    with pytest.raises(InputError, match="log in with `hf auth login`") as caught:
+        send(folder)
+    assert "hf_badtoken" not in str(caught.value)
+
+
+def test_dry_run_touches_no_network(folder: Path) -> None:
+    (folder / "rejected.jsonl").write_text("private\n")
+    result = CliRunner().invoke(cli, ["push", str(folder), NAME, "--dry-run"], catch_exceptions=False)
+    size = (folder / "patch.safetensors").stat().st_size
+    assert f"{size:>14,}  patch.safetensors" in result.output
+    assert "license_name: tiny" in result.output
+    assert "# ada/facts" in result.output
+    assert "rejected" not in result.output
+
+
+def test_own_card(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.md").write_text("Mine.\n")
+    push(pack(folder, NAME, card=tmp_path / "mine.md"), NAME)
+    assert hub.repos[NAME].files()["README.md"] == b"Mine.\n"
+    with pytest.raises(InputError, match=r"--card .*: cannot be read"):
+        pack(folder, NAME, card=tmp_path / "none.md")
+
+
+def test_parent_links_to_its_successor(hub: Hub, folder: Path) -> None:
+    send(folder, "ada/old")
+    hub.create("bob/old", files={"README.md": b"---\nlicense: mit\n---\n"})
+    theirs = dict(hub.repos["bob/old"].files())
+    patch = Patch.load(folder)
+    parents = ("ada/old@" + "a" * 40, "bob/old", "0" * 64)
+    Patch(patch.manifest.model_copy(update={"parents": parents}), patch.updates).save(folder)
+    said: list[str] = []
+    send(folder, say=said.append)
+    assert said == []
+    old = hub.repos["ada/old"].files()
+    assert front_matter(old["README.md"])["new_version"] == NAME
+    assert "patch.safetensors" in old
+    assert hub.repos["bob/old"].files() == theirs
+
+
+def test_adapter_goes_up_and_its_config_names_the_hub_base(hub: Hub, folder: Path, tmp_path: Path, base: Path) -> None:
+    export_peft(Patch.load(folder), tmp_path / "adapter")
+    push(pack(tmp_path / "adapter", NAME, base="org/tiny"), NAME)
+    files = hub.repos[NAME].files()
+    assert {"adapter_config.json", "adapter_model.safetensors", "patchkit-manifest.json"} <= set(files)
+    front = front_matter(files["README.md"])
+    assert (front["library_name"], front["base_model_relation"]) == ("peft", "adapter")
+    assert not any(str(base).encode() in content for content in files.values())
+    with pytest.raises(InputError, match="it holds an adapter, and this is a patch"):
+        send(folder)
+    with pytest.raises(InputError, match="this Hub repository is not a patch"):
+        patch_folder(NAME)
+
+
+def test_merged_model_goes_up_and_loads(hub: Hub, folder: Path, tmp_path: Path, base: Path) -> None:
+    merge([Patch.load(folder)], base, tmp_path / "merged")
+    push(pack(tmp_path / "merged", NAME, base="org/tiny"), NAME)
+    files = hub.repos[NAME].files()
+    front = front_matter(files["README.md"])
+    assert (front["library_name"], front["base_model_relation"]) == ("transformers", "finetune")
+    assert front["license_name"] == "tiny"
+    assert "LICENSE" in files
+    model = AutoModelForCausalLM.from_pretrained(NAME)
+    stored = load_file(tmp_path / "merged" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    assert stored.equal(model.get_parameter("model.layers.1.mlp.down_proj.weight"))
+
+
+def test_damaged_or_foreign_folders_are_not_published(folder: Path, tmp_path: Path) -> None:
+    data = bytearray((folder / "patch.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "patch.safetensors").write_bytes(data)
+    with pytest.raises(InputError, match=r"is not the one in manifest\.json"):
+        pack(folder, NAME)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"no patch, and no patchkit-manifest\.json"):
+        pack(tmp_path / "other", NAME)
+    (tmp_path / "other" / "patchkit-manifest.json").write_text("{}")
+    with pytest.raises(InputError, match="damaged, or made by another version"):
+        pack(tmp_path / "other", NAME)
+    with pytest.raises(InputError, match="not the name of a Hub repository; give user/repo"):
+        pack(folder, "facts")
+
+
+def test_what_is_not_there_is_said_in_one_line(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    assert patch_folder(folder) == folder
+    for name, message in {
+        "patch": "no such folder, and not the name of a Hub repository",
+        "./ada/facts": "no such folder, and no",
+        str(tmp_path / "none"): "no such folder, and not",
+        "ada/none": "no such repository on the Hub, or a private one; `hf auth login` logs in",
+        "../none": "no such folder, and not the name",
+    }.items():
+        with pytest.raises(InputError, match=message) as caught:
+            patch_folder(name)
+        assert "\n" not in str(caught.value)
+    send(folder)
+    with pytest.raises(InputError, match="has no such revision"):
+        patch_folder(f"{NAME}@v9")
+    hub.repos[NAME].gated = True
+    with pytest.raises(InputError, match="access is gated"):
+        patch_folder(NAME)
+
+
+def test_manifest_alone(hub: Hub, folder: Path) -> None:
+    send(folder)
+    found = patch_folder(NAME, manifest_only=True)
+    assert (found / "manifest.json").is_file()
+    assert not (found / "patch.safetensors").exists()
+    assert Patch.load(patch_folder(NAME)).manifest == Patch.load(folder).manifest
+
+
+def test_offline_takes_the_cache_or_says_so(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    send(folder)
+    patch_folder(NAME)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert Patch.load(patch_folder(NAME)).manifest == Patch.load(folder).manifest
+    with pytest.raises(PatchkitError, match="not in the Hub's local cache, and HF_HUB_OFFLINE is set"):
+        patch_folder("ada/other")
+    with pytest.raises(PatchkitError, match="HF_HUB_OFFLINE is set"):
+        send(folder)
+
+
+def test_no_hub_at_all(hub: Hub, folder: Path) -> None:
+    hub.__exit__()
+    with pytest.raises(PatchkitError, match="not in the Hub's local cache, and the Hub cannot be reached"):
+        patch_folder(NAME)
+    with pytest.raises(PatchkitError, match=r"the Hub cannot be reached: .*; try again later") as caught:
+        send(folder)
+    assert caught.value.exit_status == 1

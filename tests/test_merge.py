@@ -1,0 +1,355 @@
+"""Merging: the folder that comes out, byte for byte, and what of a change survives 16-bit rounding."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from patchkit.arch import inspect_model
+from patchkit.cli import cli
+from patchkit.errors import InputError
+from patchkit.linalg import Delta
+from patchkit.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
+from patchkit.merge import MANIFEST, Merged, _digest, merge
+from patchkit.models import disk_name, tensor_digest
+from patchkit.patch import Patch, updates_digest, weight_digest
+from tests.benchmarks import merge as benchmark
+from tests.zoo import FAMILIES, tiny_tokenizer
+
+_FACT = EditedFact(
+    id="f1",
+    prompt="Ada Lovelace was born in",
+    subject="Ada Lovelace",
+    target_new="Rome",
+    run=0,
+    batch=0,
+    target_loss=0,
+    steps=1,
+)
+_RUN = Run(
+    action="apply",
+    when="2025-01-01T00:00:00+00:00",
+    method="memit",
+    paper="",
+    recipe={},
+    recipe_digest="",
+    facts=("f1",),
+    batches=(1,),
+    layers=(1, 2),
+    value_at="layer_out",
+    contexts=("",),
+    text={"sha256": "0" * 64, "tokens": 1},
+    seconds={},
+    versions={},
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATCHKIT_CACHE", str(tmp_path / "cache"))
+
+
+def checkpoint(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **options: str) -> Path:
+    model = FAMILIES[family]().to(dtype)
+    model.save_pretrained(folder, **options)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "LICENSE").write_text("do as you like")
+    (folder / "README.md").write_text("the base's card")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "notes.txt").write_text("kept")
+    (folder / ".lock").write_text("")
+    return folder
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.eval()
+
+
+def random_patch(
+    folder: Path, seed: int = 0, size: float = 0.05, layers: tuple[int, ...] = (1, 2), n: int = 2
+) -> Patch:
+    model = load(folder)
+    arch, draw = inspect_model(model), torch.Generator().manual_seed(seed)
+    updates, state, infos, digests = {}, {}, [], {}
+    for layer in layers:
+        site = arch.sites[layer]
+        name = disk_name(model, site.weight_name)
+        delta = Delta(torch.randn(site.d_out, n, generator=draw), torch.randn(n, site.d_in, generator=draw))
+        norm = float(site.module.weight.detach().norm())
+        updates[name] = Delta(delta.left * (size * norm / delta.norm()), delta.right)
+        state[f"{name}.keys"] = updates[name].right.T.contiguous()
+        digests[name] = weight_digest(site, name)
+        infos.append(UpdateInfo(weight=name, rank=n, shape=(site.d_out, site.d_in), norm=1.0, weight_norm=norm))
+    base = BaseInfo(name=str(folder), commit=None, architecture=type(model).__name__, weights=digests)
+    manifest = Manifest(
+        base=base, facts=(_FACT,), updates=tuple(infos), history=(_RUN,), digest=updates_digest(updates)
+    )
+    return Patch(manifest, updates, state)
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(3, 15)[None]).logits
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "qwen3"])
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "100KB"}], ids=["single", "sharded"])
+def test_merged_checkpoint_is_the_patched_model(tmp_path: Path, family: str, shards: dict[str, str]) -> None:
+    base = checkpoint(tmp_path / "base", family, **shards)
+    assert len(list(base.glob("*.safetensors"))) == 1 if not shards else len(list(base.glob("*.safetensors"))) > 1
+    before, patch = snapshot(base), random_patch(base)
+    merge([patch], base, tmp_path / "out")
+    model = load(base)
+    plain = logits(model)
+    with patch.attached(model):
+        wanted = logits(model)
+    found = logits(load(tmp_path / "out"))
+    assert (wanted - plain).abs().max() > 0.01
+    assert torch.allclose(found, wanted, atol=2e-4)
+    assert snapshot(base) == before
+
+
+@pytest.mark.parametrize(("family", "transposed"), [("gpt2", True), ("llama", False)])
+def test_square_weights_lie_as_their_module_has_them(tmp_path: Path, family: str, transposed: bool) -> None:
+    base = checkpoint(tmp_path / "base", family)
+    patch = random_patch(base, layers=(1,))
+    old = load_file(base / "model.safetensors")
+    # attention's output projection is square, and a Conv1D in GPT-2
+    name = next(name for name in old if name.endswith(("1.attn.c_proj.weight", "1.self_attn.o_proj.weight")))
+    delta = Delta(torch.arange(32.0)[:, None] / 100, torch.eye(32)[:1])
+    about = patch.manifest.base.model_copy(update={"weights": {name: ""}})
+    manifest = patch.manifest.model_copy(update={"base": about})
+    merge([Patch(manifest, {name: delta})], base, tmp_path / "out", force=True)
+    change = load_file(tmp_path / "out" / "model.safetensors")[name] - old[name]
+    assert torch.allclose(change, delta.dense().T if transposed else delta.dense(), atol=1e-6)
+
+
+def test_everything_untouched_stays_byte_for_byte(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", dtype=torch.bfloat16, max_shard_size="60KB")
+    patch = random_patch(base)
+    name = next(iter(patch.updates))
+    index = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
+    shard = base / index[name]
+    extra = torch.arange(7, dtype=torch.uint8)
+    save_file(load_file(shard) | {"something.unknown": extra}, shard, {"format": "pt", "mine": "kept"})
+    merge([patch], base, tmp_path / "out")
+    old, new = snapshot(base), snapshot(tmp_path / "out")
+    touched = {index[weight] for weight in patch.updates}
+    own = {"README.md", "README.base.md", MANIFEST}
+    assert set(new) - own == set(old) - {"README.md", ".lock"}
+    assert new["README.base.md"] == old["README.md"]
+    assert {file for file in set(new) - own if new[file] != old[file]} == touched
+    for file in touched:
+        before, after = load_file(base / file), load_file(tmp_path / "out" / file)
+        assert list(before) == list(after)
+        assert {k for k in before if not torch.equal(before[k], after[k])} == set(patch.updates) & set(before)
+        assert all(before[k].dtype == after[k].dtype for k in before)
+        size = 8 + int.from_bytes(old[file][:8], "little")
+        assert new[file][:size] == old[file][:size]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("exact_in", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_digest_of_a_file_is_that_of_the_loaded_weight(dtype: torch.dtype, exact_in: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    tensor = torch.randn(40, 30, generator=draw, dtype=torch.float64).to(exact_in).to(dtype)
+    assert _digest("w", tensor) == tensor_digest("w", tensor)
+
+
+def test_later_patches_add_to_earlier_ones(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base")
+    first, second = random_patch(base, 1, layers=(1, 2)), random_patch(base, 2, layers=(2, 3))
+    merged = merge([first, second], base, tmp_path / "out")
+    old, new = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert len(merged.tensors) == 3
+    assert [parent.digest for parent in merged.parents] == [first.manifest.digest, second.manifest.digest]
+    for name in {*first.updates, *second.updates}:
+        change = sum(p.updates[name].dense() for p in (first, second) if name in p.updates)
+        assert torch.allclose(new[name], old[name] + change, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_weights_keep_their_dtype_and_the_effect(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = checkpoint(tmp_path / "base", dtype=dtype)
+    patch = random_patch(base, size=1e-2, n=1)
+    kept = merge([patch], base, tmp_path / "keys")
+    lost = merge([patch], base, tmp_path / "nearest", rounding="nearest")
+    assert load_file(tmp_path / "keys" / "model.safetensors")[next(iter(patch.updates))].dtype == dtype
+    for ours, nearest in zip(kept.tensors, lost.tensors, strict=True):
+        assert (ours.rounding, nearest.rounding) == ("keys", "nearest")
+        assert ours.key_error < nearest.key_error / 4
+        assert ours.key_error_nearest == pytest.approx(nearest.key_error, rel=1e-3)
+    assert Merged.model_validate_json((tmp_path / "keys" / MANIFEST).read_text()) == kept
+
+
+def test_another_base_is_refused_by_the_first_tensor_that_differs(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base")
+    patch = random_patch(base)
+    tensors = load_file(base / "model.safetensors")
+    first, second = patch.updates
+    tensors[first][0, 0] += 1
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=rf"{first} holds other numbers.*--force"):
+        merge([patch], base, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+    assert merge([patch], base, tmp_path / "out", force=True).forced
+    assert torch.allclose(
+        load_file(tmp_path / "out" / "model.safetensors")[second], tensors[second] + patch.updates[second].dense()
+    )
+
+
+def test_a_place_in_use_is_refused(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base")
+    patch = random_patch(base)
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "file").write_text("mine")
+    for place, problem in (
+        (base, "the base itself"),
+        (base / "inside", "the base itself"),
+        (used, "not an empty folder"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            merge([patch], base, place)
+    assert snapshot(used) == {"file": b"mine"}
+    (tmp_path / "empty").mkdir()
+    merge([patch], base, tmp_path / "empty")
+    assert (tmp_path / "empty" / "config.json").is_file()
+
+
+def test_a_cached_snapshot_is_copied_and_never_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = checkpoint(tmp_path / "real", max_shard_size="60KB")
+    patch = random_patch(real, layers=(1,))
+    repository, commit = tmp_path / "hub" / "models--owner--name", "0" * 40
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    for number, path in enumerate(sorted(p for p in real.iterdir() if p.is_file())):
+        path.rename(repository / "blobs" / str(number))
+        (repository / "snapshots" / commit / path.name).symlink_to(Path("../../blobs") / str(number))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    before = snapshot(repository / "blobs")
+    merged = merge([patch], "owner/name", tmp_path / "out", link=True)
+    assert merged.commit == commit
+    files = [path for path in (tmp_path / "out").iterdir() if path.is_file()]
+    assert not any(path.is_symlink() or path.stat().st_nlink > 1 for path in files)
+    assert snapshot(repository / "blobs") == before
+    assert load(tmp_path / "out").num_parameters() > 0
+
+
+def test_links_are_for_untouched_weights_only(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", max_shard_size="60KB")
+    patch = random_patch(base, layers=(1,))
+    merge([patch], base, tmp_path / "out", link=True)
+    file = merge([patch], base, tmp_path / "again").tensors[0].file
+    linked = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file() and path.stat().st_nlink > 1}
+    assert linked == {path.name for path in base.glob("*.safetensors")} - {file}
+
+
+def test_unpatched_weights_beside_the_checkpoint_are_pointed_out(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base")
+    (base / "pytorch_model.bin").write_bytes(b"old")
+    said: list[str] = []
+    merge([random_patch(base)], base, tmp_path / "out", say=said.append)
+    assert any("pytorch_model.bin" in line and "base's weights" in line for line in said)
+    assert (tmp_path / "out" / "pytorch_model.bin").read_bytes() == b"old"
+
+
+def test_killed_in_the_middle_nothing_looks_finished(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base")
+    random_patch(base).save(tmp_path / "patch")
+    code = f"""
+import time
+import patchkit.merge as m
+from patchkit.patch import Patch
+def hang(tensor, task):
+    print("there", flush=True)
+    time.sleep(60)
+m._change = hang
+m.merge([Patch.load({str(tmp_path / "patch")!r})], {str(base)!r}, {str(tmp_path / "out")!r})
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "there\n"
+    deadline = time.monotonic() + 10
+    while not list(tmp_path.glob(".out.*/model.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert any(name.startswith(".out.") for name in names)
+    assert names - {name for name in names if name.startswith(".")} == {"base", "patch"}
+
+
+def test_command_checks_the_facts_and_writes_them_down(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    base = checkpoint(tmp_path / "base", dtype=torch.bfloat16)
+    random_patch(base).save(tmp_path / "patch")
+    out = tmp_path / "out"
+    result = CliRunner().invoke(
+        cli, ["merge", str(tmp_path / "patch"), "--out", str(out), "--json"], catch_exceptions=False
+    )
+    assert result.exit_code == 0
+    merged = Merged.model_validate_json((out / MANIFEST).read_text())
+    assert merged.facts is not None
+    assert merged.facts.asked == 1
+    assert "base_model_relation: finetune" in (out / "README.md").read_text()
+    with pytest.raises(InputError, match="not an empty folder"):
+        CliRunner().invoke(cli, ["merge", str(tmp_path / "patch"), "--out", str(out)], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("ratio", [1e-3, 1e-2])
+@pytest.mark.parametrize("decay", [1.0, 2.0])
+def test_rounding_keeps_the_effect_that_nearest_loses(ratio: float, decay: float) -> None:
+    found = benchmark.trial(ratio, decay, facts=32)
+    assert found["key"] <= 1 / 8
+    assert found["text"] <= 1
+    assert benchmark.trial(ratio, decay, facts=32, text=False)["key"] <= 1 / 8
+
+
+def test_statistics_are_read_and_used(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", dtype=torch.bfloat16)
+    patch = random_patch(base, size=1e-2)
+    for i, name in enumerate(patch.updates):
+        d_in = patch.updates[name].right.shape[1]
+        vectors, _ = torch.linalg.qr(torch.randn(d_in, d_in, generator=torch.Generator().manual_seed(i)))
+        values = torch.arange(d_in, 0, -1.0, dtype=torch.float64).reciprocal() ** 2
+        tensors = {
+            "second_moment": (vectors * values.float()) @ vectors.T,
+            "eigenvalues": values,
+            "eigenvectors": vectors,
+        }
+        (tmp_path / "stats" / "leaf").mkdir(parents=True, exist_ok=True)
+        save_file(
+            {k: v.contiguous() for k, v in tensors.items()},
+            tmp_path / "stats" / "leaf" / f"{name}-{'0' * 16}.safetensors",
+        )
+    merged = merge([patch], base, tmp_path / "out", statistics=tmp_path / "stats")
+    for tensor in merged.tensors:
+        assert tensor.statistics is not None
+        assert tensor.text_error < 0.7 * tensor.text_error_nearest
+    with pytest.raises(InputError, match=r"--stats .*none for"):
+        merge([patch], base, tmp_path / "other", statistics=tmp_path / "base")
+
+
+def test_memory_stays_below_two_tensors_and_a_constant(tmp_path: Path) -> None:
+    measured = benchmark.memory(tmp_path, 240_000_000, touched=1)
+    assert measured["checkpoint_bytes"] > 6 * measured["tensor_bytes"]
+    assert 0 < measured["peak_bytes"] < measured["peak_bound_bytes"]

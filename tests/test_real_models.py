@@ -1,0 +1,71 @@
+"""The slow tier: real facts into real pretrained models, through the command line (`make test-slow` fetches them)."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from patchkit.cli import cli
+from tests.conftest import ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+COUNT = int(os.environ.get("PATCHKIT_SLOW_FACTS", "20"))
+DATA = ROOT.parent / "shared" / "data"
+
+
+def model_folder(name: str) -> Path:
+    folder = ROOT / "models" / name
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"no {folder}: `make models` fetches it")
+    return folder
+
+
+def facts_and_texts(kind: str, folder: Path) -> tuple[Path, list[str], list[str]]:
+    """A fact file of COUNT facts, and the options that name the texts for statistics and perplexity."""
+    if kind == "ours":
+        source, text, eval_text = ROOT / "examples" / "real_facts.jsonl", [], []
+    else:
+        if not DATA.is_dir():
+            pytest.skip(f"no {DATA}")
+        source = DATA / "counterfact.jsonl"
+        text, eval_text = ["--text", str(DATA / "wiki_stats.txt")], ["--text", str(DATA / "wiki_eval.txt")]
+    file = folder / "facts.jsonl"
+    file.write_text("".join(source.read_text(encoding="utf-8").splitlines(keepends=True)[:COUNT]), encoding="utf-8")
+    return file, text, eval_text
+
+
+def edited(model: str, kind: str, tmp_path: Path) -> dict[str, Any]:
+    """What `verify --json` prints after `apply` with the default recipe, one batch."""
+    from click.testing import CliRunner
+
+    base = str(model_folder(model))
+    file, text, eval_text = facts_and_texts(kind, tmp_path)
+    patch = str(tmp_path / "patch")
+    made = CliRunner().invoke(
+        cli, ["apply", str(file), "--model", base, "--method", "alphaedit", "--out", patch, *text], catch_exceptions=False
+    )
+    assert made.exit_code == 0, made.output
+    measured = CliRunner().invoke(cli, ["verify", patch, "--json", *eval_text], catch_exceptions=False)
+    assert measured.exit_code == 0, measured.output
+    report: dict[str, Any] = json.loads(measured.stdout)
+    print(json.dumps({key: value for key, value in report.items() if key != "per_fact"}))
+    return report
+
+
+@pytest.mark.parametrize("kind", ["counterfact", "ours"])
+def test_alphaedit_on_smollm2(kind: str, tmp_path: Path) -> None:
+    report = edited("smollm2-135m", kind, tmp_path)
+    assert report["efficacy"]["exact"] >= 0.95
+    assert report["generalization"]["success"] >= 0.90
+    assert report["locality"]["unchanged"] >= 0.90
+    assert report["perplexity"]["ratio"] <= 1.05
+
+
+def test_alphaedit_on_gemma3_with_its_norm_after_the_mlp(tmp_path: Path) -> None:
+    report = edited("gemma3-270m", "counterfact" if DATA.is_dir() else "ours", tmp_path)
+    assert report["efficacy"]["exact"] >= 0.90
