@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,7 @@ from patchkit.forward import LayerRunner, Prefix, watching
 from patchkit.requests import EditRequest, Row, pad
 
 ValueAt = Literal["layer_out", "module_out"]
+PADDING = 0.15  # most of a bucket that may be padding
 
 
 class ValueConfig(BaseModel):
@@ -71,20 +72,22 @@ def optimise(
 
 
 @dataclass(frozen=True)
-class _Group:
-    """The tensors of one group of facts; rows are grouped by fact, the first of each fact is the plain prompt.
+class _Bucket:
+    """Rows of like suffix length, which run together.
 
-    Shapes: suffix_ids (rows, S); mask (rows, P+S); position_ids (rows, S); hidden (rows, S, d) or None for tokens;
-    fact_of (rows,). Points are positions whose logits count: point_row, point_at (points,) with point_label (points,),
-    -1 marking the essence prompt's; base_log_probs (essence points, vocab).
+    Shapes: row (rows,) numbers them over all buckets; fact_of (rows,); suffix_ids (rows, S); mask (rows, P+S);
+    position_ids (rows, S); hidden (rows, S, d), None where the model starts from tokens. Points are the positions whose
+    logits count: point_row, point_at, point_label (points,), the label -1 marking an essence prompt's; base_log_probs
+    (essence points, vocab).
     """
 
+    row: Tensor
+    fact_of: Tensor
     suffix_ids: Tensor
     mask: Tensor
     position_ids: Tensor
     prefix: Prefix
     hidden: Tensor | None
-    fact_of: Tensor
     point_row: Tensor
     point_at: Tensor
     point_label: Tensor
@@ -100,62 +103,62 @@ class _Group:
             "use_cache": True,
         }
 
-    def keep(self, facts: Tensor) -> _Group:
-        """The group with only the facts marked True, renumbered."""
+    def keep(self, facts: Tensor) -> _Bucket:
+        """The rows of the facts marked True, those facts renumbered."""
         rows = facts[self.fact_of].nonzero().squeeze(1)
         new_row = torch.full_like(self.fact_of, -1)
         new_row[rows] = torch.arange(len(rows), device=rows.device)
         points = new_row[self.point_row] >= 0
-        essence = self.point_label < 0
-        return _Group(
+        return _Bucket(
+            self.row[rows],
+            (facts.cumsum(0) - 1)[self.fact_of[rows]],
             self.suffix_ids[rows],
             self.mask[rows],
             self.position_ids[rows],
             self.prefix.rows(rows),
             None if self.hidden is None else self.hidden[rows],
-            (facts.cumsum(0) - 1)[self.fact_of[rows]],
             new_row[self.point_row[points]],
             self.point_at[points],
             self.point_label[points],
-            self.base_log_probs[points[essence]],
+            self.base_log_probs[points[self.point_label < 0]],
         )
 
 
 class _Problem:
     """Where the deltas go in and how the layers above are run."""
 
-    def __init__(self, runner: LayerRunner, site: Site, value_at: ValueAt) -> None:
-        self.runner, self.site, self.value_at = runner, site, value_at
+    def __init__(self, runner: LayerRunner, site: Site, value_at: ValueAt, contexts: int) -> None:
+        self.runner, self.site, self.value_at, self.contexts = runner, site, value_at, contexts
         # A value at the module's output is added inside its layer, which therefore runs at every step.
         self.start = site.layer if value_at == "module_out" else site.layer + 1
 
-    def log_probs(self, group: _Group, deltas: Tensor) -> Tensor:
+    def log_probs(self, bucket: _Bucket, deltas: Tensor) -> Tensor:
         """Log-probabilities (points, vocab) in float32 with `deltas` (facts, d) added at the subjects' last tokens."""
-        rows = deltas[group.fact_of]  # (rows, d)
+        rows = deltas[bucket.fact_of]  # (rows, d)
         with ExitStack() as stack:
-            hidden = group.hidden
+            hidden = bucket.hidden
             if self.value_at == "module_out":
                 stack.enter_context(watching(self.site.module, len(rows), lambda _, output: _add_first(output, rows)))
             else:
                 assert hidden is not None
                 hidden = _add_first(hidden, rows)
-            where = (group.point_row, group.point_at)
-            logits = self.runner.run(group.inputs(), start=self.start, hidden=hidden, logits_at=where).logits
+            where = (bucket.point_row, bucket.point_at)
+            logits = self.runner.run(bucket.inputs(), start=self.start, hidden=hidden, logits_at=where).logits
         assert logits is not None
         return widen(logits).log_softmax(-1)
 
-    def start_states(self, group: _Group) -> Tensor:
+    def start_states(self, bucket: _Bucket) -> Tensor:
         """The state a delta is added to, at every row's subject, (rows, d), in float32."""
         if self.value_at == "layer_out":
-            assert group.hidden is not None
-            return widen(group.hidden[:, 0])
+            assert bucket.hidden is not None
+            return widen(bucket.hidden[:, 0])
         seen: list[Tensor] = []
 
         def note(_: Tensor, output: Tensor) -> None:
             seen.append(widen(output[:, 0]))
 
-        with watching(self.site.module, len(group.fact_of), note):
-            self.runner.run(group.inputs(), start=self.start, hidden=group.hidden, stop=self.start + 1)
+        with watching(self.site.module, len(bucket.row), note):
+            self.runner.run(bucket.inputs(), start=self.start, hidden=bucket.hidden, stop=self.start + 1)
         return seen[0]
 
 
@@ -171,30 +174,51 @@ def _add_first(hidden: Tensor, rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _prepare(problem: _Problem, requests: Sequence[EditRequest]) -> _Group:
+def _prepare(problem: _Problem, requests: Sequence[EditRequest]) -> list[_Bucket]:
     """Everything that stays the same over the steps."""
+    rows = [(fact, row) for fact, request in enumerate(requests) for row in (*request.rows, request.essence)]
+    lengths = [len(_suffix(row)) for _, row in rows]
+    return [_bucket(problem, numbers, [rows[i] for i in numbers]) for numbers in _alike(lengths)]
+
+
+def _alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices in groups of like length, so that padding each group to its longest wastes at most PADDING of it."""
+    groups: list[list[int]] = []
+    real = 0
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if groups and real + lengths[i] >= (1 - PADDING) * lengths[i] * (len(groups[-1]) + 1):
+            groups[-1].append(i)
+            real += lengths[i]
+        else:
+            groups.append([i])
+            real = lengths[i]
+    return groups
+
+
+def _bucket(problem: _Problem, numbers: Sequence[int], rows: Sequence[tuple[int, Row]]) -> _Bucket:
     runner, device = problem.runner, problem.runner.device
-    rows = [row for request in requests for row in (*request.rows, request.essence)]
-    per_fact = len(requests[0].rows) + 1
-    prefix_ids, prefix_mask = pad([row.prefix for row in rows], device, width=1, left=True)
-    suffixes = [_suffix(row) for row in rows]
-    suffix_ids, suffix_mask = pad(suffixes, device)
-    offsets = torch.tensor([row.subject for row in rows], device=device).unsqueeze(1)  # (rows, 1)
-    group = _Group(
+    prefix_ids, prefix_mask = pad([row.prefix for _, row in rows], device, width=1, left=True)
+    suffix_ids, suffix_mask = pad([_suffix(row) for _, row in rows], device)
+    offsets = torch.tensor([row.subject for _, row in rows], device=device).unsqueeze(1)  # (rows, 1)
+    bucket = _Bucket(
+        torch.tensor(numbers, device=device),
+        torch.tensor([fact for fact, _ in rows], device=device),
         suffix_ids,
         torch.cat([prefix_mask, suffix_mask], 1),
         offsets + torch.arange(suffix_ids.shape[1], device=device),
         Prefix.read(runner, prefix_ids, prefix_mask),
         None,
-        torch.arange(len(requests), device=device).repeat_interleave(per_fact),
-        *_points(rows, device),
+        *_points([row for _, row in rows], device),
         torch.empty(0, device=device),
     )
     if problem.start > 0:
-        group = _replace(group, hidden=runner.run(group.inputs(), stop=problem.start).hidden)
-    group = _replace(group, prefix=group.prefix.from_layer(problem.start))
-    plain = problem.log_probs(group, torch.zeros(len(requests), problem.site.d_out, device=device))
-    return _replace(group, base_log_probs=plain[group.point_label < 0])
+        bucket = replace(bucket, hidden=runner.run(bucket.inputs(), stop=problem.start).hidden)
+    bucket = replace(bucket, prefix=bucket.prefix.from_layer(problem.start))
+    essence = bucket.point_label < 0
+    if not essence.any():
+        return bucket
+    plain = problem.log_probs(bucket, torch.zeros(max(f for f, _ in rows) + 1, problem.site.d_out, device=device))
+    return replace(bucket, base_log_probs=plain[essence])
 
 
 def _suffix(row: Row) -> tuple[int, ...]:
@@ -212,10 +236,6 @@ def _points(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, 
     return columns[0], columns[1], columns[2]
 
 
-def _replace(group: _Group, **changes: Any) -> _Group:
-    return _Group(**{**group.__dict__, **changes})
-
-
 def _optimise_group(
     runner: LayerRunner,
     requests: Sequence[EditRequest],
@@ -224,52 +244,76 @@ def _optimise_group(
     config: ValueConfig,
     advance: Callable[[int], None],
 ) -> Values:
-    problem = _Problem(runner, site, value_at)
-    group = _prepare(problem, requests)
-    n, d = len(requests), site.d_out
-    with torch.no_grad():
-        states = problem.start_states(group).unflatten(0, (n, -1))  # (n, rows per fact, d)
+    problem = _Problem(runner, site, value_at, contexts=len(requests[0].rows))
+    buckets = _prepare(problem, requests)
+    states = _states_by_fact(problem, buckets, len(requests))  # (n, rows per fact, d)
     start = states[:, 0]  # (n, d)
     # The median over contexts: at position 0 a model without BOS keeps an attention sink hundreds of times longer.
     scale = states.norm(dim=-1).median(-1).values.unsqueeze(1)  # (n, 1)
-    adam = _Adam(torch.zeros_like(start), config.learning_rate / d**0.5)
-    final_loss, steps = start.new_zeros(n), torch.zeros(n, dtype=torch.long, device=start.device)
-    live = torch.arange(n, device=start.device)
+    adam = _Adam(torch.zeros_like(start), config.learning_rate / site.d_out**0.5)
+    final_loss, steps = start.new_zeros(len(start)), torch.zeros(len(start), dtype=torch.long, device=start.device)
+    live = torch.arange(len(start), device=start.device)
     for step in range(config.steps + 1):
-        relative = adam.value[live].requires_grad_(step < config.steps)
-        with torch.set_grad_enabled(step < config.steps):
-            loss, target_loss = _losses(problem, group, relative, scale[live], config)
-        final_loss[live], steps[live] = target_loss.detach(), step
-        going = target_loss.detach() >= config.stop_loss
-        advance(int((~going).sum()) if step < config.steps else len(live))
-        if step == config.steps or not going.any():
+        last = step == config.steps
+        loss, gradient = _evaluate(problem, buckets, adam.value[live], scale[live], config, differentiate=not last)
+        final_loss[live], steps[live] = loss, step
+        going = loss >= config.stop_loss
+        advance(len(live) if last else int((~going).sum()))
+        if last or not going.any():
             break
-        (gradient,) = torch.autograd.grad(loss[going].sum(), relative)
         if not going.all():
-            group, live, gradient = group.keep(going), live[going], gradient[going]
+            buckets = [bucket.keep(going) for bucket in buckets if going[bucket.fact_of].any()]
+            live, gradient = live[going], gradient[going]
         adam.step(live, gradient, config.clamp)
     targets = start + adam.value * scale
     return Values(targets.T, start.T, final_loss, steps)
 
 
-def _losses(
-    problem: _Problem, group: _Group, relative: Tensor, scale: Tensor, config: ValueConfig
+@torch.no_grad()
+def _states_by_fact(problem: _Problem, buckets: Sequence[_Bucket], facts: int) -> Tensor:
+    """The states the deltas start from, (facts, rows per fact, d), each fact's rows in their own order."""
+    rows = torch.cat([problem.start_states(bucket) for bucket in buckets])  # (all rows, d)
+    order = torch.cat([bucket.row for bucket in buckets]).argsort()
+    return rows[order].view(facts, -1, rows.shape[-1])
+
+
+def _evaluate(
+    problem: _Problem,
+    buckets: Sequence[_Bucket],
+    relative: Tensor,
+    scale: Tensor,
+    config: ValueConfig,
+    differentiate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Per fact: the whole loss and its target part, both (facts,)."""
-    log_probs = problem.log_probs(group, relative * scale)  # (points, vocab)
-    facts = relative.shape[0]
-    essence = group.point_label < 0
-    row = group.point_row[~essence]
-    token_loss = F.nll_loss(log_probs[~essence], group.point_label[~essence], reduction="none")
-    tokens_in_row = torch.bincount(row, minlength=len(group.fact_of))[row]
-    rows_in_fact = len(group.fact_of) // facts - 1
-    weight = 1 / (tokens_in_row * rows_in_fact)  # mean over a row's tokens, then over a fact's rows
-    zeros = relative.new_zeros(facts)
-    target_loss = zeros.index_add(0, group.fact_of[row], token_loss * weight)
-    drift = F.kl_div(group.base_log_probs, log_probs[essence], reduction="none", log_target=True).sum(-1)
-    kl = zeros.index_add(0, group.fact_of[group.point_row[essence]], drift)
-    decay = relative.square().sum(-1)
-    return target_loss + config.kl_weight * kl + config.decay * decay, target_loss
+    """Target loss (facts,) and the whole loss's gradient (facts, d) at deltas `relative` x `scale`.
+
+    One bucket's graph at a time is alive, so memory does not grow with the number of buckets.
+    """
+    leaf = relative.detach().requires_grad_(differentiate)
+    total, gradient = relative.new_zeros(len(relative)), 2 * config.decay * relative
+    for bucket in buckets:
+        with torch.set_grad_enabled(differentiate):
+            target, drift = _losses(problem, bucket, leaf, scale)
+            loss = (target + config.kl_weight * drift).sum()
+        total += target.detach()
+        if differentiate:
+            gradient = gradient + torch.autograd.grad(loss, leaf)[0]
+    return total, gradient
+
+
+def _losses(problem: _Problem, bucket: _Bucket, relative: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """What the bucket's rows add to each fact's target loss and to its drift on the essence prompt, both (facts,)."""
+    log_probs = problem.log_probs(bucket, relative * scale)  # (points, vocab)
+    zeros = relative.new_zeros(len(relative))
+    essence = bucket.point_label < 0
+    row = bucket.point_row[~essence]
+    token_loss = F.nll_loss(log_probs[~essence], bucket.point_label[~essence], reduction="none")
+    in_row = torch.bincount(row, minlength=len(bucket.row))[row] * problem.contexts
+    target = zeros.index_add(0, bucket.fact_of[row], token_loss / in_row)  # mean over tokens, then over contexts
+    if not len(bucket.base_log_probs):
+        return target, zeros
+    drift = F.kl_div(bucket.base_log_probs, log_probs[essence], reduction="none", log_target=True).sum(-1)
+    return target, zeros.index_add(0, bucket.fact_of[bucket.point_row[essence]], drift)
 
 
 class _Adam:
