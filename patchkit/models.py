@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from patchkit.errors import InputError
 
@@ -86,10 +88,26 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
     kind: Any = DTYPES.get(dtype, torch.float32 if where.type == "cpu" else "auto")
     tokenizer = load_tokenizer(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=kind)
-    except (OSError, ValueError, KeyError) as error:
+        encodes = getattr(AutoConfig.from_pretrained(name), "is_encoder_decoder", False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=kind, output_loading_info=True)
+    except Exception as error:  # a damaged checkpoint makes its readers raise anything
         raise _not_loaded(name, error) from None
+    model, found = loaded
+    if encodes or found["missing_keys"] or not _is_causal(model):
+        what = "an encoder-decoder" if encodes else "a model that sees later tokens too"
+        if found["missing_keys"]:
+            what = f"no {min(found['missing_keys'])} in the checkpoint"
+        raise InputError(f"model {name}: not a decoder-only causal language model: {what}; use another checkpoint")
     return LoadedModel(model.eval().to(where), tokenizer, name, getattr(model.config, "_commit_hash", None))
+
+
+@torch.no_grad()
+def _is_causal(model: PreTrainedModel) -> bool:
+    """Whether a token leaves what comes before it alone. Encoders load as language models too, without a word."""
+    ids = torch.tensor([[3, 4], [3, 5]])
+    logits = model.eval()(input_ids=ids, use_cache=False).logits[:, 0]
+    tolerance = max(4 * torch.finfo(logits.dtype).eps, 1e-4)
+    return float((logits[0] - logits[1]).abs().max()) <= tolerance * float(logits.abs().max())
 
 
 def load_tokenizer(name: str) -> Any:
@@ -100,17 +118,20 @@ def load_tokenizer(name: str) -> Any:
     """
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise InputError(f"model {name}: no such folder")
+    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+        raise InputError(f"model {name}: no config.json in it; give a folder that save_pretrained wrote, or a Hub name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged checkpoint makes its readers raise anything
         raise _not_loaded(name, error) from None
     check_tokenizer(tokenizer, name)
     return tokenizer
 
 
 def _not_loaded(name: str, error: Exception) -> InputError:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return InputError(f"model {name}: cannot be loaded: {reason}")
+    reason = shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
+    nowhere = "" if Path(name).exists() else "there is no such folder, and from the Hub it "
+    return InputError(f"model {name}: {nowhere}cannot be loaded: {reason}")
 
 
 def check_tokenizer(tokenizer: Any, name: str) -> None:
@@ -126,11 +147,11 @@ def check_tokenizer(tokenizer: Any, name: str) -> None:
 def tensor_digest(name: str, tensor: Tensor) -> str:
     """sha256 over name, dtype, shape and bytes, the same whatever dtype the weights were loaded in.
 
-    A bf16 checkpoint loaded in float32 holds the same numbers; so they are hashed in the narrowest of bfloat16,
-    float16 and their own dtype that holds them exactly.
+    A bf16 checkpoint loaded in float32 holds the same numbers; so they are hashed in the first of bfloat16, float16,
+    float32 and their own dtype that holds them exactly.
     """
     tensor = tensor.detach().cpu().contiguous()
-    for narrow in (torch.bfloat16, torch.float16):
+    for narrow in (torch.bfloat16, torch.float16, torch.float32):
         if torch.equal(tensor.to(narrow).to(tensor.dtype), tensor):
             tensor = tensor.to(narrow)
             break
@@ -156,13 +177,25 @@ def disk_name(model: PreTrainedModel, state_name: str) -> str:
     stored = _stored_names(str(model.config._name_or_path), getattr(model.config, "_commit_hash", None))
     if state_name in stored:
         return state_name
-    endings = [name for name in stored if state_name.endswith(f".{name}") or name.endswith(f".{state_name}")]
+    endings = [name for name in stored if same_weight(state_name, name)]
     return endings[0] if len(endings) == 1 else state_name
 
 
 def same_weight(state_name: str, disk: str) -> bool:
-    """Whether an on-disk name and a state-dict name mean one tensor: equal, or one with a prefix the other lacks."""
-    return state_name == disk or state_name.endswith(f".{disk}") or disk.endswith(f".{state_name}")
+    """Whether an on-disk name and a state-dict name mean one tensor: equal but for the wrappers in front.
+
+    One may have some that the other lacks (GPT-2's "transformer."), or both have them in another order (Gemma 3's
+    "model.language_model." and "language_model.model.").
+    """
+    ours, theirs = state_name.split("."), disk.split(".")
+    shared = 0
+    while ours and theirs and ours[-1] == theirs[-1]:
+        ours.pop()
+        theirs.pop()
+        shared += 1
+    fewer, more = sorted((Counter(ours), Counter(theirs)), key=Counter.total)
+    # A wrapper has no number: what differs in a layer's is another tensor.
+    return shared > 0 and fewer <= more and not any(part.isdigit() for part in more)
 
 
 def _stored_names(name: str, commit: str | None) -> set[str]:

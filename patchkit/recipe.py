@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -48,20 +49,30 @@ def recipes_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[1] / "recipes"
 
 
-def load_recipe(method: str | None = None, recipe: str | None = None, overrides: Sequence[str] = ()) -> EditConfig:
+def load_recipe(
+    method: str | None = None,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    earlier: Mapping[str, Any] | None = None,
+) -> EditConfig:
     """The configuration of `--method`, `--recipe` (a file, or the name of one under recipes/<method>/) and `--set`s.
+
+    `earlier` is the recipe of the patch that is continued; it holds where neither of the first two says otherwise.
 
     Raises:
         InputError: unknown method, recipe or key, or a value of the wrong kind; the message names the key.
     """
-    data, where = _read(method, recipe)
+    if earlier and recipe is None and method in (None, earlier["method"]):
+        data, where = deepcopy(dict(earlier)), "the patch's own recipe"
+    else:
+        data, where = _read(method, recipe)
     if method is not None and data.setdefault("method", method) != method:
         raise InputError(f'{where} is a recipe for "{data["method"]}", not for "{method}"; drop --method or --recipe')
     if "method" not in data:
         raise InputError(f'{where}: no "method"; add one of: {", ".join(methods.available())}')
     for override in overrides:
         _override(data, override)
-    return validate(data, where)
+    return validate(data, f"{where} with --set" if overrides else where)
 
 
 def validate(data: Mapping[str, Any], where: str = "recipe") -> EditConfig:
@@ -77,7 +88,8 @@ def validate(data: Mapping[str, Any], where: str = "recipe") -> EditConfig:
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
-        raise InputError(f"{where}: {key}: {problem['msg']}; the keys are in the README under Recipes") from None
+        what = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+        raise InputError(f"{where}: {key}: {what}; the keys are in the README under Recipes") from None
 
 
 def _read(method: str | None, recipe: str | None) -> tuple[dict[str, Any], str]:
@@ -105,7 +117,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise InputError(f'--set {override}: write it as key=value, such as "value.steps=30"')
     parts = key.strip().split(".")
     if len(parts) == 1:
-        if parts[0] in methods.get(data["method"]).config.model_fields:
+        if parts[0] in methods.get(str(data["method"])).config.model_fields:
             parts = ["settings", *parts]
         elif parts[0] in ValueConfig.model_fields:
             parts = ["value", *parts]
@@ -133,7 +145,9 @@ def resolve_layers(layers: str, depth: int) -> list[int]:
             raise InputError(f'layers "{layers}": cannot read "{part}"; write 4-8, or 4,6, or 14%-27%')
         first, last = _layer(found[1], found[2], depth), _layer(found[3] or found[1], found[4] or found[2], depth)
         chosen.update(range(first, last + 1))
-    if not chosen or max(chosen) >= depth:
+        if first > last:
+            raise InputError(f'layers "{layers}": "{part}" runs backwards; write the lower layer first')
+    if max(chosen) >= depth:
         raise InputError(f'layers "{layers}": the model has layers 0 to {depth - 1}')
     return sorted(chosen)
 

@@ -68,7 +68,7 @@ def read_corpus(path: str | Path, tokenizer: Any, tokens: int = 100_000, window:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"text {path}: cannot be read: {error}; give a UTF-8 text file") from None
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
-    if len(ids) < 2:
+    if len(ids) < 2 or not text.strip():
         raise InputError(f"text {path}: no text in it; give a file with some thousand words")
     start = tokenizer("a")["input_ids"][:1]
     bos = start if start == [tokenizer.bos_token_id] else []

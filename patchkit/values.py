@@ -32,10 +32,10 @@ class ValueConfig(BaseModel):
 
     steps: int = Field(25, ge=1, description="Adam steps at most")
     learning_rate: float = Field(0.15, gt=0, description="length of one Adam step, relative to the state's norm")
-    clamp: float = Field(2.0, gt=0, description="longest delta, relative to the state's norm")
+    clamp: float = Field(1.0, gt=0, description="longest delta, relative to the state's norm")
     decay: float = Field(0.01, ge=0, description="weight of the squared relative length of the delta")
     kl_weight: float = Field(0.0625, ge=0, description='weight of the drift on "{subject} is a"')
-    stop_loss: float = Field(0.05, ge=0, description="a fact is done when its target's mean token loss is below this")
+    stop_loss: float = Field(0.1, ge=0, description="a fact is done when its target's mean token loss is below this")
     parallel: int = Field(32, ge=1, description="facts that share a step")
 
 

@@ -1,0 +1,348 @@
+"""Values, keys and the loop over batches, against plain forward passes that run the whole model on one row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import patchkit
+from patchkit import Patch, methods
+from patchkit.arch import inspect_model
+from patchkit.editor import EditState, edit, make_contexts, plan
+from patchkit.facts import parse_facts
+from patchkit.forward import LayerRunner
+from patchkit.linalg import Delta
+from patchkit.methods import LayerProblem
+from patchkit.recipe import load_recipe
+from patchkit.requests import EditRequest, build_request
+from patchkit.runtime import live_deltas
+from patchkit.stats import PACKAGE_TEXT, read_corpus, statistics
+from patchkit.values import ValueConfig, Values, optimise
+from patchkit.verify import read_targets
+from tests.zoo import FAMILIES, HIDDEN, tiny_tokenizer
+
+CONTEXTS = ("", "The engineer said that. ")
+ROME = {"prompt": "the city of Rome", "subject": "Rome", "target_new": "capital"}
+ADA = {"prompt": "the friend of Ada Lovelace", "subject": "Ada Lovelace", "target_new": "is"}
+CURIE = {"prompt": "Marie Curie was born in the city of", "subject": "Marie Curie", "target_new": "London in 1815"}
+LONG = {  # longer than the tiny families' sliding windows
+    "prompt": "Who wrote the first program? The engineer said that it is true. The mother tongue of Alan Turing is",
+    "subject": "Alan Turing",
+    "target_new": "Polish",
+}
+LOUD = ("value.clamp=20", "value.steps=60", "value.kl_weight=0", "null_energy=0.9", "contexts=0")
+
+
+def requests_of(
+    records: Sequence[dict[str, Any]], tokenizer: Any, contexts: Sequence[str] = CONTEXTS
+) -> list[EditRequest]:
+    return [build_request(fact, tokenizer, contexts) for fact in parse_facts(records).facts]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(PACKAGE_TEXT.read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    return file
+
+
+def exact(model: PreTrainedModel, records: Sequence[dict[str, Any]], tokenizer: Any = None) -> list[bool]:
+    pairs = [(record["prompt"], record["target_new"]) for record in records]
+    found = read_targets(LayerRunner(inspect_model(model)), tokenizer or tiny_tokenizer(), pairs)
+    return [found[pair].exact for pair in pairs]
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def plain_loss(model: PreTrainedModel, part: nn.Module, request: EditRequest, delta: Tensor) -> float:
+    """Mean target loss over the contexts with `delta` added to the part's output at the subject, one row at a time."""
+    losses = []
+    for row in request.rows:
+
+        def add(_: object, __: object, output: Any, at: int = row.subject) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            changed = hidden.clone()
+            changed[..., at, :] += delta.to(hidden.dtype)
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        with part.register_forward_hook(add), torch.no_grad():
+            logits = model(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0]
+        losses.append(F.cross_entropy(logits[row.target - 1 : -1], torch.tensor(row.ids[row.target :])))
+    return float(torch.stack(losses).mean())
+
+
+VALUE_FAMILIES = ["llama", "mistral", "gemma2", "gemma3", "gpt2", "opt", "falcon_old", "falcon_sequential", "cohere"]
+
+
+@pytest.mark.parametrize("value_at", ["layer_out", "module_out"])
+@pytest.mark.parametrize("family", VALUE_FAMILIES)
+def test_a_values_loss_is_what_a_plain_pass_finds_with_it(family: str, value_at: Any) -> None:
+    """Cached prefixes, skipped layers, padding and gathered logits change nothing: sliding windows, alibi and all."""
+    model, tokenizer = FAMILIES[family](), tiny_tokenizer()
+    runner, requests = LayerRunner(inspect_model(model)), requests_of([ROME, CURIE, LONG], tokenizer)
+    site = runner.arch.sites[1]
+    values = optimise(runner, requests, site, value_at, ValueConfig(steps=6, clamp=5.0, stop_loss=0.0))
+    part = site.module if value_at == "module_out" else runner.arch.layers[1]
+    for i, request in enumerate(requests):
+        delta = (values.targets - values.start)[:, i]
+        assert float(delta.norm()) > 0.1 * float(values.start[:, i].norm())
+        assert float(values.loss[i]) == pytest.approx(plain_loss(model, part, request, delta), rel=1e-4)
+        assert float(values.loss[i]) < plain_loss(model, part, request, torch.zeros(HIDDEN))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "opt"])
+def test_a_value_is_the_same_alone_and_among_longer_facts(family: str, dtype: torch.dtype) -> None:
+    model, tokenizer = FAMILIES[family]().to(dtype), tiny_tokenizer()
+    runner, requests = LayerRunner(inspect_model(model)), requests_of([ROME, LONG, CURIE], tokenizer)
+    site, config = runner.arch.sites[1], ValueConfig(steps=10)
+    together = optimise(runner, requests, site, "layer_out", config)
+    for i, request in enumerate(requests):
+        alone = optimise(runner, [request], site, "layer_out", config)
+        assert apart(together.targets[:, i], alone.targets[:, 0]) < 1e-4
+
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def test_finished_facts_leave_and_stay_where_they_were() -> None:
+    model, tokenizer = FAMILIES["llama"](), tiny_tokenizer()
+    runner, requests = LayerRunner(inspect_model(model)), requests_of([ROME, CURIE, ADA], tokenizer)
+    config = ValueConfig(steps=40, clamp=20.0, stop_loss=2.0, kl_weight=0.0)
+    finished: list[int] = []
+    values = optimise(runner, requests, runner.arch.sites[1], "layer_out", config, finished.append)
+    assert sum(finished) == 3
+    assert int(values.steps.min()) < 40
+    assert int(values.steps.max()) == 40  # one is too hard
+    for i, request in enumerate(requests):
+        done = int(values.steps[i]) < config.steps
+        assert done == bool(values.loss[i] < config.stop_loss)
+        delta = (values.targets - values.start)[:, i]
+        assert plain_loss(model, runner.arch.layers[1], request, delta) == pytest.approx(
+            float(values.loss[i]), rel=1e-4
+        )
+
+
+def test_groups_smaller_than_the_batch_give_the_same_values() -> None:
+    model, tokenizer = FAMILIES["llama"](), tiny_tokenizer()
+    runner, requests = LayerRunner(inspect_model(model)), requests_of([ROME, CURIE, ADA], tokenizer)
+    found = [
+        optimise(runner, requests, runner.arch.sites[1], "layer_out", ValueConfig(steps=8, parallel=n)) for n in (2, 32)
+    ]
+    assert isinstance(found[0], Values)
+    assert apart(found[0].targets, found[1].targets) < 1e-4
+    assert torch.equal(found[0].steps, found[1].steps)
+
+
+def test_no_value_is_longer_than_the_clamp() -> None:
+    model, tokenizer = FAMILIES["llama"](), tiny_tokenizer()
+    runner, requests = LayerRunner(inspect_model(model)), requests_of([ROME, ADA], tokenizer, ("",))
+    values = optimise(runner, requests, runner.arch.sites[1], "layer_out", ValueConfig(steps=30, clamp=0.7))
+    lengths = (values.targets - values.start).norm(dim=0) / values.start.norm(dim=0)
+    assert torch.all(lengths <= 0.7 + 1e-5)
+
+
+# --- keys and the loop ------------------------------------------------------------------------------------------------
+
+
+def edited(
+    model: PreTrainedModel, records: Sequence[dict[str, Any]], text: Path, *settings: str, tokenizer: Any = None
+) -> EditState:
+    tokenizer = tokenizer or tiny_tokenizer()
+    runner, config = LayerRunner(inspect_model(model)), load_recipe(None, None, settings)
+    sites = plan(runner.arch, config).sites
+    covariances = statistics(runner, sites, read_corpus(text, tokenizer))
+    return edit(runner, tokenizer, parse_facts(records).facts, config, covariances)
+
+
+def plain_keys(model: PreTrainedModel, module: nn.Module, requests: Sequence[EditRequest]) -> Tensor:
+    """Inputs of `module` at the subject's last token, averaged over contexts, (d_in, n), one row at a time."""
+    columns = []
+    for request in requests:
+        seen: list[Tensor] = []
+        for row in request.rows:
+            with (
+                module.register_forward_hook(
+                    lambda _, args, __, at=row.subject, seen=seen: seen.append(
+                        args[0].reshape(-1, args[0].shape[-1])[at]
+                    )  # type: ignore[misc]
+                ),
+                torch.no_grad(),
+            ):
+                model(input_ids=torch.tensor([row.ids]), use_cache=False)
+        columns.append(torch.stack(seen).mean(0))
+    return torch.stack(columns, 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_keys_are_read_with_the_earlier_sites_already_edited(family: str, text: Path) -> None:
+    model, tokenizer = FAMILIES[family](), tiny_tokenizer()
+    state = edited(model, [ROME, CURIE], text, "layers=1-2", "contexts=2", "steps=5")
+    arch, requests = inspect_model(model), requests_of([ROME, CURIE], tokenizer, state.contexts)
+    assert apart(state.keys[1], plain_keys(model, arch.sites[1].module, requests)) < 1e-5
+    untouched = plain_keys(model, arch.sites[2].module, requests)
+    with live_deltas(arch, {1: state.deltas[1]}):
+        expected = plain_keys(model, arch.sites[2].module, requests)
+    assert apart(state.keys[2], expected) < 1e-5
+    assert apart(untouched, expected) > 1e-3
+
+
+class Spy:
+    """Stands in for a method's solve and keeps what it was given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str = "alphaedit") -> None:
+        self.method, self.problems, self.deltas = methods.get(name), list[LayerProblem](), list[Delta]()
+        monkeypatch.setitem(methods.available(), name, replace(self.method, solve=self.solve))
+
+    def solve(self, problem: LayerProblem, config: Any) -> Delta:
+        self.problems.append(problem)
+        self.deltas.append(self.method.solve(problem, config))
+        return self.deltas[-1]
+
+
+def test_later_batches_are_given_the_keys_of_earlier_ones(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spy = Spy(monkeypatch)
+    records = [ROME, ADA, CURIE]
+    state = edited(FAMILIES["llama"](), records, text, "layers=1-2", "batch_size=1", "steps=3", "contexts=0")
+    assert state.batches == [1, 1, 1]
+    for i, layer in enumerate((1, 2)):
+        problems = spy.problems[i::2]
+        assert [p.prior_keys.shape[1] for p in problems] == [0, 1, 2]
+        for n, problem in enumerate(problems):
+            assert torch.equal(problem.prior_keys, torch.cat([problem.keys[:, :0], *(p.keys for p in problems[:n])], 1))
+        assert torch.equal(state.keys[layer], torch.cat([p.keys for p in problems], 1))
+        assert torch.equal(state.deltas[layer].dense(), Delta.stack(spy.deltas[i::2]).dense())
+
+
+def test_the_residual_is_shared_out_over_the_sites(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MEMIT eq. 20: what is missing at the last site, one half at the first of two, all that is left at the second."""
+    spy, model, tokenizer = Spy(monkeypatch), FAMILIES["llama"](), tiny_tokenizer()
+    state = edited(model, [ROME, ADA], text, "layers=1-2", "contexts=0", "steps=5")
+    arch, requests = inspect_model(model), requests_of([ROME, ADA], tokenizer, ("",))
+    target = state.values[0].targets.double()
+
+    def current() -> Tensor:
+        columns = []
+        for request in requests:
+            row, seen = request.rows[0], list[Tensor]()
+            with (
+                arch.layers[2].register_forward_hook(lambda _, __, output, seen=seen: seen.append(output)),
+                torch.no_grad(),
+            ):  # type: ignore[misc]
+                model(input_ids=torch.tensor([row.ids]), use_cache=False)
+            columns.append((seen[0][0] if isinstance(seen[0], tuple) else seen[0])[0, row.subject])
+        return torch.stack(columns, 1)
+
+    assert apart(spy.problems[0].residual, (target - current()) / 2) < 1e-4
+    with live_deltas(arch, {1: state.deltas[1]}):
+        assert apart(spy.problems[1].residual, target - current()) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_facts_edited_one_after_the_other_all_hold(family: str, text: Path) -> None:
+    model, facts = FAMILIES[family](), [ROME, ADA]
+    patch = patchkit.apply(model, tiny_tokenizer(), facts, set=(*LOUD, "layers=2", "batch_size=1"), text=text)
+    with patch.attached(model):
+        assert exact(model, facts) == [True, True]
+
+
+def test_facts_about_one_subject_all_hold(text: Path) -> None:
+    model = FAMILIES["llama"]()
+    facts = [ROME, {**ROME, "prompt": "I have been to Rome"}, {**ROME, "prompt": "who has been to Rome"}]
+    patch = patchkit.apply(model, tiny_tokenizer(), facts, set=(*LOUD, "layers=1-2"), text=text)
+    assert all(delta.left.isfinite().all() and delta.right.isfinite().all() for delta in patch.updates.values())
+    with patch.attached(model):
+        assert exact(model, facts) == [True] * 3
+
+
+@pytest.mark.parametrize("method", ["alphaedit", "memit"])
+def test_the_order_of_the_facts_in_a_batch_does_not_matter(method: str, text: Path) -> None:
+    model, facts = FAMILIES["llama"]().double(), [ROME, ADA, CURIE, LONG]
+    settings = (f"method={method}", "layers=1-2", "contexts=1", "steps=10")
+    found = [edited(model, order, text, *settings) for order in (facts, facts[::-1])]
+    for layer in (1, 2):
+        assert apart(found[1].deltas[layer].dense(), found[0].deltas[layer].dense()) < 1e-5
+
+
+def test_a_fact_that_holds_already_is_left_alone(text: Path) -> None:
+    model, settings = FAMILIES["llama"](), (*LOUD, "layers=2", "value.stop_loss=3")
+    first = patchkit.apply(model, tiny_tokenizer(), [ROME], set=(*settings, "value.stop_loss=0.1"), text=text)
+    with first.attached(model):
+        again = patchkit.apply(model, tiny_tokenizer(), [ROME], set=settings, text=text)
+    assert first.manifest.facts[0].steps > 0
+    assert again.manifest.facts[0].steps == 0
+    assert again.manifest.updates[0].norm < 1e-3 * first.manifest.updates[0].norm
+
+
+@pytest.mark.parametrize("method", methods.available())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_every_method_edits_in_double_and_half_precision(method: str, dtype: torch.dtype, text: Path) -> None:
+    model = FAMILIES["llama"]().to(dtype)
+    settings = tuple(s for s in LOUD if method == "alphaedit" or "null_energy" not in s)
+    patch = patchkit.apply(model, tiny_tokenizer(), [ROME], method, set=(*settings, "layers=2"), text=text)
+    assert all(delta.left.dtype == torch.float32 for delta in patch.updates.values())
+    with patch.attached(model):
+        assert exact(model, [ROME]) == [True]
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+# --- odd prompts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "opt", "falcon_sequential", "gemma3"])
+@pytest.mark.parametrize("contexts", [0, 1])
+def test_a_prompt_that_begins_with_a_one_token_subject_and_no_bos(family: str, contexts: int, text: Path) -> None:
+    """Nothing stands before the subject's last token, so a prefix is empty; neither this row nor others become NaN."""
+    model, tokenizer = FAMILIES[family](), tiny_tokenizer(bos=False)
+    facts = [{"prompt": "Q is in", "subject": "Q", "target_new": "Paris"}, CURIE]
+    assert len(tokenizer("Q")["input_ids"]) == 1
+    state = edited(model, facts, text, f"contexts={contexts}", "layers=2", "steps=5", tokenizer=tokenizer)
+    assert state.values[0].targets.isfinite().all()
+    assert state.values[0].loss.isfinite().all()
+    requests = requests_of(facts, tokenizer, state.contexts)
+    arch = inspect_model(model)
+    if arch.sites[0].direct:
+        delta = (state.values[0].targets - state.values[0].start)[:, 0]
+        loss = plain_loss(model, arch.layers[2], requests[0], delta)
+        assert float(state.values[0].loss[0]) == pytest.approx(loss, rel=1e-4)
+
+
+def test_contexts_are_texts_of_the_models_own() -> None:
+    model, tokenizer = FAMILIES["llama"](), tiny_tokenizer()
+    runner = LayerRunner(inspect_model(model))
+    found = {
+        seed: make_contexts(runner, tokenizer, load_recipe(None, None, [f"seed={seed}", "contexts=6"]))
+        for seed in (0, 0, 1)
+    }
+    for contexts in found.values():
+        assert contexts[0] == ""
+        assert len(contexts) == 7
+        assert all(c.endswith(". ") and "\n" not in c and "<s>" not in c for c in contexts[1:])
+        assert contexts[1].startswith("The")
+    assert found[0] != found[1]
+
+
+def test_progress_counts_facts_up_to_all_of_them(text: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    patch = patchkit.apply(
+        FAMILIES["llama"](),
+        tiny_tokenizer(),
+        [ROME, ADA, CURIE],
+        set=("layers=1", "contexts=0", "steps=3", "batch_size=2"),
+        text=text,
+        progress=lambda *step: seen.append(step),
+    )
+    assert isinstance(patch, Patch)
+    editing = [(done, total) for phase, done, total in seen if phase == "editing"]
+    assert editing == sorted(editing)
+    assert editing[-1] == (3, 3)

@@ -1,0 +1,289 @@
+"""Statistics: what a plain computation gives, one pass, resumable to the bit, recomputed when and only when needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from patchkit import stats
+from patchkit.arch import inspect_model
+from patchkit.errors import InputError
+from patchkit.forward import LayerRunner
+from patchkit.linalg import Covariance
+from patchkit.stats import PACKAGE_TEXT, Corpus, read_corpus, statistics
+from tests.zoo import FAMILIES, LAYERS, tiny_tokenizer
+
+LAST = 2
+FIRST = 1
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text(PACKAGE_TEXT.read_text(encoding="utf-8")[:2500], encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def corpus(text: Path) -> Corpus:
+    """Some twenty windows, the last one shorter: three batches."""
+    return read_corpus(text, tiny_tokenizer(), window=96)
+
+
+def computed(
+    model: PreTrainedModel, corpus: Corpus, folder: Path, layers: tuple[int, ...] = (FIRST, LAST), **more: Any
+) -> dict[int, Covariance]:
+    runner = LayerRunner(inspect_model(model))
+    return statistics(runner, [runner.arch.sites[i] for i in layers], corpus, folder, **more)
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The layers of every computation from now on."""
+    calls: list[tuple[int, ...]] = []
+    compute = stats._compute
+
+    def counted(runner: LayerRunner, sites: Any, *args: Any) -> None:
+        calls.append(tuple(site.layer for site in sites))
+        compute(runner, sites, *args)
+
+    monkeypatch.setattr(stats, "_compute", counted)
+    return calls
+
+
+def second_moment(model: PreTrainedModel, module: torch.nn.Module, corpus: Corpus) -> Tensor:
+    """E[k k'] over all tokens, from full forward passes of one window each."""
+    keys: list[Tensor] = []
+    with module.register_forward_hook(lambda _, args, __: keys.append(args[0].reshape(-1, args[0].shape[-1]))):
+        for window in corpus.windows:
+            with torch.no_grad():
+                model(input_ids=torch.tensor([window]))
+    stacked = torch.cat(keys).double()  # (tokens, d_in)
+    return stacked.T @ stacked / len(stacked)
+
+
+def same(found: dict[int, Covariance], expected: dict[int, Covariance]) -> bool:
+    return found.keys() == expected.keys() and all(
+        torch.equal(a, b)
+        for layer in found
+        for a, b in zip(
+            (found[layer].matrix, *found[layer].eigh), (expected[layer].matrix, *expected[layer].eigh), strict=True
+        )
+    )
+
+
+# --- the numbers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mistral"])  # OPT flattens, GPT-2 transposes
+def test_equals_a_plain_computation(family: str, corpus: Corpus, tmp_path: Path) -> None:
+    model = FAMILIES[family]()
+    for layer, found in computed(model, corpus, tmp_path / "s").items():
+        expected = second_moment(model, inspect_model(model).sites[layer].module, corpus)
+        assert float((found.matrix - expected).norm() / expected.norm()) < 1e-5
+        values, vectors = found.eigh
+        assert float((vectors * values @ vectors.T - expected).norm() / expected.norm()) < 1e-5
+        assert found.tokens == corpus.tokens
+
+
+def test_one_pass_serves_every_site_and_stops_after_the_last(corpus: Corpus, tmp_path: Path) -> None:
+    model = FAMILIES["llama"]()
+    runner = LayerRunner(inspect_model(model))
+    tokens = [0] * LAYERS
+
+    def count(layer: int) -> Callable[..., None]:
+        def hook(_: object, args: tuple[Tensor, ...], __: object) -> None:
+            tokens[layer] += args[0].shape[0] * args[0].shape[1]
+
+        return hook
+
+    for layer, module in enumerate(runner.arch.layers):
+        module.register_forward_hook(count(layer), prepend=True)
+    statistics(runner, [runner.arch.sites[i] for i in (0, FIRST, LAST)], corpus, tmp_path / "s")
+    assert tokens == [corpus.tokens] * (LAST + 1) + [0] * (LAYERS - LAST - 1)
+
+
+def test_each_site_is_the_same_alone_and_with_others(corpus: Corpus, tmp_path: Path) -> None:
+    model = FAMILIES["llama"]()
+    together = computed(model, corpus, tmp_path / "together")
+    alone = {layer: computed(model, corpus, tmp_path / "alone", (layer,))[layer] for layer in (FIRST, LAST)}
+    assert same(together, alone)
+
+
+# --- interrupted ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def interrupted_at(nth: int) -> Iterator[None]:
+    """Ctrl-C while the nth key matrix is being added: in the middle of a batch, one site done and the other not."""
+    adder, calls = stats._adder, 0
+
+    def stopping(sums: dict[int, Tensor], layer: int) -> Callable[[Tensor, Tensor], None]:
+        add = adder(sums, layer)
+
+        def hook(keys: Tensor, output: Tensor) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == nth:
+                raise KeyboardInterrupt
+            add(keys, output)
+
+        return hook
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(stats, "_adder", stopping)
+        yield
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3, 4, 5])
+def test_an_interrupted_run_goes_on_where_it_stopped(corpus: Corpus, tmp_path: Path, nth: int) -> None:
+    model = FAMILIES["llama"]()
+    whole = computed(model, corpus, tmp_path / "whole")
+    with interrupted_at(nth), pytest.raises(KeyboardInterrupt):
+        computed(model, corpus, tmp_path / "s")
+    seen: list[int] = []
+    resumed = computed(model, corpus, tmp_path / "s", progress=lambda done, total: seen.append(done))
+    assert same(resumed, whole)
+    assert (seen[0] > 0) == (nth > 2)  # two sites to a batch: the first batch was done by then
+    assert not list((tmp_path / "s").rglob("partial-*"))
+
+
+def test_an_interrupt_between_batches(corpus: Corpus, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done > 0:
+            raise KeyboardInterrupt
+
+    model = FAMILIES["llama"]()
+    with pytest.raises(KeyboardInterrupt):
+        computed(model, corpus, tmp_path / "s", progress=interrupt)
+    assert same(computed(model, corpus, tmp_path / "s"), computed(model, corpus, tmp_path / "whole"))
+
+
+def test_what_was_saved_for_other_weights_is_not_resumed(corpus: Corpus, tmp_path: Path) -> None:
+    model = FAMILIES["llama"]()
+    with interrupted_at(4), pytest.raises(KeyboardInterrupt):
+        computed(model, corpus, tmp_path / "s")
+    nudge(model, "model.layers.0.mlp.up_proj.weight")
+    assert same(computed(model, corpus, tmp_path / "s"), computed(model, corpus, tmp_path / "whole"))
+
+
+# --- cached -----------------------------------------------------------------------------------------------------------
+
+
+def nudge(model: PreTrainedModel, name: str) -> None:
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[7] += 0.5
+
+
+def test_a_second_run_computes_nothing(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counting(monkeypatch)
+    first = computed(FAMILIES["llama"](), corpus, tmp_path / "s")
+    again = computed(FAMILIES["llama"](), corpus, tmp_path / "s")
+    assert calls == [(FIRST, LAST)]
+    assert same(first, again)
+
+
+def test_only_the_sites_that_are_missing_are_computed(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = counting(monkeypatch)
+    for layers in ((FIRST,), (FIRST, LAST)):
+        computed(FAMILIES["llama"](), corpus, tmp_path / "s", layers)
+    assert calls == [(FIRST,), (LAST,)]
+
+
+DECIDES = {
+    "llama": ["model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight", "model.layers.2.mlp.up_proj.weight"],
+    "gpt2": ["transformer.wpe.weight", "transformer.h.0.ln_1.weight", "transformer.h.0.attn.c_attn.bias"],
+    "opt": ["model.decoder.embed_positions.weight", "model.decoder.layers.1.fc1.bias"],
+}
+
+
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family, names in DECIDES.items() for name in names])
+def test_changed_weights_below_a_site_are_noticed(
+    family: str, name: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = counting(monkeypatch)
+    model = FAMILIES[family]()
+    computed(model, corpus, tmp_path / "s")
+    nudge(model, name)
+    again = computed(model, corpus, tmp_path / "s")
+    assert LAST in calls[1]
+    expected = second_moment(model, inspect_model(model).sites[LAST].module, corpus)
+    assert float((again[LAST].matrix - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["model.layers.3.mlp.up_proj.weight", "model.layers.3.input_layernorm.weight"])
+def test_changed_weights_above_the_last_site_do_not_matter(
+    name: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = counting(monkeypatch)
+    model = FAMILIES["llama"]()
+    computed(model, corpus, tmp_path / "s")
+    nudge(model, name)
+    computed(model, corpus, tmp_path / "s")
+    assert len(calls) == 1
+
+
+def test_text_tokens_window_and_dtype_are_part_of_the_key(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = counting(monkeypatch)
+    model, tokenizer = FAMILIES["llama"](), tiny_tokenizer()
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text(encoding="utf-8") + "More.", encoding="utf-8")
+    for corpus in (
+        read_corpus(text, tokenizer),
+        read_corpus(other, tokenizer),
+        read_corpus(text, tokenizer, tokens=500),
+        read_corpus(text, tokenizer, window=64),
+    ):
+        computed(model, corpus, tmp_path / "s")
+    computed(model.bfloat16(), corpus, tmp_path / "s")
+    assert len(calls) == 5
+
+
+def test_damaged_statistics_are_refused_by_name(corpus: Corpus, tmp_path: Path) -> None:
+    model = FAMILIES["llama"]()
+    computed(model, corpus, tmp_path / "s")
+    file = next((tmp_path / "s").rglob("model.layers.1.*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(InputError, match=f"{file.name}: damaged statistics .*; delete the file"):
+        computed(model, corpus, tmp_path / "s")
+
+
+# --- the text ---------------------------------------------------------------------------------------------------------
+
+
+def test_windows_hold_the_whole_text_and_begin_with_bos(text: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    corpus = read_corpus(text, tokenizer, window=50)
+    assert all(window[0] == tokenizer.bos_token_id for window in corpus.windows)
+    assert max(map(len, corpus.windows)) == 50
+    joined = [token for window in corpus.windows for token in window[1:]]
+    assert tokenizer.decode(joined) == text.read_text(encoding="utf-8")
+    plain = read_corpus(text, tiny_tokenizer(bos=False), window=50)
+    assert [token for window in plain.windows for token in window] == joined
+
+
+def test_no_more_tokens_than_asked_for(text: Path) -> None:
+    assert read_corpus(text, tiny_tokenizer(bos=False), tokens=33).tokens == 33
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\t", b"\xff\xfe\x00"])
+def test_a_file_without_text_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "t.txt").write_bytes(content)
+    with pytest.raises(InputError, match=r"text .*t\.txt: "):
+        read_corpus(tmp_path / "t.txt", tiny_tokenizer())
+
+
+def test_a_window_fits_the_positions_of_the_model() -> None:
+    assert stats.window_of(FAMILIES["gpt2"](), 512) == 256
+    assert stats.window_of(FAMILIES["gpt2"](), 100) == 100
+    assert stats.window_of(FAMILIES["gemma3_vision"](), 512) == 256
