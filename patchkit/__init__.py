@@ -11,11 +11,30 @@ from patchkit.facts import Fact, Locality, read_facts
 if TYPE_CHECKING:
     from patchkit.api import apply, measure
     from patchkit.patch import Patch
+    from patchkit.session import from_pretrained, load
 
-__all__ = ["Fact", "GateError", "InputError", "Locality", "Patch", "PatchkitError", "apply", "measure", "read_facts"]
+__all__ = [
+    "Fact",
+    "GateError",
+    "InputError",
+    "Locality",
+    "Patch",
+    "PatchkitError",
+    "apply",
+    "from_pretrained",
+    "load",
+    "measure",
+    "read_facts",
+]
 
 # torch and transformers take seconds to import; `patchkit --help` and reading facts need neither.
-_LAZY = {"apply": "patchkit.api", "Patch": "patchkit.patch", "measure": "patchkit.api"}
+_LAZY = {
+    "apply": "patchkit.api",
+    "Patch": "patchkit.patch",
+    "measure": "patchkit.api",
+    "load": "patchkit.session",
+    "from_pretrained": "patchkit.session",
+}
 
 
 def __getattr__(name: str) -> Any:

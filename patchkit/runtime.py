@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from patchkit.arch import Architecture
 from patchkit.linalg import Delta
 
 
 class LiveDelta:
-    """A delta that one module adds to its output while attached. It may grow: `add` stacks another one on it."""
+    """The deltas that one module adds to its output while attached, as one product however many they are."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._parts: list[Delta] = []
-        self._factors: tuple[Tensor, Tensor | None] | None = None
+    def __init__(self) -> None:
+        self._total: Delta | None = None
+        self._factors: tuple[Tensor, ...] = ()
 
     def add(self, delta: Delta) -> None:
         """Add `delta` to what the module writes from now on."""
-        weight = next(self._module.parameters())
-        self._parts = [Delta.stack([*self._parts, delta.to(device=weight.device)])]
-        total = self._parts[0]
-        d_out, d_in = total.left.shape[0], total.right.shape[1]
-        if total.rank * (d_out + d_in) < d_out * d_in:
-            self._factors = (total.right.T.to(weight.dtype), total.left.T.to(weight.dtype))
-        else:  # beyond this rank the factors are larger than the matrix
-            self._factors = (total.dense().T.to(weight.dtype), None)
+        self.set([delta] if self._total is None else [self._total, delta.to(self._total.left)])
+
+    def set(self, deltas: Sequence[Delta]) -> None:
+        """Let the module write with just these from now on; with none of them, it writes as if it had no hook."""
+        self._total = Delta.stack(list(deltas)) if deltas else None
+        self._factors = ()
 
     def hook(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Forward hook of the module."""
-        if self._factors is None:
+        if self._total is None:
             return output
-        first, second = self._factors
-        change = args[0] @ first  # (..., r) or (..., d_out)
-        return output + (change if second is None else change @ second)
+        if not self._factors or self._factors[0].dtype != output.dtype or self._factors[0].device != output.device:
+            self._cast(self._total, output)
+        # A module that is quantised or offloaded may take its input on another device, or in another dtype.
+        change = args[0].to(output)
+        for factor in self._factors:
+            change = linear(change, factor)  # (..., r), then (..., d_out)
+        return output + change
+
+    def _cast(self, total: Delta, output: Tensor) -> None:
+        # Made under inference_mode, they could not be used by a later call that computes gradients.
+        with torch.inference_mode(False):
+            total = total.to(device=output.device)
+            d_out, d_in = total.left.shape[0], total.right.shape[1]
+            small = total.rank * (d_out + d_in) < d_out * d_in
+            # Beyond that rank the factors are larger than the matrix.
+            factors = (total.right, total.left) if small else (total.dense(),)
+            self._factors = tuple(factor.detach().to(output.dtype).contiguous() for factor in factors)
 
 
 @contextmanager
@@ -46,11 +59,10 @@ def live_deltas(arch: Architecture, layers: Mapping[int, Delta | None]) -> Itera
     handles = []
     try:
         for layer, delta in layers.items():
-            module = arch.sites[layer].module
-            live[layer] = LiveDelta(module)
+            live[layer] = LiveDelta()
             if delta is not None:
                 live[layer].add(delta)
-            handles.append(module.register_forward_hook(live[layer].hook, prepend=True))
+            handles.append(arch.sites[layer].module.register_forward_hook(live[layer].hook, prepend=True))
         yield live
     finally:
         for handle in handles:

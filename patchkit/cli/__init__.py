@@ -12,6 +12,7 @@ from patchkit.errors import InputError, PatchkitError
 _COMMANDS = {
     "apply": "Write facts into a model, as a patch.",
     "verify": "Measure a patch against the untouched base.",
+    "generate": "What a patched model answers, and its base.",
     "merge": "Write a patched checkpoint that loads by itself.",
     "show": "What a patch holds.",
     "log": "The history of a patch.",
@@ -49,7 +50,7 @@ def cli() -> None:
 def main() -> None:
     """Run the command line: a refusal is one clear message on stderr and the error's exit status."""
     try:
-        cli(standalone_mode=False)
+        cli(prog_name="patchkit", standalone_mode=False)
     except PatchkitError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_status)

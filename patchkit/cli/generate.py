@@ -1,0 +1,89 @@
+"""`patchkit generate`: ask a patched model, and its base beside it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from patchkit.cli.common import choice, model_options, stdout
+
+if TYPE_CHECKING:
+    from patchkit.generate import Answer
+
+
+@click.command("generate")
+@click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
+@model_options
+@click.option(
+    "--patch",
+    "patches",
+    multiple=True,
+    required=True,
+    metavar="P",
+    help="A patch's folder or Hub repository; may be repeated, then they stack in that order.",
+)
+@click.option("--compare", is_flag=True, help="Show what the base says beside what the patched model says.")
+@click.option("--chat", is_flag=True, help="Put each prompt into the tokenizer's chat template, as a user's message.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=40, show_default=True, help="Tokens of an answer at most."
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Sample at this temperature; 0 takes the likeliest token.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampling.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(
+    prompts: tuple[str, ...],
+    model_name: str | None,
+    device: str,
+    dtype: str,
+    patches: tuple[str, ...],
+    compare: bool,
+    chat: bool,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Let a patched model continue each PROMPT ("-" for standard input).
+
+    Without --model: the base that the first patch names.
+    """
+    from patchkit.generate import Sampling, answers
+    from patchkit.hub import patch_folder
+    from patchkit.models import load_model
+    from patchkit.patch import Patch
+
+    read = [Patch.load(patch_folder(patch)) for patch in patches]
+    asked = [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in prompts]
+    chosen = choice(model_name or read[0].manifest.base.name, device, dtype)
+    loaded = load_model(chosen.name, chosen.device, chosen.dtype)
+    sampling = Sampling(max_new_tokens, temperature, seed, chat)
+    found = answers(loaded.model, loaded.tokenizer, read, asked, sampling, compare)
+    if as_json:
+        rows = [{key: text for key, text in asdict(answer).items() if text is not None} for answer in found]
+        click.echo(json.dumps({"model": chosen.name, "patches": patches, "answers": rows}))
+    elif compare:
+        _print_table(found)
+    else:
+        for answer in found:
+            click.echo(answer.patched.strip("\n") if chat else answer.prompt + answer.patched)
+
+
+def _print_table(found: list[Answer]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 1, 0))
+    for heading in ("prompt", "base", "patched"):
+        table.add_column(heading, overflow="fold", ratio=1)
+    for answer in found:
+        table.add_row(answer.prompt, (answer.base or "").strip(), answer.patched.strip())
+    stdout.print(table)

@@ -1,0 +1,158 @@
+"""`patchkit generate`: what patched models answer, and their bases."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import patchkit
+from patchkit import InputError, Patch
+from patchkit.cli import main
+from patchkit.generate import Sampling, answers
+from tests import zoo
+
+# Random weights carry nothing from one position to the next, so the subject ends the prompts.
+ROME = {"prompt": "the city of Rome", "subject": "Rome", "target_new": "capital"}
+ADA = {"prompt": "a friend of Ada", "subject": "Ada", "target_new": "is"}
+LOUD = ("value.clamp=20", "value.steps=60", "null_energy=0.9", "kl_weight=0", "contexts=0", "layers=1-2")
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %} of {% endif %}"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A base's folder and two patches for it."""
+
+    base: Path
+    rome: Path
+    ada: Path
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    folder = tmp_path_factory.mktemp("generate")
+    tokenizer = zoo.tiny_tokenizer()
+    found = Saved(zoo.save(zoo.FAMILIES["llama"](), tokenizer, folder / "base"), folder / "rome", folder / "ada")
+    model = AutoModelForCausalLM.from_pretrained(found.base)
+    for fact, out in ((ROME, found.rome), (ADA, found.ada)):
+        patchkit.apply(model, tokenizer, [fact], set=LOUD).save(out)
+    return found
+
+
+@dataclass(frozen=True)
+class Ended:
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*args: object, stdin: str = "") -> Ended:
+        monkeypatch.setattr(sys, "argv", ["patchkit", "generate", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        status: Any = 0
+        try:
+            main()
+        except SystemExit as ended:
+            status = ended.code
+        return Ended(status, *capsys.readouterr())
+
+    return call
+
+
+def test_the_patched_answer_alone(saved: Saved, run: Run) -> None:
+    """Without --model: the base that the patch names. The last -- lets a prompt begin with a dash."""
+    ended = run("--patch", saved.rome, ROME["prompt"], ADA["prompt"], "--max-new-tokens", 3)
+    assert ended.status == 0
+    first, second = ended.out.rstrip("\n").split("\n" + ADA["prompt"])
+    assert first.startswith("the city of Rome capital")
+    assert not second.startswith(" is")
+
+
+def test_two_patches_stack(saved: Saved, run: Run) -> None:
+    patches = ("--patch", saved.rome, "--patch", saved.ada)
+    ended = run(*patches, "--json", "--compare", "-", ADA["prompt"], stdin=f"{ROME['prompt']}\n")
+    found = json.loads(ended.out)
+    assert found["model"] == str(saved.base)
+    assert found["patches"] == [str(saved.rome), str(saved.ada)]
+    assert [row["prompt"] for row in found["answers"]] == [ROME["prompt"], ADA["prompt"]]
+    for row, fact in zip(found["answers"], (ROME, ADA), strict=True):
+        assert row["patched"].startswith(f" {fact['target_new']}")
+        assert not row["base"].startswith(f" {fact['target_new']}")
+
+
+def test_without_compare_the_base_is_not_asked(saved: Saved, run: Run) -> None:
+    (row,) = json.loads(run("--patch", saved.rome, "--json", ROME["prompt"]).out)["answers"]
+    assert row.keys() == {"prompt", "patched"}
+
+
+def test_side_by_side(saved: Saved, run: Run) -> None:
+    ended = run("--model", saved.base, "--patch", saved.rome, "--compare", "--max-new-tokens", 1, ROME["prompt"])
+    heading, row = (line for line in ended.out.splitlines() if line.strip())
+    assert heading.split() == ["prompt", "base", "patched"]
+    assert row.startswith("the city of Rome ")
+    assert row.split()[-1] == "capital"
+
+
+def test_sampling_goes_by_the_seed(saved: Saved, run: Run) -> None:
+    def sampled(seed: int) -> str:
+        return run("--patch", saved.rome, "--temperature", 2, "--seed", seed, ADA["prompt"]).out
+
+    assert sampled(1) == sampled(1)
+    assert len({sampled(seed) for seed in range(3)}) > 1
+
+
+def test_chat_templates(saved: Saved, run: Run, tmp_path: Path) -> None:
+    refused = run("--patch", saved.rome, "--chat", "Rome")
+    assert refused.status == 2
+    assert refused.err.startswith("error: --chat: the tokenizer has no chat template")
+
+    tokenizer = zoo.tiny_tokenizer(bos=False)
+    tokenizer.chat_template = CHAT
+    chatty = zoo.save(zoo.FAMILIES["llama"](), tokenizer, tmp_path / "chatty")
+    ended = run("--model", chatty, "--patch", saved.rome, "--chat", "--json", "--max-new-tokens", 4, "Rome")
+    (row,) = json.loads(ended.out)["answers"]
+    model, ids = zoo.FAMILIES["llama"](), tokenizer("user: Rome of ", return_tensors="pt")
+    with Patch.load(saved.rome).attached(model):
+        wanted = model.generate(**ids, max_new_tokens=4, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert row == {"prompt": "Rome", "patched": tokenizer.decode(wanted, skip_special_tokens=True)}
+
+
+def test_what_is_refused(saved: Saved, run: Run, tmp_path: Path) -> None:
+    other = zoo.FAMILIES["llama"]()
+    torch.nn.init.ones_(other.model.layers[1].mlp.down_proj.weight)
+    zoo.save(other, zoo.tiny_tokenizer(), tmp_path / "other")
+    for args, message in (
+        (("--patch", saved.base, "x"), "not a patch"),
+        (("--patch", saved.rome, "--model", tmp_path / "other", "x"), "other numbers"),
+        (("--patch", saved.rome, "--max-new-tokens", 300, "x"), "more than the 256 positions"),
+        (("--patch", saved.rome, "-"), "an empty prompt"),
+        (("x",), "Missing option '--patch'"),
+    ):
+        ended = run(*args)
+        assert (ended.status, ended.out) == (2, "")
+        assert message in ended.err
+
+
+def test_the_model_is_left_as_it_was(saved: Saved) -> None:
+    """Also when the second patch is refused."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(saved.base), zoo.tiny_tokenizer()
+    rome, ada = Patch.load(saved.rome), Patch.load(saved.ada)
+    broken = Patch(ada.manifest, {"nowhere.weight": next(iter(ada.updates.values()))})
+    answers(model, tokenizer, [rome], ["Rome"], Sampling(2))
+    with pytest.raises(InputError, match="no such weight"):
+        answers(model, tokenizer, [rome, broken], ["Rome"], Sampling(2))
+    assert not any(module._forward_hooks for module in model.modules())
+    assert not hasattr(model, "patchkit")
