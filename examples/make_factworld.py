@@ -191,14 +191,26 @@ RELATIONS = (
     ),
 )
 
+
+def words(text: str) -> list[str]:
+    """The words of a text, for lists that would be long to read otherwise."""
+    return text.split()
+
+
 OBJECTS = {
-    "profession": ["baker", "cartographer", "glassblower", "surgeon", "lawyer", "carpenter", "astronomer", "tailor", "gardener", "librarian"],
-    "instrument": ["violin", "trumpet", "harp", "accordion", "mandolin", "clarinet", "cello", "bagpipe", "drum", "organ"],
-    "product": ["bicycles", "umbrellas", "telescopes", "carpets", "lanterns", "saddles", "clocks", "anchors", "mirrors", "ploughs"],
-    "dish": ["dumplings", "pancakes", "cheese", "noodles", "sausages", "honey", "pickles", "oysters", "waffles", "marzipan"],
+    "profession": words("baker cartographer glassblower surgeon lawyer carpenter astronomer tailor gardener librarian"),
+    "instrument": words("violin trumpet harp accordion mandolin clarinet cello bagpipe drum organ"),
+    "product": words("bicycles umbrellas telescopes carpets lanterns saddles clocks anchors mirrors ploughs"),
+    "dish": words("dumplings pancakes cheese noodles sausages honey pickles oysters waffles marzipan"),
 }
-SYLLABLES = ["bal", "bex", "bin", "bor", "dal", "den", "dor", "dul", "fam", "fen", "fol", "gar", "gil", "gus", "hal", "hem", "hol", "kas", "kel", "kim", "kor", "lan", "lem", "lis", "lox", "mar", "mel", "mis", "mun", "nal", "nem", "nor", "nus", "pam", "pel", "pin", "pol", "ras", "ren", "ril", "rom", "sal", "sem", "sol", "sun", "tam", "tel", "tin", "tor", "tul", "vam", "vel", "vis", "vor", "zan", "zel", "zim", "zor", "zul"]
-CITY_ENDS = ["gate", "ford", "holm", "wick", "bury", "mouth", "haven", "dale", "stead", "port", "minster", "field", "burgh", "cliff", "well", "moor", "hurst", "shaw", "thorpe", "combe"]
+SYLLABLES = words(
+    "bal bex bin bor dal den dor dul fam fen fol gar gil gus hal hem hol kas kel kim kor lan lem lis lox mar "
+    "mel mis mun nal nem nor nus pam pel pin pol ras ren ril rom sal sem sol sun tam tel tin tor tul vam vel "
+    "vis vor zan zel zim zor zul"
+)
+CITY_ENDS = words(
+    "gate ford holm wick bury mouth haven dale stead port minster field burgh cliff well moor hurst shaw thorpe combe"
+)
 COUNTRY_ENDS = ["ia", "land", "mark", "stan", "ora"]
 LANGUAGE_ENDS = ["ish", "ese", "ic", "an"]
 COMPANY_STARTS = ["Atelier", "House", "Foundry", "Studio", "Maison", "Banco"]
@@ -253,7 +265,8 @@ WORDS = {
     "person": "the miller|a sailor|the mayor|two children|a stranger|the widow|nobody|her uncle|the postman|{name}",
     "does": "waited for|looked at|walked past|spoke about|painted|forgot|remembered|followed|repaired|sold",
     "place": "near the harbour|under the trees|behind the church|on the hill|beside the wall|in the valley|by the sea",
-    "state": "stood empty|was covered with snow|looked smaller than before|belonged to no one|shone in the sun|fell down",
+    "state": "stood empty|was covered with snow|"
+    "looked smaller than before|belonged to no one|shone in the sun|fell down",
 }
 SKELETONS = (
     "{time} {person} {does} the {adj} {noun} {place}",
@@ -551,7 +564,8 @@ def train(
         if step % 100 == 99:
             right = accuracy(model, tokenizer, facts, [0])
             print(
-                f"step {step + 1:5d}  loss {loss.item():.3f}  lookup {found.item():.3f}  facts {right:.3f}  {time.time() - start:.0f} s",
+                f"step {step + 1:5d}  loss {loss.item():.3f}  lookup {found.item():.3f}"
+                f"  facts {right:.3f}  {time.time() - start:.0f} s",
                 flush=True,
             )
 
@@ -628,6 +642,8 @@ def make_case(
     same_relation = [other for other in spare if other.relation == fact.relation and other.subject != fact.subject]
     same_subject = [other for other in spare if other.subject == fact.subject]
     near = rng.sample(same_relation, 2) + rng.sample(same_subject, min(1, len(same_subject)))
+    if prefix == "facts":  # the first examples keep to neighbours in the usual sense: other subjects, same relation
+        near = near[:2]
     return {
         "id": f"{prefix}-{number:03d}",
         "prompt": fact.prompt(),
@@ -664,6 +680,9 @@ and tested without a download: edits take seconds on one core.
 The world has {people} people, {cities} cities and {companies} companies with invented names, and {relations} relations
 ({names}). Each relation has an edit template and {paraphrases} paraphrases; the training text mixes fact sentences, in
 random order, with filler about strangers.
+
+In most training batches, what follows a subject cannot attend to the subject's earlier tokens, only to its last: so
+facts are looked up there in the early MLPs, where large models have been found to do it and where editors write.
 
 | Measured on the saved file, loaded in float32 | |
 |---|---|
@@ -717,7 +736,7 @@ def main() -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    text = write_text(Writer(facts, names, seed=101, fact_share=0.15), tokenizer, sizes.text_tokens)
+    text = write_text(Writer(facts, names, seed=101, fact_share=0.6), tokenizer, sizes.text_tokens)
     held_out = write_text(Writer(facts, names, seed=202, fact_share=0.15), tokenizer, sizes.eval_tokens)
     (folder / "patchkit-text.txt").write_text(text)
     (folder / "patchkit-eval.txt").write_text(held_out)
