@@ -21,7 +21,7 @@ from patchkit.facts import Fact, parse_facts
 from patchkit.forward import LayerRunner
 from patchkit.linalg import Delta
 from patchkit.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
-from patchkit.models import check_tokenizer, disk_name
+from patchkit.models import check_tokenizer, disk_name, model_name
 from patchkit.patch import Patch, updates_digest, weight_digest
 from patchkit.recipe import EditConfig, load_recipe
 from patchkit.requests import build_request
@@ -134,7 +134,7 @@ class _Made:
             tensors[f"{name}.keys"] = self.state.keys[layer].float().contiguous()
             tensors[f"{name}.residuals"] = self.state.residuals[layer].float().contiguous()
         base = BaseInfo(
-            name=str(model.config._name_or_path),
+            name=model_name(model),
             commit=getattr(model.config, "_commit_hash", None),
             architecture=type(model).__name__,
             weights={names[site.layer]: weight_digest(site, names[site.layer]) for site in self.plan.sites},

@@ -169,6 +169,12 @@ def model_digest(named: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
+def model_name(model: PreTrainedModel) -> str:
+    """What the model was loaded from: a Hub name, or a folder in full, so that it is found from other folders too."""
+    name = str(model.config._name_or_path)
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
 def disk_name(model: PreTrainedModel, state_name: str) -> str:
     """The name a tensor has in the checkpoint's files, which need not be its name in the module tree (GPT-2's is not).
 

@@ -26,6 +26,7 @@ from patchkit.arch import Architecture, Site, inspect_model
 from patchkit.card import model_card
 from patchkit.errors import InputError
 from patchkit.files import write_folder
+from patchkit.hub import patch_folder
 from patchkit.linalg import Delta
 from patchkit.manifest import FORMAT_VERSION, Manifest
 from patchkit.models import same_weight, tensor_digest
@@ -91,12 +92,13 @@ class Patch:
 
     @classmethod
     def load(cls, folder: str | Path) -> Patch:
-        """Read a patch's folder and check its tensors against the manifest.
+        """Read a patch, a folder or a Hub repository, and check its tensors against the manifest.
 
         Raises:
             InputError: not a patch, a newer format, or tensors that are not the manifest's.
+            PatchkitError: the Hub cannot be reached.
         """
-        folder = Path(folder)
+        folder = patch_folder(folder)
         manifest = read_manifest(folder)
         try:
             tensors = load_file(folder / "patch.safetensors")

@@ -80,13 +80,16 @@ def log_table(manifest: Manifest) -> RenderableType:
 
 
 def methods_table(known: dict[str, Method]) -> RenderableType:
-    """What `patchkit methods` prints."""
-    table = Table(
-        "method", "writes", "what it does", "use it when", "paper", box=None, pad_edge=False, header_style="bold"
-    )
+    """What `patchkit methods` prints: one block per method, since five columns leave no room for an address."""
+    blocks: list[RenderableType] = []
     for m in known.values():
-        table.add_row(m.name, m.update, m.summary, m.use_when, f"{m.paper} ({m.equations})")
-    return table
+        rows = Table.grid(padding=(0, 2))
+        rows.add_row("  writes", m.update)
+        rows.add_row("  does", m.summary)
+        rows.add_row("  use it when", m.use_when)
+        rows.add_row("  paper", f"{m.paper} ({m.equations})")
+        blocks += [Text(m.name, style="bold"), rows, Text()]
+    return Group(*blocks[:-1])
 
 
 def _first_words(said: str, target: str) -> str:

@@ -453,10 +453,14 @@ def test_a_patch_of_a_newer_format_is_refused(run: Run, patch: Path) -> None:
 @pytest.mark.parametrize("command", ["verify", "show", "log"])
 def test_a_folder_that_is_no_patch_is_refused(run: Run, command: str) -> None:
     Path("other").mkdir()
-    for folder in ("other", "nope", "facts.jsonl"):
+    for folder, why in (
+        ("other", "not a patch, there is no manifest.json in it"),
+        ("facts.jsonl", "not a patch, there is no manifest.json in it"),
+        ("nope", "no such folder, and not the name of a Hub repository (user/repo) either"),
+    ):
         ended = run(command, folder)
         assert ended.status == 2
-        assert ended.err == f"error: {folder}: not a patch, there is no manifest.json in it\n"
+        assert ended.err == f"error: {folder}: {why}\n"
 
 
 def test_another_base_is_refused_by_its_first_other_tensor(run: Run, patch: Path, tmp_path: Path, gpt2: Path) -> None:

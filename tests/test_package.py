@@ -20,8 +20,8 @@ PACKAGE = Path(patchkit.__file__).parent
 # Each module may import those before it. A new module needs a place here.
 FLOW = (
     *("errors", "files", "facts", "requests", "models", "checkpoint", "arch", "forward", "linalg", "stats", "values"),
-    *("keys", "methods", "recipe", "runtime", "editor", "manifest", "card", "patch", "rounding", "merge", "export"),
-    *("hub", "publish", "verify", "api", "session", "generate", "jobs", "report", "cli", "__main__"),
+    *("keys", "methods", "recipe", "runtime", "editor", "manifest", "card", "hub", "patch", "rounding", "merge"),
+    *("export", "publish", "verify", "api", "session", "generate", "jobs", "report", "cli", "__main__"),
 )
 
 

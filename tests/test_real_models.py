@@ -46,9 +46,8 @@ def edited(model: str, kind: str, tmp_path: Path) -> dict[str, Any]:
     base = str(model_folder(model))
     file, text, eval_text = facts_and_texts(kind, tmp_path)
     patch = str(tmp_path / "patch")
-    made = CliRunner().invoke(
-        cli, ["apply", str(file), "--model", base, "--method", "alphaedit", "--out", patch, *text], catch_exceptions=False
-    )
+    apply = ["apply", str(file), "--model", base, "--method", "alphaedit", "--out", patch, *text]
+    made = CliRunner().invoke(cli, apply, catch_exceptions=False)
     assert made.exit_code == 0, made.output
     measured = CliRunner().invoke(cli, ["verify", patch, "--json", *eval_text], catch_exceptions=False)
     assert measured.exit_code == 0, measured.output

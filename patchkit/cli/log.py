@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import click
 
@@ -15,11 +14,12 @@ from patchkit.cli.common import stdout
 @click.option("--json", "as_json", is_flag=True, help="Print the runs as JSON.")
 def command(patch: str, as_json: bool) -> None:
     """Show every run that made PATCH, newest first."""
+    from patchkit.hub import patch_folder
     from patchkit.patch import read_manifest
     from patchkit.report import log_table
 
-    manifest = read_manifest(Path(patch))
+    manifest = read_manifest(patch_folder(patch, manifest_only=True))
     if as_json:
         click.echo(json.dumps([run.model_dump(mode="json") for run in manifest.history], indent=1))
     else:
-        stdout.print(log_table(manifest))
+        stdout.print(log_table(manifest), soft_wrap=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from patchkit.cli.common import stdout
@@ -14,10 +12,11 @@ from patchkit.cli.common import stdout
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def command(patch: str, as_json: bool) -> None:
     """Show base, updates and facts of PATCH."""
+    from patchkit.hub import patch_folder
     from patchkit.patch import read_manifest
     from patchkit.report import patch_table
 
-    manifest = read_manifest(Path(patch))
+    manifest = read_manifest(patch_folder(patch, manifest_only=True))
     if as_json:
         click.echo(manifest.model_dump_json(indent=1))
     else:
