@@ -25,7 +25,7 @@ class EditConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)  # layers: 8 is meant as "8"
 
     method: str
-    layers: str = Field("14%-27%", description='layers to edit: "4-8", "4,6", or a share of the depth, "13%-27%"')
+    layers: str = Field("14%-27%", description='layers to edit: "4-8", "4,6", or a share of the depth, "14%-27%"')
     batch_size: int = Field(100, ge=1, description="facts solved for together; batches follow one another")
     contexts: int = Field(5, ge=0, description="generated texts put before each prompt, besides the prompt alone")
     context_length: int = Field(10, ge=1, description="tokens in each such text")
