@@ -29,3 +29,7 @@ def test_save_and_load_measures_the_loaded_patch(tmp_path: Path) -> None:
     assert "manifest.json" in out
     assert "3 facts" in out
     assert (tmp_path / "patch" / "patch.safetensors").is_file()
+
+
+def test_stack_patches_shows_each_state() -> None:
+    assert len(run("stack_patches.py").splitlines()) >= 3
