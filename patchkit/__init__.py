@@ -9,7 +9,7 @@ from patchkit.errors import GateError, InputError, PatchkitError
 from patchkit.facts import Fact, Locality, read_facts
 
 if TYPE_CHECKING:
-    from patchkit.api import apply, measure
+    from patchkit.api import apply, measure, revert
     from patchkit.patch import Patch
     from patchkit.session import from_pretrained, load
 
@@ -25,6 +25,7 @@ __all__ = [
     "load",
     "measure",
     "read_facts",
+    "revert",
 ]
 
 # torch and transformers take seconds to import; `patchkit --help` and reading facts need neither.
@@ -32,6 +33,7 @@ _LAZY = {
     "apply": "patchkit.api",
     "Patch": "patchkit.patch",
     "measure": "patchkit.api",
+    "revert": "patchkit.api",
     "load": "patchkit.session",
     "from_pretrained": "patchkit.session",
 }

@@ -1,11 +1,13 @@
-"""`patchkit.apply`: a model, a tokenizer and facts in, a patch out."""
+"""`patchkit.apply` and `patchkit.revert`: a model, a tokenizer and facts in, a patch out; a patch less some facts."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,20 +17,24 @@ import transformers
 from transformers import PreTrainedModel
 
 from patchkit import methods
-from patchkit.arch import inspect_model
+from patchkit.arch import Site, inspect_model
 from patchkit.editor import EditState, Plan, Progress, edit, frozen, plan
+from patchkit.errors import InputError
 from patchkit.facts import Fact, parse_facts
 from patchkit.forward import LayerRunner
-from patchkit.linalg import Delta
-from patchkit.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
+from patchkit.history import Incoming, choose_facts, sort_incoming
+from patchkit.linalg import Covariance
+from patchkit.manifest import BaseInfo, EditedFact, Run
+from patchkit.methods import Method
 from patchkit.models import check_tokenizer, disk_name, model_name
-from patchkit.patch import Patch, updates_digest, weight_digest
+from patchkit.patch import Patch, weight_digest
 from patchkit.recipe import EditConfig, load_recipe
+from patchkit.replay import Sites, assemble, state_of, with_run, without
 from patchkit.requests import build_request
 from patchkit.stats import Corpus, default_text, read_corpus, statistics, window_of
 from patchkit.verify import Report, verify
 
-EVAL_TOKENS, EVAL_WINDOW = 8192, 512
+EVAL_TOKENS, EVAL_WINDOW = 4096, 512
 
 
 def apply(
@@ -37,6 +43,7 @@ def apply(
     facts: Iterable[Fact | Mapping[str, Any]],
     method: str | None = None,
     *,
+    onto: Patch | None = None,
     recipe: str | None = None,
     set: Sequence[str] = (),
     text: str | Path | None = None,
@@ -50,32 +57,85 @@ def apply(
         tokenizer: its fast tokenizer.
         facts: `Fact`s, or mappings with at least prompt, subject and target_new.
         method: one of `patchkit methods`; alphaedit when neither method nor recipe says otherwise.
+        onto: a patch to go on from, as if its facts and these had been batches of one run; also its recipe is gone on
+            with, unless method or recipe say otherwise. A fact that is there already is skipped; one with the prompt
+            of an earlier fact and another target supersedes it.
         recipe: a recipe file, or the name of one under recipes/<method>/.
         set: overrides in the form "key=value", such as "layers=4-8" or "value.steps=30".
         text: a UTF-8 text file for the statistics; without it a small English one that comes with patchkit.
         stats: folder for the statistics instead of the user's cache.
         progress: called with (phase, done, total).
 
+    Returns:
+        A new patch with `onto`'s facts and history and this run, or `onto` itself if it has all the facts.
+
     Raises:
-        InputError: a fact, the recipe, the text or the model cannot be used; the message says which and why.
+        InputError: a fact, the recipe, the text, the model or `onto` cannot be used; the message says which and why.
     """
     name = str(model.config._name_or_path)
     check_tokenizer(tokenizer, name)
-    config = load_recipe(method, recipe, set)
+    config = load_recipe(method, recipe, set, onto.manifest.history[-1].recipe if onto else None)
     known = parse_facts(facts, token_count=lambda target: count_tokens(tokenizer, target)).facts
-    for fact in known:  # what cannot be tokenised should be known before minutes of statistics
+    incoming = sort_incoming(known, onto.manifest.facts if onto else ())
+    for fact in incoming.new:  # what cannot be tokenised should be known before minutes of statistics
         build_request(fact, tokenizer)
     with frozen(model):
+        bench = _Bench(LayerRunner(inspect_model(model)), tokenizer, _texts(name, text), stats, progress)
+        sites = onto.sites(bench.runner.arch) if onto else {}
+        if onto and not incoming.new:
+            return onto
+        earlier = bench.less(onto, incoming.superseded, sites) if onto else None
+        start = _start(earlier, sites, config) if earlier else None
+        how = plan(bench.runner.arch, config)
+        corpus = bench.corpus(bench.texts[0])
+        covariances = bench.covariances(methods.get(config.method), how.sites, corpus)
+        state = edit(bench.runner, tokenizer, incoming.new, config, covariances, progress, start)
+    return _Made(bench.runner, incoming, config, how, corpus, state).patch(onto, earlier, sites)
+
+
+def revert(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    patch: Patch,
+    facts: Iterable[str],
+    *,
+    texts: Sequence[str | Path] = (),
+    stats: str | Path | None = None,
+    progress: Progress = lambda phase, done, total: None,
+) -> Patch:
+    """`patch` without some facts: its solves are made again without them, from the stored keys and residuals.
+
+    The model serves to find the statistics that belong to it; it runs only if those have to be computed anew. A fact
+    that a reverted one had superseded does not come back.
+
+    Args:
+        facts: ids of facts in the patch; `patchkit.history.choose_facts` finds those of some runs.
+        texts: the texts the statistics were made of, where that was not the default one.
+        stats: folder for the statistics instead of the user's cache.
+
+    Raises:
+        InputError: an unknown id, another model, no state in the patch, or a text that is not there.
+    """
+    began, manifest = time.perf_counter(), patch.manifest
+    gone = choose_facts(manifest, tuple(facts))
+    with frozen(model):
         runner = LayerRunner(inspect_model(model))
-        how = plan(runner.arch, config)
-        corpus = read_corpus(text or default_text(name), tokenizer, window=window_of(model))
-        needed = how.sites if methods.get(config.method).needs_statistics else ()
-        place = Path(stats) if stats else None
-        covariances = (
-            statistics(runner, needed, corpus, place, lambda a, b: progress("statistics", a, b)) if needed else {}
-        )
-        state = edit(runner, tokenizer, known, config, covariances, progress)
-    return _Made(runner, known, config, how, corpus, state).patch()
+        bench = _Bench(runner, tokenizer, _texts(str(model.config._name_or_path), *texts), stats, progress)
+        less = bench.less(patch, gone, patch.sites(runner.arch))
+    run = manifest.history[-1].model_copy(
+        update={
+            **_stamp(runner),
+            "action": "revert",
+            "facts": gone,
+            "batches": (),
+            "seconds": {"solve": round(time.perf_counter() - began, 3)},
+            "metrics": None,
+            "superseded": {},
+            "skipped": (),
+            "removed": tuple(fact for fact in manifest.facts if fact.id in gone),
+        }
+    )
+    return with_run(less, run, manifest.digest)
 
 
 def measure(
@@ -113,86 +173,143 @@ def count_tokens(tokenizer: Any, text: str) -> int:
     return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def _texts(model_name: str, *given: str | Path | None) -> list[str | Path]:
+    return [text for text in (*given, default_text(model_name)) if text]
+
+
+@dataclass
+class _Bench:
+    """What applying and reverting work with: a model, its tokenizer, and where statistics come from."""
+
+    runner: LayerRunner
+    tokenizer: Any
+    texts: Sequence[str | Path]
+    stats: str | Path | None
+    progress: Progress
+
+    def corpus(self, text: str | Path) -> Corpus:
+        """The text, tokenised."""
+        model = self.runner.arch.model
+        assert isinstance(model, PreTrainedModel)
+        return read_corpus(text, self.tokenizer, window=window_of(model))
+
+    def covariances(self, method: Method, sites: Sequence[Site], corpus: Corpus) -> dict[int, Covariance]:
+        """Those that `method` needs, by layer."""
+        if not method.needs_statistics:
+            return {}
+        place = Path(self.stats) if self.stats else None
+        return statistics(self.runner, sites, corpus, place, lambda a, b: self.progress("statistics", a, b))
+
+    def less(self, patch: Patch, gone: Collection[str], sites: Sites) -> Patch:
+        """The patch without the facts in `gone`.
+
+        Raises:
+            InputError: the text that a run took its statistics from is not among the texts.
+        """
+
+        @cache  # finding statistics takes a digest of the weights below: once for all sites, and for runs alike
+        def of_text(digest: str, method: str, layers: tuple[int, ...]) -> dict[int, Covariance] | None:
+            found = next((c for c in map(self.corpus, self.texts) if c.digest == digest), None)
+            edited = [site for site in sites.values() if site.layer in layers]
+            return None if found is None else self.covariances(methods.get(method), edited, found)
+
+        def find(number: int, site: Site) -> Covariance | None:
+            run = patch.manifest.history[number]
+            if not methods.get(run.method).needs_statistics:
+                return None
+            found = of_text(run.text["sha256"], run.method, run.layers)
+            if found is None:
+                raise InputError(
+                    f"run {number + 1} took its statistics from the text {run.text['source']} "
+                    f"(sha256 {run.text['sha256'][:16]}...), which is not here; give it with --text"
+                )
+            return found[site.layer]
+
+        return without(patch, gone, sites, find) if gone else patch
+
+
+def _start(earlier: Patch, sites: Sites, config: EditConfig) -> EditState:
+    """The state to go on from. Contexts are the last run's, unless the recipe asks for other ones."""
+    last = earlier.manifest.history[-1]
+    alike = all(last.recipe.get(key) == getattr(config, key) for key in ("seed", "contexts", "context_length"))
+    return state_of(earlier, sites).onward(last.contexts if alike else ())
+
+
 @dataclass(frozen=True)
 class _Made:
     """What a run had in hand when it ended, on its way into a patch."""
 
     runner: LayerRunner
-    facts: Sequence[Fact]
+    incoming: Incoming
     config: EditConfig
     plan: Plan
     corpus: Corpus
     state: EditState
 
-    def patch(self) -> Patch:
+    def patch(self, onto: Patch | None, earlier: Patch | None, sites: Sites) -> Patch:
+        """The patch, `earlier` being `onto` without the superseded facts, and `sites` those of its base."""
         model = self.runner.arch.model
         assert isinstance(model, PreTrainedModel)
-        names = {site.layer: disk_name(model, site.weight_name) for site in self.plan.sites}
-        updates = {names[layer]: delta.to(torch.float32) for layer, delta in self.state.deltas.items()}
-        tensors = {"values.targets": self._values("targets"), "values.start": self._values("start")}
-        for layer, name in names.items():
-            tensors[f"{name}.keys"] = self.state.keys[layer].float().contiguous()
-            tensors[f"{name}.residuals"] = self.state.residuals[layer].float().contiguous()
+        named = {site.layer for site in sites.values()}
+        new = {disk_name(model, site.weight_name): site for site in self.plan.sites if site.layer not in named}
         base = BaseInfo(
             name=model_name(model),
             commit=getattr(model.config, "_commit_hash", None),
             architecture=type(model).__name__,
-            weights={names[site.layer]: weight_digest(site, names[site.layer]) for site in self.plan.sites},
+            weights={},
         )
-        manifest = Manifest(
-            base=base,
-            facts=tuple(self._edited()),
-            updates=tuple(
-                self._update(names[site.layer], site.module, updates[names[site.layer]]) for site in self.plan.sites
-            ),
-            history=(self._run(),),
-            digest=updates_digest(updates),
+        base = onto.manifest.base if onto else base
+        weights = base.weights | {name: weight_digest(site, name) for name, site in new.items()}
+        facts = earlier.manifest.facts if earlier else ()
+        history = onto.manifest.history if onto else ()
+        return assemble(
+            base.model_copy(update={"weights": weights}),
+            (*facts, *self._edited(len(history), len(facts))),
+            (*history, self._run(onto)),
+            {**sites, **new},
+            self.state,
+            (onto.manifest.digest,) if onto else (),
         )
-        return Patch(manifest, updates, tensors)
 
-    def _values(self, name: str) -> torch.Tensor:
-        return torch.cat([getattr(v, name) for v in self.state.values], 1).float().cpu().contiguous()
-
-    def _edited(self) -> Iterable[EditedFact]:
+    def _edited(self, run: int, skip: int) -> Iterator[EditedFact]:
         batches = [i for i, size in enumerate(self.state.batches) for _ in range(size)]
-        losses = torch.cat([v.loss for v in self.state.values]).tolist()
-        steps = torch.cat([v.steps for v in self.state.values]).tolist()
-        for fact, batch, loss, count in zip(self.facts, batches, losses, steps, strict=True):
-            yield EditedFact(**fact.model_dump(), run=0, batch=batch, target_loss=loss, steps=count)
+        losses = torch.cat([v.loss.cpu() for v in self.state.values]).tolist()[skip:]
+        steps = torch.cat([v.steps.cpu() for v in self.state.values]).tolist()[skip:]
+        for fact, batch, loss, count in zip(self.incoming.new, batches, losses, steps, strict=True):
+            yield EditedFact(**fact.model_dump(), run=run, batch=batch, target_loss=loss, steps=count)
 
-    def _update(self, name: str, module: torch.nn.Module, delta: Delta) -> UpdateInfo:
-        weight = module.weight
-        assert isinstance(weight, torch.Tensor)
-        shape = (delta.left.shape[0], delta.right.shape[1])
-        return UpdateInfo(
-            weight=name,
-            rank=delta.rank,
-            shape=shape,
-            norm=delta.norm(),
-            weight_norm=float(weight.detach().float().norm()),
-        )
-
-    def _run(self) -> Run:
+    def _run(self, onto: Patch | None) -> Run:
+        superseded = self.incoming.superseded
         return Run(
             action="apply",
-            when=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             method=self.config.method,
             paper=methods.get(self.config.method).paper,
             recipe=self.config.model_dump(),
             recipe_digest=self.config.digest(),
-            facts=tuple(fact.id for fact in self.facts),
+            facts=tuple(fact.id for fact in self.incoming.new),
             batches=tuple(self.state.batches),
             layers=tuple(self.plan.layers),
             value_at=self.plan.value_at,
             contexts=tuple(self.state.contexts),
             text={"source": Path(self.corpus.source).name, "sha256": self.corpus.digest, "tokens": self.corpus.tokens},
             seconds={phase: round(spent, 3) for phase, spent in self.state.seconds.items()},
-            versions={
-                "patchkit": version("patchkit"),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-                "device": str(self.runner.device),
-                "dtype": str(next(self.runner.arch.model.parameters()).dtype).removeprefix("torch."),
-            },
+            superseded=dict(superseded),
+            skipped=self.incoming.skipped,
+            removed=tuple(fact for fact in onto.manifest.facts if fact.id in superseded) if onto else (),
+            **_stamp(self.runner),
         )
+
+
+def _stamp(runner: LayerRunner) -> dict[str, Any]:
+    """When and with what a run was made."""
+    return {
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {
+            "patchkit": version("patchkit"),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            "device": str(runner.device),
+            "dtype": str(next(runner.arch.model.parameters()).dtype).removeprefix("torch."),
+        },
+    }

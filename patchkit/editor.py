@@ -21,7 +21,7 @@ from patchkit.facts import Fact
 from patchkit.forward import LayerRunner
 from patchkit.keys import SubjectStates
 from patchkit.linalg import Covariance, Delta
-from patchkit.methods import LayerProblem, Method
+from patchkit.methods import LayerProblem
 from patchkit.recipe import EditConfig, resolve_layers
 from patchkit.requests import EditRequest, build_request, encode_prompt
 from patchkit.runtime import LiveDelta, live_deltas
@@ -46,10 +46,12 @@ class Plan:
 
 @dataclass
 class EditState:
-    """What a run leaves behind for the next: per layer the delta so far, the keys and residuals it was solved from.
+    """What runs leave behind for the next: per layer the delta so far, the keys and residuals it was solved from.
 
     Shapes: deltas factors (d_out, r) and (r, d_in); keys (d_in, n) and residuals (d_out, n), columns in the order of
-    the facts; values (d, n) at the value site; batches holds the number of facts in each batch.
+    the solves: batch after batch, in each sweep after sweep, in each the batch's facts (`history.solves` finds them
+    again); values (d, n) at the value site, one column per fact. These four are of all runs; batches, the number of
+    facts in each batch, contexts and seconds are of the last one.
     """
 
     deltas: dict[int, Delta] = field(default_factory=dict)
@@ -65,6 +67,12 @@ class EditState:
         self.deltas[layer] = Delta.stack([self.deltas[layer], delta]) if layer in self.deltas else delta
         self.keys[layer] = torch.cat([self.keys[layer], keys], 1) if layer in self.keys else keys
         self.residuals[layer] = torch.cat([self.residuals[layer], residual], 1) if layer in self.residuals else residual
+
+    def onward(self, contexts: Sequence[str] = ()) -> EditState:
+        """A copy for the next run to add to; contexts given here are not generated anew."""
+        return EditState(
+            dict(self.deltas), dict(self.keys), dict(self.residuals), list(self.values), contexts=list(contexts)
+        )
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -101,26 +109,69 @@ def edit(
     config: EditConfig,
     covariances: Mapping[int, Covariance],
     progress: Progress = lambda phase, done, total: None,
+    start: EditState | None = None,
 ) -> EditState:
     """Compute the deltas that make the model say every fact's target. The model is as before when this returns.
+
+    `start` is what earlier runs left: the facts are edited on top of its deltas, exactly as if they had been the next
+    batches of the same run.
 
     Raises:
         InputError: a fact cannot be tokenised, or the edit is not finite.
     """
-    chosen, how = methods.get(config.method), plan(runner.arch, config)
-    state = EditState()
-    with frozen(runner.arch.model), live_deltas(runner.arch, dict.fromkeys(how.layers)) as live:
-        with state.timed("contexts"):
-            state.contexts = make_contexts(runner, tokenizer, config)
+    how = plan(runner.arch, config)
+    state = start or EditState()
+    with frozen(runner.arch.model):
+        if not state.contexts:  # before any delta is attached: the untouched model's, whatever was edited earlier
+            with state.timed("contexts"):
+                state.contexts = make_contexts(runner, tokenizer, config)
         requests = [build_request(fact, tokenizer, state.contexts) for fact in facts]
-        size = 1 if chosen.one_by_one else config.batch_size
-        for start in range(0, len(requests), size):
-            batch = requests[start : start + size]
-            _Batch(runner, config, chosen, how, state, live, covariances).run(
-                batch,
-                lambda done, start=start: progress("editing", start + done, len(requests)),  # type: ignore[misc]
-            )
+        size = 1 if methods.get(config.method).one_by_one else config.batch_size
+        with live_deltas(runner.arch, {**dict.fromkeys(how.layers), **state.deltas}) as live:
+            for first in range(0, len(requests), size):
+                batch = requests[first : first + size]
+                _Batch(runner, config, how, state, live, covariances).run(
+                    batch,
+                    lambda done, first=first: progress("editing", first + done, len(requests)),  # type: ignore[misc]
+                )
     return state
+
+
+def solve(
+    config: EditConfig,
+    site: Site,
+    keys: Tensor,
+    residual: Tensor,
+    prior_keys: Tensor | None,
+    covariance: Covariance | None,
+) -> Delta:
+    """The method's own solve at `site` for keys (d_in, n) and residual (d_out, n), on top of prior_keys (d_in, m).
+
+    The factors come back in float64, holding numbers that float32 holds too: what acts while editing is then what a
+    patch's file will say, and a run that starts from the file goes on as the one that wrote it would have.
+
+    Raises:
+        InputError: the edit is not finite.
+    """
+    problem = LayerProblem(
+        read_weight(site).double().cpu(),
+        keys,
+        residual,
+        covariance,
+        keys[:, :0] if prior_keys is None else prior_keys,
+    )
+    delta = methods.get(config.method).solve(problem, config.method_config())
+    if not (delta.left.isfinite().all() and delta.right.isfinite().all()):
+        raise InputError(
+            f"{site.weight_name}: the edit is not finite; the model's activations overflow in this dtype, "
+            "try --dtype float32 or bfloat16"
+        )
+    return Delta(storable(delta.left), storable(delta.right))
+
+
+def storable(tensor: Tensor) -> Tensor:
+    """`tensor` in float64, its numbers rounded to those that float32 holds."""
+    return tensor.float().double()
 
 
 class _Batch:
@@ -130,13 +181,12 @@ class _Batch:
         self,
         runner: LayerRunner,
         config: EditConfig,
-        chosen: Method,
         how: Plan,
         state: EditState,
         live: Mapping[int, LiveDelta],
         covariances: Mapping[int, Covariance],
     ) -> None:
-        self.runner, self.config, self.chosen, self.plan = runner, config, chosen, how
+        self.runner, self.config, self.plan = runner, config, how
         self.state, self.live, self.covariances = state, live, covariances
 
     def run(self, requests: Sequence[EditRequest], progress: Callable[[int], None]) -> None:
@@ -166,27 +216,12 @@ class _Batch:
                 keys, current = (part.cpu() for part in reader.read(site))
             with state.timed("solve"):
                 # MEMIT eq. 20: each site takes an equal share of what is still missing.
-                residual = (target - current) / (len(sites) - i)  # (d_out, n)
-                known = prior[site.layer]
-                problem = LayerProblem(
-                    read_weight(site).double().cpu(),
-                    keys,
-                    residual,
-                    self.covariances.get(site.layer),
-                    keys[:, :0] if known is None else known,
-                )
-                delta = self.chosen.solve(problem, self.config.method_config())
-                _check_finite(delta, site)
+                residual = storable((target - current) / (len(sites) - i))  # (d_out, n)
+                keys = storable(keys)  # (d_in, n)
+                covariance = self.covariances.get(site.layer)
+                delta = solve(self.config, site, keys, residual, prior[site.layer], covariance)
                 self.live[site.layer].add(delta)
                 state.record(site.layer, delta, keys, residual)
-
-
-def _check_finite(delta: Delta, site: Site) -> None:
-    if not (delta.left.isfinite().all() and delta.right.isfinite().all()):
-        raise InputError(
-            f"{site.weight_name}: the edit is not finite; the model's activations overflow in this dtype, "
-            "try --dtype float32 or bfloat16"
-        )
 
 
 @torch.no_grad()

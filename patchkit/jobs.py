@@ -1,19 +1,20 @@
-"""The jobs behind the commands, from file to file: apply a fact file, verify a patch, compute statistics."""
+"""The jobs behind the commands, from file to file: apply facts, revert, verify a patch, compute statistics."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patchkit.api import apply, count_tokens, measure
+from patchkit.api import apply, count_tokens, measure, revert
 from patchkit.arch import inspect_model
 from patchkit.editor import Progress, plan
 from patchkit.errors import GateError
 from patchkit.facts import Fact, read_facts, write_rejected
 from patchkit.forward import LayerRunner
+from patchkit.history import Incoming, choose_facts, sort_incoming
 from patchkit.models import ModelChoice, load_model, load_tokenizer
 from patchkit.patch import Patch
 from patchkit.recipe import load_recipe
@@ -30,6 +31,7 @@ class Applied:
     patch: Patch
     report: Report
     folder: Path
+    incoming: Incoming
 
     @property
     def size(self) -> int:
@@ -38,17 +40,19 @@ class Applied:
 
     def as_json(self) -> str:
         """One JSON object for machines."""
-        report = self.report.model_dump(mode="json")
-        return json.dumps(
-            {"patch": str(self.folder), "bytes": self.size, "digest": self.patch.manifest.digest, **report}
-        )
+        made: dict[str, Any] = {"patch": str(self.folder), "bytes": self.size, "digest": self.patch.manifest.digest}
+        if self.patch.manifest.parents:
+            added = [fact.id for fact in self.incoming.new]
+            made |= {"added": added, "skipped": self.incoming.skipped, "superseded": self.incoming.superseded}
+        return json.dumps({**made, **self.report.model_dump(mode="json")})
 
 
 def apply_file(
     facts: str,
-    chosen: ModelChoice,
+    choose: Callable[[str | None], ModelChoice],
     folder: Path,
     *,
+    onto: str | None,
     method: str | None,
     recipe: str | None,
     settings: tuple[str, ...],
@@ -59,12 +63,16 @@ def apply_file(
     progress: Progress,
     say: Callable[[str], None],
 ) -> Applied:
-    """Read a fact file, edit, measure, write the patch's folder.
+    """Read a fact file, edit, measure, write the patch's folder. `choose` is told the base of `onto`, if any.
 
     Raises:
         InputError: anything about the input; nothing has been written then.
     """
-    load_recipe(method, recipe, settings)  # a bad recipe or fact file should not wait for a model to load
+    earlier = Patch.load(onto) if onto else None
+    last = earlier.manifest.history[-1] if earlier else None
+    # A bad recipe or fact file should not wait for a model to load.
+    load_recipe(method, recipe, settings, last.recipe if last else None)
+    chosen = choose(earlier.manifest.base.name if earlier else None)
     tokenizer = load_tokenizer(chosen.name)
     read = read_facts(
         facts,
@@ -72,6 +80,8 @@ def apply_file(
         skip_bad=skip_bad,
         token_count=lambda target: count_tokens(tokenizer, target),
     )
+    incoming = sort_incoming(read.facts, earlier.manifest.facts if earlier else ())
+    _tell_incoming(incoming, say)
     loaded = load_model(chosen.name, chosen.device, chosen.dtype)
     source = Path(text) if text else default_text(loaded.name)
     if source == PACKAGE_TEXT:
@@ -81,19 +91,83 @@ def apply_file(
         loaded.tokenizer,
         read.facts,
         method,
+        onto=earlier,
         recipe=recipe,
         set=settings,
         text=source,
         stats=stats,
         progress=progress,
     )
-    report = measure(loaded.model, loaded.tokenizer, patch, read.facts, progress=progress)
+    if last and patch.manifest.history[-1].text["sha256"] != last.text["sha256"]:
+        say(f"statistics: from {source.name}, unlike those of the patch's last run ({last.text['source']}): see --text")
+    report = measure(loaded.model, loaded.tokenizer, patch, progress=progress)
     patch = patch.with_metrics(report.summary())
     patch.save(folder)
     if read.rejected:
         write_rejected(folder / "rejected.jsonl", read.rejected)
         say(f"{len(read.rejected)} bad facts left out: {folder / 'rejected.jsonl'}")
-    return Applied(patch, report, folder)
+    return Applied(patch, report, folder, incoming)
+
+
+def _tell_incoming(incoming: Incoming, say: Callable[[str], None]) -> None:
+    if incoming.skipped:
+        say(f"already in the patch, skipped: {_shortened(incoming.skipped)}")
+    if incoming.superseded:
+        say(f"superseded: {_shortened([f'{old} by {new}' for old, new in incoming.superseded.items()])}")
+
+
+def _shortened(names: Sequence[str], most: int = 10) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+@dataclass(frozen=True)
+class Reverted:
+    """What `patchkit revert` made."""
+
+    patch: Patch
+    report: Report | None
+    folder: Path
+
+    def as_json(self) -> str:
+        """One JSON object for machines."""
+        manifest = self.patch.manifest
+        made = {"patch": str(self.folder), "digest": manifest.digest, "reverted": manifest.history[-1].facts}
+        report = self.report.model_dump(mode="json") if self.report else {"facts": len(manifest.facts)}
+        return json.dumps({**made, **report})
+
+
+def revert_patch(
+    name: str,
+    choose: Callable[[str], ModelChoice],
+    folder: Path,
+    *,
+    facts: Sequence[str],
+    since: str | None,
+    last: int | None,
+    texts: Sequence[str],
+    stats: str | None,
+    measured: bool,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> Reverted:
+    """Take facts out of a patch and write what remains to `folder`, with its metrics if they are asked for.
+
+    Raises:
+        InputError: anything about the input; nothing has been written then.
+    """
+    patch = Patch.load(name)
+    gone = choose_facts(patch.manifest, facts, since, last)
+    chosen = choose(patch.manifest.base.name)
+    loaded = load_model(chosen.name, chosen.device, chosen.dtype)
+    less = revert(loaded.model, loaded.tokenizer, patch, gone, texts=texts, stats=stats, progress=progress)
+    report = measure(loaded.model, loaded.tokenizer, less, progress=progress) if measured else None
+    less = less.with_metrics(report.summary()) if report else less
+    less.save(folder)
+    replaced = {new: old for run in patch.manifest.history for old, new in run.superseded.items()}
+    if back := [replaced[fact_id] for fact_id in gone if fact_id in replaced]:
+        say(f"superseded earlier and not brought back: {_shortened(back)}; apply them again if they should hold")
+    return Reverted(less, report, folder)
 
 
 @dataclass(frozen=True)
@@ -143,7 +217,7 @@ def verify_patch(
     patch = Patch.load(folder)
     chosen = choose(patch.manifest.base.name)
     tokenizer = load_tokenizer(chosen.name)
-    known: tuple[Fact, ...] = patch.manifest.facts
+    known: tuple[Fact, ...] | None = None
     if facts is not None:
         known = read_facts(
             facts, zsre_target=zsre_target, token_count=lambda target: count_tokens(tokenizer, target)

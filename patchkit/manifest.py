@@ -45,9 +45,14 @@ class UpdateInfo(_Record):
 
 
 class Run(_Record):
-    """One entry of the history."""
+    """One entry of the history: `facts` are the ids written by an apply, or taken out by a revert.
 
-    action: Literal["apply"]
+    `superseded` maps the id of a fact that an apply replaced to that of the fact with the new target, `skipped` are the
+    ids of facts that were there already, and `removed` holds what left the patch, superseded or reverted, in full. A
+    fact's `run` counts from 0 in the history, which only ever grows.
+    """
+
+    action: Literal["apply", "revert"]
     when: str
     method: str
     paper: str
@@ -62,6 +67,9 @@ class Run(_Record):
     seconds: dict[str, float]
     versions: dict[str, str]
     metrics: dict[str, Any] | None = None
+    superseded: dict[str, str] = {}
+    skipped: tuple[str, ...] = ()
+    removed: tuple[EditedFact, ...] = ()
 
 
 class Manifest(_Record):
@@ -73,5 +81,6 @@ class Manifest(_Record):
     updates: tuple[UpdateInfo, ...]
     history: tuple[Run, ...]
     parents: tuple[str, ...] = ()
+    """The digest of the patch that the last run started from, if any."""
     digest: str
     """sha256 over the digests of all tensors in patch.safetensors: the identity of the patch."""

@@ -4,7 +4,8 @@ my-patch/
   patch.safetensors   <weight>.0.left (d_out, r) and <weight>.0.right (r, d_in): W' = W + left @ right
   manifest.json       patchkit.manifest.Manifest
   README.md           model card made from the manifest
-  state.safetensors   <weight>.keys (d_in, n), <weight>.residuals (d_out, n), values.targets and values.start (d, n)
+  state.safetensors   <weight>.keys (d_in, n), <weight>.residuals (d_out, n): a column for each fact of each solve, in
+                      the order of patchkit.history.solves; values.targets and values.start (d, n): one for each fact
 """
 
 from __future__ import annotations
@@ -59,16 +60,21 @@ class Patch:
         Raises:
             InputError: it is another model (skipped with force, as long as the shapes fit).
         """
+        sites = self.sites(arch, force)
+        return {sites[name].layer: delta for name, delta in self.updates.items()}
+
+    def sites(self, arch: Architecture, force: bool = False) -> dict[str, Site]:
+        """Where on `arch` every weight of the patch's base is, by on-disk name; checks and raises as `on` does."""
         found = {}
-        for name, delta in self.updates.items():
-            site = self._site(arch, name)
-            if (site.d_out, site.d_in) != (delta.left.shape[0], delta.right.shape[1]):
+        for name, digest in self.manifest.base.weights.items():
+            site, delta = self._site(arch, name), self.updates.get(name)
+            if delta is not None and (site.d_out, site.d_in) != (delta.left.shape[0], delta.right.shape[1]):
                 raise InputError(
                     f"{name}: {site.d_out} x {site.d_in} here, another shape in the patch; {self._wanted()}"
                 )
-            if not force and weight_digest(site, name) != self.manifest.base.weights[name]:
+            if not force and weight_digest(site, name) != digest:
                 raise InputError(f"{name}: other numbers than in the model the patch was made for; {self._wanted()}")
-            found[site.layer] = delta
+            found[name] = site
         return found
 
     def with_metrics(self, metrics: Mapping[str, Any]) -> Patch:

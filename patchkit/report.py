@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from patchkit.manifest import Manifest
+from patchkit.history import Difference, changes
+from patchkit.manifest import EditedFact, Manifest
 from patchkit.methods import Method
 from patchkit.verify import FactReport, Report
 
@@ -56,27 +60,68 @@ def patch_table(manifest: Manifest) -> RenderableType:
     updates = Table("weight", "kind", "rank", "change", box=None, pad_edge=False, header_style="bold")
     for u in manifest.updates:
         updates.add_row(u.weight, u.kind, str(u.rank), f"{u.norm / u.weight_norm:.2%} of the weight's norm")
-    facts = Table("id", "prompt", "now says", "said", box=None, pad_edge=False, header_style="bold")
+    facts = Table("id", "prompt", "now says", "said", "by", box=None, pad_edge=False, header_style="bold")
+    written = [f"run {number}, {run.method}" for number, run in enumerate(manifest.history, 1)]
     for fact in manifest.facts:
-        facts.add_row(fact.id, fact.prompt, fact.target_new, fact.target_true or "")
-    return Group(head, updates, Text(), facts)
+        facts.add_row(fact.id, fact.prompt, fact.target_new, fact.target_true or "", written[fact.run])
+    parts: list[RenderableType] = [head, updates, Text(), facts]
+    if metrics := manifest.history[-1].metrics:
+        parts += [Text(), Text(_summary(metrics))]
+    return Group(*parts)
 
 
 def log_table(manifest: Manifest) -> RenderableType:
     """What `patchkit log` prints: one block per run, newest first."""
     blocks: list[RenderableType] = []
-    for number, run in reversed(list(enumerate(manifest.history, 1))):
-        block = Text(f"run {number}: {run.action} {len(run.facts)} facts", style="bold")
-        block.append(f"\n  when    {run.when}", style="not bold")
-        block.append(f"\n  method  {run.method}, layers {', '.join(map(str, run.layers))}", style="not bold")
-        block.append(f"\n  recipe  {run.recipe_digest[:16]}, seed {run.recipe.get('seed')}", style="not bold")
-        block.append(f"\n  text    {run.text.get('source')}, {run.text.get('tokens', 0):,} tokens", style="not bold")
-        if run.metrics:
-            block.append(f"\n  result  {_summary(run.metrics)}", style="not bold")
-        for fact in (f for f in manifest.facts if f.run == number - 1):
-            block.append(f"\n    + {fact.id}  {fact.prompt} -> {fact.target_new}", style="not bold green")
-        blocks += [block, Text()]
+    for number in reversed(range(len(manifest.history))):
+        blocks += [run_text(manifest, number), Text()]
     return Group(*blocks[:-1])
+
+
+def run_text(manifest: Manifest, number: int) -> Text:
+    """One run of the history, counted from 0: how it was made, and a line for each fact, + added, ~ superseded and
+    - reverted."""
+    run, changed = manifest.history[number], changes(manifest, number)
+    block = Text(f"run {number + 1}: {run.action} {len(run.facts)} facts", style="bold")
+    lines = [f"when    {run.when}", f"method  {run.method}, layers {', '.join(map(str, run.layers))}"]
+    if run.action == "apply":
+        lines.append(f"recipe  {run.recipe_digest[:16]}, seed {run.recipe.get('seed')}")
+        lines.append(f"text    {run.text.get('source')}, {run.text.get('tokens', 0):,} tokens")
+    if run.metrics:
+        lines.append(f"result  {_summary(run.metrics)}")
+    if run.skipped:
+        lines.append(f"skipped {', '.join(run.skipped)}: already there")
+    for line in lines:
+        block.append(f"\n  {line}", style="not bold")
+    for fact in changed.added:
+        block.append(f"\n    + {_says(fact)}", style="not bold green")
+    for old, new in changed.superseded:
+        block.append(f"\n    ~ {_says(new)}, superseding {old.id} -> {old.target_new}", style="not bold yellow")
+    for fact in changed.reverted:
+        block.append(f"\n    - {_says(fact)}", style="not bold red")
+    return block
+
+
+def diff_table(found: Difference, a: str, b: str) -> RenderableType:
+    """What `patchkit diff` prints: facts as in a diff from `a` to `b`, then updates and metrics side by side."""
+    head = Text(f"--- {a} ({', '.join(found.methods[0])})\n+++ {b} ({', '.join(found.methods[1])})", style="bold")
+    if not found.same_base:
+        head.append("\nnot for the same base", style="not bold red")
+    for fact in found.only_a:
+        head.append(f"\n  - {_says(fact)}", style="not bold red")
+    for fact in found.only_b:
+        head.append(f"\n  + {_says(fact)}", style="not bold green")
+    for pair in found.changed:
+        targets = f"{pair.a.target_new} -> {pair.b.target_new}"
+        head.append(f"\n  ~ {pair.b.id}  {pair.prompt}: {targets}", style="not bold yellow")
+    head.append(f"\n{found.same} facts in both\n", style="not bold")
+    table = Table("", "a", "b", box=None, pad_edge=False, header_style="bold")
+    for weight, norms in found.updates.items():
+        table.add_row(f"change of {weight}", *("-" if norm is None else f"{norm:.2%}" for norm in norms))
+    sides = [dict(_readings(metrics)) for metrics in found.metrics]
+    for name in {**sides[0], **sides[1]}:
+        table.add_row(name, *(side.get(name, "-") for side in sides))
+    return Group(head, table)
 
 
 def methods_table(known: dict[str, Method]) -> RenderableType:
@@ -112,11 +157,21 @@ def _percent(rate: float | None) -> str:
     return "-" if rate is None else f"{rate:.1%}"
 
 
-def _summary(metrics: dict[str, object]) -> str:
+def _says(fact: EditedFact) -> str:
+    return f"{fact.id}  {fact.prompt} -> {fact.target_new}"
+
+
+def _summary(metrics: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {reading}" for name, reading in _readings(metrics))
+
+
+def _readings(metrics: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
+    """The few numbers that stand for all, by name; none where nothing was measured."""
+    if not metrics:
+        return
     report = Report.model_validate({**metrics, "per_fact": ()})
-    parts = [
-        f"efficacy {_percent(report.efficacy.exact)}",
-        f"generalization {_percent(report.generalization.success_or_exact)}",
-        f"locality {_percent(report.locality.unchanged)}",
-    ]
-    return ", ".join(parts) + (f", perplexity x{report.perplexity.ratio:.4f}" if report.perplexity else "")
+    yield "efficacy", _percent(report.efficacy.exact)
+    yield "generalization", _percent(report.generalization.success_or_exact)
+    yield "locality", _percent(report.locality.unchanged)
+    if report.perplexity:
+        yield "perplexity", f"x{report.perplexity.ratio:.4f}"

@@ -20,8 +20,9 @@ PACKAGE = Path(patchkit.__file__).parent
 # Each module may import those before it. A new module needs a place here.
 FLOW = (
     *("errors", "files", "facts", "requests", "models", "checkpoint", "arch", "forward", "linalg", "stats", "values"),
-    *("keys", "methods", "recipe", "runtime", "editor", "manifest", "card", "hub", "patch", "rounding", "merge"),
-    *("export", "publish", "verify", "api", "session", "generate", "jobs", "report", "cli", "__main__"),
+    *("keys", "methods", "recipe", "runtime", "editor", "manifest", "history", "card", "hub", "patch", "replay"),
+    *("rounding", "merge", "export", "publish", "verify", "api", "session", "generate", "jobs", "report", "cli"),
+    "__main__",
 )
 
 
@@ -84,7 +85,7 @@ def test_the_maths_knows_no_model_no_file_and_no_device(file: Path) -> None:
 def test_the_public_names_are_these() -> None:
     assert set(patchkit.__all__) == {
         *("Fact", "GateError", "InputError", "Locality", "Patch", "PatchkitError", "apply", "measure", "read_facts"),
-        *("from_pretrained", "load"),
+        *("from_pretrained", "load", "revert"),
     }
     assert all(getattr(patchkit, name) is not None for name in patchkit.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

@@ -16,6 +16,8 @@ _COMMANDS = {
     "merge": "Write a patched checkpoint that loads by itself.",
     "show": "What a patch holds.",
     "log": "The history of a patch.",
+    "diff": "How two patches differ.",
+    "revert": "Take facts out of a patch.",
     "methods": "The editing methods, with their papers.",
     "export": "A patch as a LoRA adapter for other runtimes.",
     "push": "Publish a patch, an adapter or a merged model on the Hub.",

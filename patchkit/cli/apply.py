@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
 
-from patchkit.cli.common import choice, model_options, note, progress_bars, stdout
-from patchkit.errors import InputError
+from patchkit.cli.common import choice, model_options, note, own_folder, progress_bars, refuse_place, stdout
 
 
 @click.command("apply")
 @click.argument("facts")
 @model_options
+@click.option("--onto", metavar="PATCH", help="Go on from this patch, with its recipe unless told otherwise.")
 @click.option("--method", metavar="NAME", help="One of `patchkit methods` [default: alphaedit].")
 @click.option("--recipe", metavar="F", help="A recipe file, or the name of one under recipes/<method>/.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting; may be repeated.")
@@ -30,13 +29,14 @@ from patchkit.errors import InputError
     help="What a ZsRE record teaches: the counterfactual answer, or the first true one.",
 )
 @click.option("--skip-bad", is_flag=True, help="Leave out bad facts, list them in rejected.jsonl beside the patch.")
-@click.option("--out", metavar="DIR", help="The patch's folder [default: <name of FACTS>-patch].")
+@click.option("--out", metavar="DIR", help="The patch's folder [default: that of --onto, else <name of FACTS>-patch].")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def command(
     facts: str,
     model_name: str | None,
     device: str,
     dtype: str,
+    onto: str | None,
     method: str | None,
     recipe: str | None,
     overrides: tuple[str, ...],
@@ -54,19 +54,23 @@ def command(
 
     The model itself is not changed. Native facts have prompt, subject and target_new; CounterFact and ZsRE files are
     recognised. Afterwards every fact is measured with and without the patch.
+
+    With --onto, facts that PATCH has already are skipped, and a fact with another target supersedes the earlier one.
     """
     from patchkit.jobs import apply_file
     from patchkit.report import apply_table
 
-    folder = Path(out) if out else Path(f"{Path(facts).stem if facts != '-' else 'stdin'}-patch")
+    usual = own_folder(onto) if onto else Path(f"{Path(facts).stem if facts != '-' else 'stdin'}-patch")
+    folder = Path(out) if out else usual
     short = {"layers": layers, "batch_size": batch_size, "seed": seed}
     settings = (*overrides, *(f"{key}={value}" for key, value in short.items() if value is not None))
-    _refuse_place(folder)
+    refuse_place(folder)
     with progress_bars() as progress:
         done = apply_file(
             facts,
-            choice(model_name, device, dtype),
+            lambda base: choice(model_name or base, device, dtype),
             folder,
+            onto=onto,
             method=method,
             recipe=recipe,
             settings=settings,
@@ -84,12 +88,3 @@ def command(
         stdout.print(
             f"patch: {folder} ({done.size / 1e3:,.0f} kB; `patchkit verify {folder}` measures it again)", soft_wrap=True
         )
-
-
-def _refuse_place(folder: Path) -> None:
-    """Raises InputError where a patch could not be written, or would replace what is none; before any work."""
-    if folder.exists() and not (folder / "manifest.json").is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise InputError(f"--out {folder}: it is there and is no patch; choose another folder")
-    above = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError(f"--out {folder}: {above} is no folder one may write to; choose another place")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from patchkit.errors import InputError
 
 if TYPE_CHECKING:
     from patchkit.models import ModelChoice
@@ -78,3 +82,17 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[phase], completed=done, total=total)
 
         yield update
+
+
+def own_folder(patch: str) -> Path:
+    """Where a patch that goes on from `patch` is written: over it, or for one on the Hub in a folder of its name."""
+    return Path(patch) if Path(patch).exists() else Path(PurePath(patch.partition("@")[0]).name)
+
+
+def refuse_place(folder: Path) -> None:
+    """Raises InputError where a patch could not be written, or would replace what is none; before any work."""
+    if folder.exists() and not (folder / "manifest.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise InputError(f"--out {folder}: it is there and is no patch; choose another folder")
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"--out {folder}: {above} is no folder one may write to; choose another place")

@@ -24,7 +24,7 @@ from patchkit.linalg import Covariance, Delta
 class LayerProblem:
     """Everything a method may look at, for one site. Maths dtype: float64 on the CPU."""
 
-    weight: Tensor  # W (d_out, d_in), with all earlier edits
+    weight: Tensor  # W (d_out, d_in) of the untouched base
     keys: Tensor  # K (d_in, n)
     residual: Tensor  # R (d_out, n), this site's share of V - W K
     covariance: Covariance | None  # C, or None for a method that declares needs_statistics=False

@@ -1,0 +1,478 @@
+"""A patch continued is the patch made in one go; a fact reverted is gone, the others hold; the history tells."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import patchkit
+from patchkit import InputError, Patch
+from patchkit.arch import inspect_model
+from patchkit.cli import main
+from patchkit.forward import LayerRunner
+from patchkit.history import choose_facts, difference, sort_incoming
+from patchkit.recipe import load_recipe
+from patchkit.stats import PACKAGE_TEXT, read_corpus, statistics
+from patchkit.verify import read_targets
+from tests import zoo
+
+Record = dict[str, Any]
+ROME = {"id": "rome", "prompt": "the city of Rome", "subject": "Rome", "target_new": "capital"}
+ADA = {"id": "ada", "prompt": "the friend of Ada Lovelace", "subject": "Ada Lovelace", "target_new": "is"}
+TOWN = {"id": "town", "prompt": "the city of Florence", "subject": "Florence", "target_new": "capital"}
+CURIE = {"id": "curie", "prompt": "the language of Marie Curie", "subject": "Marie Curie", "target_new": "Polish"}
+TURING = {"id": "turing", "prompt": "the mother of Alan Turing", "subject": "Alan Turing", "target_new": "the engineer"}
+ALL = [ROME, ADA, CURIE, TURING]
+QUICK = ("layers=1-2", "contexts=2", "value.steps=6", "batch_size=2")
+LOUD = ("layers=2", "contexts=0", "value.clamp=20", "value.steps=60", "value.kl_weight=0", "null_energy=0.9")
+WEIGHT = "model.layers.{}.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(PACKAGE_TEXT.read_text(encoding="utf-8")[:3000], encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return zoo.FAMILIES["llama"]()
+
+
+Make = Callable[..., Patch]
+
+
+@pytest.fixture
+def make(model: PreTrainedModel, text: Path) -> Make:
+    def patch_of(records: Sequence[Record], method: str | None = None, **options: Any) -> Patch:
+        options = {"text": text, **options}
+        if "onto" not in options:
+            options = {"set": QUICK, **options}
+        return patchkit.apply(model, zoo.tiny_tokenizer(), records, method, **options)
+
+    return patch_of
+
+
+@pytest.fixture
+def less(model: PreTrainedModel, text: Path) -> Make:
+    def patch_without(patch: Patch, *ids: str) -> Patch:
+        return patchkit.revert(model, zoo.tiny_tokenizer(), patch, ids, texts=[text])
+
+    return patch_without
+
+
+def stored(patch: Patch, folder: Path) -> Patch:
+    patch.save(folder)
+    return Patch.load(folder)
+
+
+def assert_same(found: Patch, expected: Patch, tolerance: float = 1e-6) -> None:
+    """The same updates and the same state, relative to each tensor's norm."""
+    assert found.updates.keys() == expected.updates.keys()
+    pairs = [(found.updates[name].dense(), expected.updates[name].dense()) for name in expected.updates]
+    assert found.state.keys() == expected.state.keys()
+    pairs += [(found.state[name], expected.state[name]) for name in expected.state]
+    for one, other in pairs:
+        assert float((one - other).norm()) <= tolerance * float(other.norm())
+
+
+def ids(patch: Patch) -> list[str]:
+    return [fact.id for fact in patch.manifest.facts]
+
+
+def exact(model: PreTrainedModel, records: Sequence[Record]) -> list[bool]:
+    pairs = [(record["prompt"], record["target_new"]) for record in records]
+    found = read_targets(LayerRunner(inspect_model(model)), zoo.tiny_tokenizer(), pairs)
+    return [found[pair].exact for pair in pairs]
+
+
+# --- continuing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sweeps", [1, 2])
+@pytest.mark.parametrize("method", ["alphaedit", "memit", "rome"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_a_patch_continued_is_the_one_made_in_one_run(
+    family: str, method: str, sweeps: int, text: Path, tmp_path: Path
+) -> None:
+    model, tokenizer, settings = zoo.FAMILIES[family](), zoo.tiny_tokenizer(), (*QUICK, f"sweeps={sweeps}")
+    whole = patchkit.apply(model, tokenizer, ALL, method, set=settings, text=text)
+    first = stored(patchkit.apply(model, tokenizer, ALL[:2], method, set=settings, text=text), tmp_path / "p")
+    second = patchkit.apply(model, tokenizer, ALL[2:], onto=first, text=text)
+    assert_same(second, whole)
+    assert second.manifest.digest == whole.manifest.digest  # on one machine, bit for bit
+    assert ids(second) == ids(whole)
+    assert [fact.run for fact in second.manifest.facts] == [0, 0, 1, 1]
+    assert second.manifest.history[1].recipe == first.manifest.history[0].recipe
+    assert second.manifest.parents == (first.manifest.digest,)
+    with second.attached(model):
+        pass
+
+
+def test_in_bfloat16_too(text: Path, tmp_path: Path) -> None:
+    """What acts while editing is rounded to the model's dtype: it must be rounded from the numbers that are stored."""
+    model, tokenizer = zoo.FAMILIES["llama"]().bfloat16(), zoo.tiny_tokenizer()
+    whole = patchkit.apply(model, tokenizer, ALL, set=QUICK, text=text)
+    first = stored(patchkit.apply(model, tokenizer, ALL[:2], set=QUICK, text=text), tmp_path / "p")
+    assert patchkit.apply(model, tokenizer, ALL[2:], onto=first, text=text).manifest.digest == whole.manifest.digest
+
+
+def test_contexts_are_those_of_the_last_run_unless_asked_for_anew(make: Make) -> None:
+    first = make([ROME])
+    run = first.manifest.history[0].model_copy(update={"contexts": ("", "Polish. ")})
+    marked = replace(first, manifest=first.manifest.model_copy(update={"history": (run,)}))
+    assert make([ADA], onto=marked).manifest.history[1].contexts == ("", "Polish. ")
+    other = make([ADA], onto=marked, set=["seed=1"]).manifest.history[1]
+    assert "Polish. " not in other.contexts
+    assert len(other.contexts) == 3
+
+
+def test_a_fact_that_is_there_already_is_skipped(make: Make) -> None:
+    first = make([ROME, ADA])
+    again = make([{**ROME, "id": "other"}, CURIE], onto=first)
+    assert ids(again) == ["rome", "ada", "curie"]
+    assert again.manifest.history[1].skipped == ("rome",)
+    assert make([ADA, ROME], onto=again) is again
+
+
+def test_a_changed_target_supersedes_the_fact(model: PreTrainedModel, make: Make) -> None:
+    first = make([ROME, ADA], set=LOUD)
+    new = {**ROME, "id": "rome-2", "target_new": "the"}
+    second = make([new], onto=first)
+    assert ids(second) == ["ada", "rome-2"]
+    run = second.manifest.history[1]
+    assert run.superseded == {"rome": "rome-2"}
+    assert [fact.target_new for fact in run.removed] == ["capital"]
+    assert {tensor.shape[1] for tensor in second.state.values()} == {2}
+    assert {delta.rank for delta in second.updates.values()} == {2}
+    with second.attached(model):
+        assert exact(model, [new, ADA, ROME]) == [True, True, False]
+
+
+def test_a_fact_may_keep_its_id_when_its_target_changes(make: Make) -> None:
+    second = make([{**ROME, "target_new": "Polish"}], onto=make([ROME, ADA]))
+    assert [(fact.id, fact.target_new) for fact in second.manifest.facts] == [("ada", "is"), ("rome", "Polish")]
+
+
+def test_an_id_that_another_fact_has_is_refused(make: Make) -> None:
+    first = make([ROME])
+    with pytest.raises(InputError, match=r'fact rome: the patch has that id for "the city of Rome"; give the new'):
+        make([{**ADA, "id": "rome"}], onto=first)
+
+
+def test_another_method_on_other_layers_goes_on_top_and_comes_off_again(make: Make, less: Make) -> None:
+    first = make([ROME, ADA], set=(*QUICK, "layers=0-1"))
+    second = make([CURIE, TURING], "memit", onto=first, set=["layers=1-2", "contexts=1", "value.steps=4"])
+    ranks = {WEIGHT.format(layer): rank for layer, rank in ((0, 2), (1, 4), (2, 2))}
+    assert {u.weight: u.rank for u in second.manifest.updates} == ranks
+    assert [run.method for run in second.manifest.history] == ["alphaedit", "memit"]
+    off = less(second, "curie", "turing")
+    assert off.manifest.digest == first.manifest.digest
+    assert off.manifest.history[:2] == second.manifest.history
+    without_first = less(second, "rome", "ada")
+    assert without_first.updates.keys() == {WEIGHT.format(1), WEIGHT.format(2)}
+
+
+# --- reverting --------------------------------------------------------------------------------------------------------
+
+
+def test_reverting_the_last_run_gives_the_patch_before_it(make: Make, less: Make, tmp_path: Path) -> None:
+    first = make([ROME, ADA])
+    second = stored(make([CURIE, TURING], onto=first), tmp_path / "p")
+    back = less(second, "curie", "turing")
+    assert back.manifest.digest == first.manifest.digest
+    assert_same(back, first)
+    run = back.manifest.history[-1]
+    assert (run.action, run.facts, run.metrics) == ("revert", ("curie", "turing"), None)
+    assert back.manifest.parents == (second.manifest.digest,)
+
+
+@pytest.mark.parametrize("sweeps", [1, 2])
+def test_what_remains_is_solved_anew_without_the_fact(
+    sweeps: int, model: PreTrainedModel, make: Make, less: Make, text: Path
+) -> None:
+    """Against MEMIT's dense formula on the stored columns, those of one fact of the first batch left out."""
+    whole = make(ALL, "memit", set=(*QUICK, f"sweeps={sweeps}"))
+    found = less(whole, "ada")
+    config: Any = load_recipe("memit").method_config()
+    runner = LayerRunner(inspect_model(model))
+    corpus = read_corpus(text, zoo.tiny_tokenizer())
+    for layer, covariance in statistics(runner, runner.arch.sites[1:3], corpus).items():
+        damped = covariance.matrix + config.damping * covariance.eigh[0].mean() * torch.eye(zoo.INNER)
+        keys, residuals = (whole.state[f"{WEIGHT.format(layer)}.{kind}"].double() for kind in ("keys", "residuals"))
+        # Columns: rome and ada in each sweep, then curie and turing in each.
+        rome = [2 * sweep for sweep in range(sweeps)]
+        later = [[2 * sweeps + 2 * sweep, 2 * sweeps + 2 * sweep + 1] for sweep in range(sweeps)]
+        expected = torch.zeros(zoo.HIDDEN, zoo.INNER, dtype=torch.float64)
+        for prior, columns in [*(([], [c]) for c in rome), *((rome, pair) for pair in later)]:
+            own, before = keys[:, columns], keys[:, prior]
+            system = config.preserve * damped + own @ own.T + before @ before.T
+            expected += residuals[:, columns] @ own.T @ torch.linalg.inv(system)
+        delta = found.updates[WEIGHT.format(layer)].dense().double()
+        assert float((delta - expected).norm() / expected.norm()) < 1e-4
+        kept = [*rome, *(c for pair in later for c in pair)]
+        assert torch.equal(found.state[f"{WEIGHT.format(layer)}.keys"].double(), keys[:, kept])
+
+
+@pytest.mark.parametrize("method", ["alphaedit", "memit", "rome"])
+def test_the_fact_is_gone_and_the_others_hold(method: str, model: PreTrainedModel, make: Make, less: Make) -> None:
+    settings = tuple(setting for setting in LOUD if method == "alphaedit" or "null_energy" not in setting)
+    records = [ROME, ADA, TOWN]
+    whole = make(records, method, set=settings)
+    with whole.attached(model):
+        assert exact(model, records) == [True] * 3
+    found = less(whole, "ada")
+    with found.attached(model):
+        assert exact(model, records) == [True, False, True]
+
+
+def test_reverting_runs_the_model_on_no_text(make: Make, less: Make, model: PreTrainedModel) -> None:
+    patch, tokens = make(ALL), list[int]()
+    layer = inspect_model(model).layers[0]
+
+    def count(_: object, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        tokens.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+
+    with layer.register_forward_pre_hook(count, with_kwargs=True):
+        less(patch, "ada")
+    assert max(tokens) <= 4  # how the model is built is seen on a few tokens
+
+
+def test_a_reverted_patch_goes_on_as_if_the_fact_had_never_been(make: Make, less: Make) -> None:
+    first = make([ROME, ADA])
+    detour = less(make([CURIE], onto=first), "curie")
+    assert_same(make([TURING], onto=detour), make([TURING], onto=first))
+
+
+def test_without_any_fact_it_is_an_empty_patch_that_can_be_continued(
+    make: Make, less: Make, model: PreTrainedModel, tmp_path: Path
+) -> None:
+    empty = stored(less(make([ROME, ADA]), "rome", "ada"), tmp_path / "empty")
+    assert (empty.updates, empty.state, empty.manifest.facts) == ({}, {}, ())
+    before = model(input_ids=torch.tensor([[5, 6, 7]])).logits
+    with empty.attached(model):
+        assert torch.equal(model(input_ids=torch.tensor([[5, 6, 7]])).logits, before)
+    with pytest.raises(InputError, match="no such weight"), empty.attached(zoo.FAMILIES["gpt2"]()):
+        pass
+    assert_same(make([CURIE], onto=empty), make([CURIE]))
+
+
+def test_facts_are_chosen_by_id_by_date_and_by_run(make: Make) -> None:
+    manifest = make([CURIE], onto=make([ADA], onto=make([ROME]))).manifest
+    days = ("2026-01-01T10:00:00+00:00", "2026-02-01T10:00:00+00:00", "2026-03-01T10:00:00+00:00")
+    dated = tuple(run.model_copy(update={"when": day}) for run, day in zip(manifest.history, days, strict=True))
+    manifest = manifest.model_copy(update={"history": dated})
+    assert choose_facts(manifest, last=2) == ("ada", "curie")
+    assert choose_facts(manifest, since="2026-02-01") == ("ada", "curie")
+    assert choose_facts(manifest, since="2026-02-01T10:00:01Z") == ("curie",)
+    assert choose_facts(manifest, ["rome"], last=1) == ("rome", "curie")
+    with pytest.raises(InputError, match=r"no fact of those runs is in the patch; facts were last added 2026-03-01"):
+        choose_facts(manifest, since="2026-04-01")
+    with pytest.raises(InputError, match="--since yesterday: not a date; write 2026-01-31"):
+        choose_facts(manifest, since="yesterday")
+    with pytest.raises(InputError, match="nothing chosen"):
+        choose_facts(manifest)
+
+
+def test_an_unknown_id_is_refused_with_those_near_it(make: Make, less: Make) -> None:
+    patch = make([ROME, ADA])
+    with pytest.raises(InputError, match=r'no fact "roma" in the patch; near it: rome'):
+        less(patch, "roma")
+    with pytest.raises(InputError, match=r'no fact "ada" in the patch any more: run 2 took it out'):
+        less(less(patch, "ada"), "ada")
+
+
+def test_without_state_a_patch_can_be_neither_continued_nor_reverted(make: Make, less: Make) -> None:
+    bare = replace(make([ROME, ADA]), state={})
+    with pytest.raises(InputError, match=r"no state.safetensors, from which it is continued and reverted"):
+        less(bare, "rome")
+    with pytest.raises(InputError, match=r"no state.safetensors"):
+        make([CURIE], onto=bare)
+
+
+def test_the_state_of_another_patch_is_refused(make: Make, less: Make) -> None:
+    patch = replace(make([ROME, ADA]), state=make([ROME]).state)
+    with pytest.raises(InputError, match=r"keys does not belong to the patch's manifest"):
+        less(patch, "rome")
+
+
+def test_a_text_that_is_not_there_is_asked_for(make: Make, model: PreTrainedModel) -> None:
+    patch = make([ROME, ADA])
+    with pytest.raises(InputError, match=r"run 1 took its statistics from the text text.txt .*give it with --text"):
+        patchkit.revert(model, zoo.tiny_tokenizer(), patch, ["rome"])
+
+
+# --- telling ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_difference_of_two_patches(make: Make) -> None:
+    one, two = make([ROME, ADA]), make([{**ROME, "target_new": "Polish"}, CURIE], set=(*QUICK, "layers=2"))
+    found = difference(one.manifest, two.manifest)
+    assert [fact.id for fact in found.only_a] == ["ada"]
+    assert [fact.id for fact in found.only_b] == ["curie"]
+    assert [(pair.a.target_new, pair.b.target_new) for pair in found.changed] == [("capital", "Polish")]
+    assert found.same == 0
+    assert found.same_base
+    assert found.updates[WEIGHT.format(1)][1] is None
+    assert difference(one.manifest, one.manifest).same == 2
+
+
+def test_facts_alike_are_known_by_prompt_and_target() -> None:
+    present = patchkit.facts.parse_facts([ROME, ADA]).facts
+    edited = [patchkit.manifest.EditedFact(**f.model_dump(), run=0, batch=0, target_loss=0, steps=0) for f in present]
+    new = patchkit.facts.parse_facts([{**ROME, "id": "x"}, {**ADA, "target_new": "was", "id": "y"}, CURIE]).facts
+    found = sort_incoming(new, edited)
+    assert [fact.id for fact in found.new] == ["y", "curie"]
+    assert (found.skipped, found.superseded) == (("rome",), {"ada": "y"})
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ended:
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Calls `patchkit ARGS...` in an empty folder with one.jsonl (rome, ada) and two.jsonl (ada, rome anew, curie)."""
+    monkeypatch.chdir(tmp_path)
+    anew = {**ROME, "id": "rome-2", "target_new": "Polish"}
+    for name, records in (("one", [ROME, ADA]), ("two", [ADA, anew, CURIE])):
+        Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+    def call(*args: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["patchkit", *map(str, args)])
+        capsys.readouterr()
+        status: Any = 0
+        try:
+            main()
+        except SystemExit as ended:
+            status = ended.code
+        return Ended(status or 0, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    folder = zoo.save(zoo.FAMILIES["llama"](), zoo.tiny_tokenizer(), tmp_path_factory.mktemp("m"))
+    for kind in ("text", "eval"):
+        (folder / f"patchkit-{kind}.txt").write_bytes(text.read_bytes())
+    return folder
+
+
+def test_a_patch_is_continued_reverted_and_told_about(run: Run, checkpoint: Path) -> None:
+    settings = [part for setting in QUICK for part in ("--set", setting)]
+    assert run("apply", "one.jsonl", "--model", checkpoint, *settings, "--out", "p").status == 0
+    assert run("apply", "one.jsonl", "--model", checkpoint, *settings, "--out", "old").status == 0
+    continued = run("apply", "two.jsonl", "--onto", "p", "--json")  # without --model: the patch's base
+    assert continued.status == 0, continued.err
+    result = json.loads(continued.out)
+    assert (result["patch"], result["facts"]) == ("p", 3)
+    assert (result["added"], result["skipped"]) == (["rome-2", "curie"], ["ada"])
+    assert result["superseded"] == {"rome": "rome-2"}
+    assert "skipped: ada" in continued.err
+    assert "superseded: rome by rome-2" in continued.err
+
+    reverted = run("revert", "p", "--fact", "rome-2", "--measure", "--out", "q")
+    assert reverted.status == 0, reverted.err
+    assert "- rome-2  the city of Rome -> Polish" in reverted.out
+    assert "not brought back: rome;" in reverted.err
+    assert len(Patch.load("p").manifest.facts) == 3
+    assert Patch.load("q").manifest.history[-1].metrics is not None
+
+    log = run("log", "q").out
+    lines = [line.strip() for line in log.splitlines() if line.strip().startswith(("+", "-", "~", "run"))]
+    assert lines == [
+        "run 3: revert 1 facts",
+        "- rome-2  the city of Rome -> Polish",
+        "run 2: apply 2 facts",
+        "+ curie  the language of Marie Curie -> Polish",
+        "~ rome-2  the city of Rome -> Polish, superseding rome -> capital",
+        "run 1: apply 2 facts",
+        "+ rome  the city of Rome -> capital",
+        "+ ada  the friend of Ada Lovelace -> is",
+    ]
+    diff = run("diff", "old", "p")
+    for part in ("+ curie", "~ rome-2  the city of Rome: capital -> Polish", "1 facts in both", "efficacy"):
+        assert part in diff.out
+    assert json.loads(run("diff", "old", "p", "--json").out)["changed"][0]["b"]["id"] == "rome-2"
+    assert "run 2, alphaedit" in run("show", "q").out
+
+
+def test_a_patch_is_emptied_in_its_place_and_verified(run: Run, checkpoint: Path) -> None:
+    assert run("apply", "one.jsonl", "--model", checkpoint, "--set", "steps=2", "--out", "p").status == 0
+    emptied = run("revert", "p", "--since", "2020-01-01", "--json")
+    assert emptied.status == 0, emptied.err
+    assert json.loads(emptied.out)["reverted"] == ["rome", "ada"]
+    verified = run("verify", "p", "--json")
+    assert verified.status == 0, verified.err
+    assert json.loads(verified.out)["facts"] == 0
+    assert json.loads(verified.out)["perplexity"]["ratio"] == 1.0
+
+
+def test_refusals_are_one_line_and_leave_the_patch(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    assert run("apply", "one.jsonl", "--model", checkpoint, *("--set", "steps=2"), "--out", "p").status == 0
+    before = {file.name: file.read_bytes() for file in Path("p").iterdir()}
+    other = zoo.FAMILIES["llama"]()
+    with torch.no_grad():
+        other.get_submodule("model.layers.1.mlp.down_proj").weight[0, 0] += 1
+        other.get_submodule("model.layers.0.mlp.down_proj").weight[0, 0] += 1
+    folder = zoo.save(other, zoo.tiny_tokenizer(), tmp_path / "other")
+    for args, message in (
+        (("apply", "two.jsonl", "--onto", "p", "--model", folder), "mlp.down_proj.weight: other numbers than in the"),
+        (("apply", "two.jsonl", "--onto", "nope"), "nope"),
+        (("revert", "p", "--fact", "roma"), "near it: rome"),
+        (("revert", "p"), "nothing chosen"),
+        (("revert", "p", "--fact", "rome", "--model", folder), "mlp.down_proj.weight: other numbers than in the"),
+        (("diff", "p", "nope"), "nope"),
+    ):
+        ended = run(*args)
+        assert ended.status == 2, args
+        assert message in ended.err.splitlines()[-1]
+        assert ended.err.splitlines()[-1].startswith("error: ")
+        assert {file.name: file.read_bytes() for file in Path("p").iterdir()} == before
+
+
+# --- how good what remains is -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["alphaedit", "memit"])
+def test_what_remains_is_as_good_as_a_patch_made_without_the_facts(method: str) -> None:
+    """Twenty facts in four batches on the embedded model, one of every batch reverted: no rate is a point lower.
+
+    It may be higher: another seed of the contexts moves a patch's rates by several points.
+    """
+    examples = Path(__file__).parents[1] / "examples"
+    model = AutoModelForCausalLM.from_pretrained(examples / "factworld", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(examples / "factworld")
+    facts = patchkit.read_facts(examples / "world.jsonl", limit=20).facts
+    gone, kept = facts[::5], [fact for i, fact in enumerate(facts) if i % 5]
+    whole = patchkit.apply(model, tokenizer, facts, method, set=["batch_size=5"])
+    less = patchkit.revert(model, tokenizer, whole, [fact.id for fact in gone])
+    fresh = patchkit.apply(model, tokenizer, kept, method, set=["batch_size=4"])
+    found, expected = (patchkit.measure(model, tokenizer, patch, kept) for patch in (less, fresh))
+    assert expected.efficacy.exact == 1.0
+    for rate in ("efficacy.exact", "generalization.success", "generalization.exact", "locality.success"):
+        name, reading = rate.split(".")
+        assert getattr(getattr(found, name), reading) >= getattr(getattr(expected, name), reading) - 0.01, rate
+    assert found.perplexity.ratio <= expected.perplexity.ratio + 0.01
+    assert patchkit.measure(model, tokenizer, less, gone).efficacy.exact == 0.0
