@@ -6,7 +6,16 @@ from pathlib import Path
 
 import click
 
-from patchkit.cli.common import choice, model_options, note, own_folder, progress_bars, refuse_place, stdout
+from patchkit.cli.common import (
+    choice,
+    model_options,
+    note,
+    own_folder,
+    progress_bars,
+    refuse_place,
+    stdout,
+    zsre_option,
+)
 
 
 @click.command("apply")
@@ -21,13 +30,7 @@ from patchkit.cli.common import choice, model_options, note, own_folder, progres
 @click.option("--text", type=click.Path(), help="Plain text for the statistics; more is better.")
 @click.option("--stats", type=click.Path(), help="Folder of statistics, instead of the cache.")
 @click.option("--seed", type=int, help="Seed of the generated contexts [default: 0].")
-@click.option(
-    "--zsre-target",
-    type=click.Choice(["alt", "answers"]),
-    default="alt",
-    show_default=True,
-    help="What a ZsRE record teaches: the counterfactual answer, or the first true one.",
-)
+@zsre_option
 @click.option("--skip-bad", is_flag=True, help="Leave out bad facts, list them in rejected.jsonl beside the patch.")
 @click.option("--out", metavar="DIR", help="The patch's folder [default: that of --onto, else <name of FACTS>-patch].")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")

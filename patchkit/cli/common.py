@@ -23,6 +23,15 @@ stderr = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emo
 stdout = Console(highlight=False, markup=False, emoji=False)
 
 
+zsre_option = click.option(
+    "--zsre-target",
+    type=click.Choice(["alt", "answers"]),
+    default="alt",
+    show_default=True,
+    help="What a ZsRE record teaches: the counterfactual answer, or the first true one.",
+)
+
+
 def model_options(command: F) -> F:
     """--model, --device and --dtype."""
     for option in (

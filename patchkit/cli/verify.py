@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from patchkit.cli.common import choice, model_options, progress_bars, stdout
+from patchkit.cli.common import choice, model_options, progress_bars, stdout, zsre_option
 
 SHARE = click.FloatRange(0, 1)
 
@@ -18,13 +18,7 @@ SHARE = click.FloatRange(0, 1)
 @click.option(
     "--text", type=click.Path(), help="Plain text for the perplexity [default: a small one that comes along]."
 )
-@click.option(
-    "--zsre-target",
-    type=click.Choice(["alt", "answers"]),
-    default="alt",
-    show_default=True,
-    help="What a ZsRE record teaches: the counterfactual answer, or the first true one.",
-)
+@zsre_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
     "--min-efficacy", type=SHARE, metavar="X", help="Least share of facts whose every target token is the argmax."
