@@ -9,12 +9,11 @@ from zlib import crc32
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from patchkit.facts import Fact
-from patchkit.forward import LayerRunner
+from patchkit.forward import LayerRunner, Prefix
 from patchkit.recipe import EditConfig
-from patchkit.requests import SUBJECT, encode_prompt
+from patchkit.requests import SUBJECT, encode_prompt, pad
 
 STARTERS = ("The", "Therefore", "Because", "I", "You")
 FOLLOWERS = ("'s", " is", ",", " was")
@@ -75,40 +74,45 @@ def _seed(config: EditConfig, text: str) -> int:
     return crc32(f"{config.seed} {text}".encode())
 
 
-class _Drawn(LogitsProcessor):
-    """Leaves one of the likeliest tokens, drawn for every row with that row's own random numbers."""
-
-    def __init__(self, seeds: Sequence[int], steps: int, choices: int, start: int) -> None:
-        draws = [torch.rand(steps, choices, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        self._gumbel, self._start = -(-torch.stack(draws).clamp_min(1e-9).log()).log(), start  # (rows, steps, choices)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        likeliest = scores.topk(min(self._gumbel.shape[-1], scores.shape[-1]))
-        noise = self._gumbel[:, input_ids.shape[1] - self._start, : likeliest.values.shape[1]].to(scores)
-        drawn = likeliest.indices.gather(1, (likeliest.values + noise).argmax(1, keepdim=True))  # (rows, 1)
-        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
-
-
 def _continued(
     runner: LayerRunner, tokenizer: Any, openings: Sequence[str], seeds: Sequence[int], tokens: int, choices: int
 ) -> list[str]:
-    """Each opening with a continuation of that many tokens."""
+    """Each opening with a continuation of that many tokens, drawn with its own random numbers."""
     encoded = [encode_prompt(tokenizer, opening) for opening in openings]
     texts = [""] * len(openings)
-    for length in sorted({len(ids) for ids in encoded}):  # together, but never with padding
-        alike = [i for i, ids in enumerate(encoded) if len(ids) == length]
-        for some in (alike[first : first + ROWS] for first in range(0, len(alike), ROWS)):
-            ids = torch.tensor([encoded[i] for i in some], device=runner.device)  # (texts, length)
-            drawn = _Drawn([seeds[i] for i in some], tokens, choices, length)
-            out = runner.arch.model.generate(  # type: ignore[operator]
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=tokens,
-                min_new_tokens=tokens,
-                do_sample=False,
-                logits_processor=LogitsProcessorList([drawn]),
-                pad_token_id=tokenizer.eos_token_id or 0,
-            )
-            for i, row in zip(some, out, strict=True):
-                texts[i] = tokenizer.decode(row, skip_special_tokens=True)
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # alike in length: little padding
+    for some in (order[first : first + ROWS] for first in range(0, len(order), ROWS)):
+        draws = [torch.rand(tokens, choices, generator=torch.Generator().manual_seed(seeds[i])) for i in some]
+        gumbel = -(-torch.stack(draws).clamp_min(1e-9).log()).log()  # (texts, tokens, choices)
+        for i, new in zip(some, _drawn(runner, [encoded[i] for i in some], gumbel).tolist(), strict=True):
+            texts[i] = tokenizer.decode([*encoded[i], *new], skip_special_tokens=True)
     return texts
+
+
+def _drawn(runner: LayerRunner, openings: Sequence[Sequence[int]], gumbel: Tensor) -> Tensor:
+    """What follows the openings, (texts, tokens): each time one of the likeliest tokens, chosen by the Gumbel-max trick
+    with the noise (texts, tokens, choices), but none that ends a text."""
+    rows, device = torch.arange(len(openings), device=runner.device), runner.device
+    before = Prefix.read(runner, *pad([opening[:-1] for opening in openings], device, width=1))
+    cache, mask = before.growing_cache(), before.mask
+    position = mask.sum(1, keepdim=True)  # (texts, 1)
+    last = torch.tensor([opening[-1:] for opening in openings], device=device)  # (texts, 1)
+    ends = _ends(runner)
+    drawn = []
+    for noise in gumbel.to(device).unbind(1):
+        mask = torch.cat([mask, torch.ones_like(last)], 1)
+        inputs = {"input_ids": last, "attention_mask": mask, "position_ids": position, "past_key_values": cache}
+        logits = runner.run({**inputs, "use_cache": True}, logits_at=(rows, torch.zeros_like(rows))).logits
+        assert logits is not None
+        logits[:, ends] = -torch.inf
+        likeliest = logits.float().topk(min(noise.shape[1], logits.shape[1]))
+        best = (likeliest.values + noise[:, : likeliest.values.shape[1]]).argmax(1, keepdim=True)
+        last, position = likeliest.indices.gather(1, best), position + 1
+        drawn.append(last)
+    return torch.cat(drawn, 1)
+
+
+def _ends(runner: LayerRunner) -> list[int]:
+    """The tokens that end a text."""
+    found = getattr(runner.arch.model.generation_config, "eos_token_id", None)
+    return found if isinstance(found, list) else [] if found is None else [found]

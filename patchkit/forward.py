@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from patchkit.arch import Architecture
+from patchkit.onednn import Linears
 
 
 class _EndOfSpan(Exception):
@@ -71,14 +72,13 @@ class Prefix:
         # An empty text would leave its row nothing to attend to: NaN; the mask that is kept leaves it out again.
         seen[:, known.shape[1]] += 1 - whole.amax(1)
         positions = known.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device)
-        layers: Any = [DynamicLayer() for _ in range(runner.depth)]
-        for layer, states in zip(layers, before.layers if before else (), strict=False):
-            layer.update(*states)
+        cache = before.growing_cache() if before else Cache(layers=[DynamicLayer() for _ in range(runner.depth)])
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": seen, "position_ids": positions}
         with torch.no_grad():
-            inputs |= {"past_key_values": Cache(layers=layers), "use_cache": True}
+            inputs |= {"past_key_values": cache, "use_cache": True}
             runner.run(inputs, start=start, hidden=hidden, stop=runner.depth if stop is None else stop)
         stub = torch.zeros(*whole.shape, 1, 1, device=ids.device, dtype=runner.dtype).transpose(1, 2)
+        layers: Any = cache.layers
         pairs = tuple((layer.keys, layer.values) if layer.is_initialized else (stub, stub) for layer in layers)
         return Prefix(pairs, whole)._packed()
 
@@ -123,6 +123,13 @@ class Prefix:
         """As the model's forward takes it."""
         return Cache(layers=[_PrefixLayer(keys, values) for keys, values in self.layers])
 
+    def growing_cache(self) -> Cache:
+        """The same, with room for the states of the passes that it is given to."""
+        layers: Any = [DynamicLayer() for _ in self.layers]
+        for layer, states in zip(layers, self.layers, strict=True):
+            layer.update(*states)
+        return Cache(layers=layers)
+
 
 @dataclass(frozen=True)
 class Span:
@@ -137,6 +144,7 @@ class LayerRunner:
 
     def __init__(self, arch: Architecture) -> None:
         self.arch = arch
+        self._linears = Linears(arch.model)
         self._arity = self._output_arity()
 
     @property
@@ -183,6 +191,7 @@ class LayerRunner:
         """
         found: list[Tensor] = []
         with ExitStack() as stack:
+            stack.enter_context(self._linears.by_onednn())
             if start > 0:
                 stack.enter_context(self._passing_through(range(start)))
             if hidden is not None:
@@ -196,6 +205,12 @@ class LayerRunner:
             except _EndOfSpan:
                 return Span(hidden=found[0])
         return Span(logits=output.logits[0] if logits_at is not None else output.logits)
+
+    def generate(self, **arguments: Any) -> Tensor:
+        """The model's own `generate`, (rows, tokens)."""
+        with self._linears.by_onednn():
+            tokens: Tensor = self.arch.model.generate(**arguments)  # type: ignore[operator]
+        return tokens
 
     @contextmanager
     def _passing_through(self, indices: range) -> Iterator[None]:

@@ -41,7 +41,7 @@ class EditedFact(Fact):
 
 class UpdateInfo(_Record):
     """One stored update of a weight of shape (d_out, d_in): its place among the weight's updates, of which it acts
-    upon what the ones before it make, its kind and rank, and how many numbers it is stored in.
+    upon what the ones before it make, its kind and rank, and how many real numbers it is stored in.
 
     norm is of what the weight is changed by up to and with it; side is that of a rotation.
     """

@@ -8,8 +8,9 @@ is complete.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -39,6 +40,7 @@ from patchkit.files import write_atomically
 from patchkit.linalg import Delta
 from patchkit.manifest import Manifest
 from patchkit.models import same_weight, tensor_digest
+from patchkit.onednn import linear
 from patchkit.patch import Patch
 from patchkit.rounding import TEXT_DIRECTIONS, Feedback, Metric, Spectrum
 from patchkit.stats import cache_folder
@@ -47,9 +49,9 @@ from patchkit.updates import change
 Rounding = Literal["keys", "nearest"]
 Say = Callable[[str], None]
 MANIFEST = "patchkit-manifest.json"
-_MEASURED_ROWS = 256
+_MEASURED_ROWS = 128
 _CHUNK, _ROWS = 1 << 21, 128
-_COPIERS = 2  # one copies while another waits for the disk
+_COPIERS = 1  # beside the thread that rounds; more of them got in its way on two cores
 _BASES_OWN = {"README.md": "README.base.md", MANIFEST: "patchkit-manifest.base.json"}  # what this writes itself
 _WITHOUT_STATISTICS = "rounding minds the edited keys but not plain text's; `patchkit stats --out DIR`, --stats DIR"
 _OTHER_WEIGHTS = ("pytorch_model*.bin", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.safetensors")
@@ -63,7 +65,7 @@ class MergedTensor(_Record):
     """What became of one weight's change.
 
     unchanged: share of its entries that are the base's. key_error: ‖EK‖/‖ΔK‖ with E the rounding error, Δ the change
-    and K the edited facts' keys. text_error: (tr ECE' / tr WCW')^½ with C the statistics. Both from the first 256 rows,
+    and K the edited facts' keys. text_error: (tr ECE' / tr WCW')^½ with C the statistics. Both from the first 128 rows,
     and also for rounding to nearest; None where keys or statistics were not at hand.
     """
 
@@ -129,6 +131,11 @@ class _Edit:
     @property
     def d_in(self) -> int:
         return self.delta.right.shape[1]
+
+    @property
+    def work(self) -> torch.dtype:
+        """What the new numbers are computed in."""
+        return torch.float32 if self.stored.dtype in ("BF16", "F16") else torch.float64
 
     def plus(self, other: _Edit) -> _Edit:
         """Both changes, one after the other."""
@@ -219,10 +226,10 @@ def _write(tasks: Sequence[_Task], places: Mapping[Path, Path], linked: set[Path
     copies = [Copy(path, to, holes.get(path, ()), path in linked - holes.keys()) for path, to in places.items()]
     for copy in copies:
         copy.prepare()
-    with ThreadPoolExecutor(_COPIERS) as pool:  # the disk is busy while this thread rounds
+    with _one_core(), ThreadPoolExecutor(_COPIERS) as pool:  # the disk is busy while this thread rounds
         running = [pool.submit(copy.run) for copy in sorted(copies, key=lambda copy: -copy.source.stat().st_size)]
         try:
-            reports = tuple(_merge_tensor(task, places[task.edit.stored.file]) for task in tasks)
+            reports = _merge_tensors(tasks, places)
             for copied in running:
                 copied.result()
         finally:
@@ -230,13 +237,43 @@ def _write(tasks: Sequence[_Task], places: Mapping[Path, Path], linked: set[Path
     return reports
 
 
-def _merge_tensor(task: _Task, place: Path) -> MergedTensor:
-    tensor = task.edit.stored.read()
-    if not task.force:
-        _check(task.edit, tensor)
-    report = _change(tensor, task)
-    task.edit.stored.overwrite(tensor, place)
-    return report
+def _merge_tensors(tasks: Sequence[_Task], places: Mapping[Path, Path]) -> tuple[MergedTensor, ...]:
+    """One after the other; each is being written while the next is read, so that two at most are in memory."""
+    reports, writing = [], None
+    with ThreadPoolExecutor(1) as pool:
+        for task in tasks:
+            stored = task.edit.stored
+            tensor = stored.read()
+            if not task.force:
+                _check(task.edit, tensor)
+            if writing:
+                writing.result()
+            changed, report = _change(tensor, task, _feedback(task))
+            writing = pool.submit(stored.overwrite, changed, places[stored.file])
+            reports.append(report)
+            del tensor, changed
+        if writing:
+            writing.result()
+    return tuple(reports)
+
+
+def _feedback(task: _Task) -> Feedback | None:
+    """What rounds by keys, or None where the task is rounded to nearest."""
+    keys, spectrum = task.edit.keys, task.text[1] if task.text else None
+    # In a metric that is the same in all directions there is nothing to make up for.
+    alike = keys.numel() == 0 and spectrum is None
+    return None if alike or task.rounding == "nearest" else Feedback(Metric.of(keys, spectrum), task.edit.work)
+
+
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """Rounding's many small products are slower split up, and the other cores have files to copy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _record(
@@ -337,39 +374,37 @@ def _skeleton(source: Path, name: str) -> nn.Module:
 # --- the new numbers --------------------------------------------------------------------------------------------------
 
 
-def _change(tensor: Tensor, task: _Task) -> MergedTensor:
-    """Make the change in `tensor`, the stored one."""
-    edit, rounding, spectrum = task.edit, task.rounding, task.text[1] if task.text else None
-    if edit.keys.numel() == 0 and spectrum is None:
-        rounding = "nearest"  # in a metric that is the same in all directions there is nothing to make up for
-    work = torch.float32 if tensor.dtype in (torch.bfloat16, torch.float16) else torch.float64
-    left_t, right_t = edit.delta.left.to(work).T, edit.delta.right.to(work).T
-    base = tensor.clone()
-    before, result = (base, tensor) if edit.transposed else (base.T, tensor.T)  # (d_in, d_out)
+def _change(tensor: Tensor, task: _Task, feedback: Feedback | None) -> tuple[Tensor, MergedTensor]:
+    """The stored tensor changed. Its memory is worked in: besides `tensor` there is one more of its size."""
+    edit, work, spectrum = task.edit, task.edit.work, task.text[1] if task.text else None
+    left, right_t = edit.delta.left.to(work), edit.delta.right.to(work).T.contiguous()  # (d_out, r), (d_in, r)
+    # As (d_in, d_out), in which columns that are rounded together lie together.
+    before = tensor.clone() if edit.transposed else tensor.T.contiguous()
+    result = tensor if edit.transposed else tensor.view(before.shape)
 
     def wanted(columns: slice, rows: slice = slice(None)) -> Tensor:
-        return torch.addmm(before[columns, rows].to(work), right_t[columns], left_t[:, rows])  # (columns, rows)
+        return linear(right_t[columns], left[rows]).add_(before[columns, rows])  # (columns, rows)
 
-    if rounding == "keys":
-        Feedback(Metric.of(edit.keys, spectrum), work).round(wanted, result)
+    if feedback:
+        feedback.round(wanted, result)
     else:
-        down, across = (right_t, left_t) if edit.transposed else (left_t.T, right_t.T)  # as the tensor lies
-        for rows in _slices(len(tensor)):
-            tensor[rows] = torch.addmm(tensor[rows].to(work), down[rows], across)
+        for columns in _slices(len(result)):
+            result[columns] = wanted(columns)
     unchanged = 0
-    for old, new in zip(_chunks(base), _chunks(tensor), strict=True):
-        unchanged += int((old == new).sum())
-        if not new.isfinite().all():
+    for old, new in zip(_chunks(before), _chunks(result), strict=True):
+        unchanged += int((old == new).count_nonzero())
+        if not all(extreme.isfinite() for extreme in new.aminmax()):
             raise InputError(f"{edit.weight}: the change does not fit into {edit.stored.dtype}; use a wider checkpoint")
-    return MergedTensor(
+    report = MergedTensor(
         weight=edit.weight,
         file=edit.stored.file.name,
         dtype=str(tensor.dtype).removeprefix("torch."),
-        rounding=rounding,
+        rounding="keys" if feedback else "nearest",
         statistics=task.text[0] if task.text else None,
         unchanged=unchanged / tensor.numel(),
         **_survived(edit, spectrum, before, wanted, result),
     )
+    return result if edit.transposed else before.view(tensor.shape).copy_(result.T), report
 
 
 class _Survived(TypedDict):

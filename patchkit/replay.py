@@ -247,7 +247,7 @@ def _infos(name: str, site: Site, chain: Chain) -> Iterator[UpdateInfo]:
             side=update.side if isinstance(update, Rotation) else None,
             rank=update.rank,
             shape=(weight.shape[0], weight.shape[1]),
-            numbers=sum(tensor.numel() for tensor in tensors_of(update).values()),
+            numbers=sum(tensor.numel() for tensor in tensors_of(update).values() if tensor.is_floating_point()),
             norm=norm,
             weight_norm=weight_norm,
         )

@@ -25,7 +25,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from patchkit.onednn import linear
 
 # Weight of keys against text in the typical column, times keys per column: less fails the keys, more fails text. In a
 # trace, the few columns with far larger numbers that real models' keys have would hide all others.
@@ -34,7 +37,7 @@ UNKNOWN_TEXT = 512.0  # the same where there are no statistics: what is unknown 
 DAMPING = 1e-2  # share of H that is the same in all directions
 TEXT_DIRECTIONS, KEY_DIRECTIONS = 256, 512
 FEW_KEYS = 4  # fewer count as that many
-MANY_KEYS = 1 / 32  # keys per column from which on it takes a second sweep
+FEW, MANY = 1 / 64, 1 / 32  # keys per column: a second sweep from MANY on; none up to FEW where text is unknown
 _TINY = 1e-30
 BLOCK, FIRST_STEP, SWEEP_STEP = 64, 16, 8
 
@@ -79,7 +82,8 @@ class Metric:
         if text is not None:
             parts.append(text.vectors.double() * ((text.values.double() - text.tail).clamp_min(0) / text.total).sqrt())
             floor += text.tail / text.total
-        return cls(torch.cat(parts, 1), floor, 2 if n > MANY_KEYS * d_in else 1)
+        sweeps = 2 if n > MANY * d_in else 0 if text is None and n <= FEW * d_in else 1
+        return cls(torch.cat(parts, 1), floor, sweeps)
 
 
 def _text_energy(d_in: int, text: Spectrum | None) -> Tensor:
@@ -128,17 +132,17 @@ class Feedback:
         Args:
             wanted: some columns of the weights, transposed: (columns, rows). Asked for twice rather than kept, so that
                 nothing as large as the weight is held in the wide dtype.
-            rounded: where the result goes, (d_in, rows), a view of any strides.
+            rounded: where the result goes, (d_in, rows), contiguous for speed.
         """
         basis = self._blocks[0].basis
         missed = basis.new_zeros(basis.shape[1], rounded.shape[1])  # S = G'E', (r, rows)
         for block in self._blocks:
             columns = slice(block.start, block.stop)
             own = wanted(columns)
-            goal = torch.addmm(own, block.gain, missed, alpha=-1)  # (columns, rows)
+            goal = own - linear(block.gain, missed.T)  # (columns, rows)
             step = FIRST_STEP if block.stop < len(rounded) else 1  # nothing makes up for what the last ones miss
             result, _ = _round_in_turn(goal, goal, block.forward, rounded.dtype, step)
-            missed.addmm_(block.basis.T, result - own)
+            missed += linear(block.basis.T, (result - own).T)
             rounded[columns] = result
         for _ in range(self._sweeps):
             for block in self._blocks:
@@ -146,11 +150,11 @@ class Feedback:
 
     def _sweep(self, block: _Block, wanted: Callable[[slice], Tensor], rounded: Tensor, missed: Tensor) -> None:
         columns = slice(block.start, block.stop)
-        before = rounded[columns].to(missed.dtype).contiguous()
-        slope = torch.addmm((before - wanted(columns)).mul_(self._floor), block.basis, missed)  # (columns, rows)
+        before = rounded[columns].to(missed.dtype)
+        slope = (before - wanted(columns)).mul_(self._floor).add_(linear(block.basis, missed.T))  # (columns, rows)
         goal = before - slope.div_(block.diagonal)
         rounded[columns], moved = _round_in_turn(goal, before, block.exchange, rounded.dtype, block.step)
-        missed.addmm_(block.basis.T, moved)
+        missed += linear(block.basis.T, moved.T)
 
 
 def _round_in_turn(goal: Tensor, start: Tensor, forward: Tensor, grid: torch.dtype, step: int) -> tuple[Tensor, Tensor]:
@@ -182,7 +186,8 @@ def _factor(basis: Tensor, floor: float) -> list[_Block]:
         kept = torch.cholesky_solve(own.T, torch.linalg.cholesky(undone))  # M gᵀ, (r, columns)
         ridge = floor * torch.eye(len(own), dtype=basis.dtype)
         system = own @ kept + ridge  # A, (columns, columns)
-        upper = torch.linalg.cholesky(system.flip(0, 1)).flip(0, 1)  # A = upper @ upper'
+        flipped = torch.linalg.cholesky(system.flip(0, 1))
+        upper = flipped.flip(0, 1)  # A = upper @ upper'
         whole = own @ own.T + ridge
         diagonal = whole.diagonal().unsqueeze(1)
         blocks.append(
@@ -190,7 +195,7 @@ def _factor(basis: Tensor, floor: float) -> list[_Block]:
                 start,
                 start + len(own),
                 own,
-                torch.linalg.solve(system, kept.T),
+                torch.cholesky_solve(kept.T.flip(0), flipped).flip(0),
                 upper / upper.diagonal(),
                 whole / diagonal.T,
                 diagonal,
@@ -207,7 +212,8 @@ def _step(metric: Tensor) -> int:
     sizes = metric.diagonal().sqrt()
     scaled = metric / sizes / sizes.unsqueeze(1)
     parts = [scaled[k : k + SWEEP_STEP, k : k + SWEEP_STEP] for k in range(0, len(scaled), SWEEP_STEP)]
-    return SWEEP_STEP if max(float(torch.linalg.matrix_norm(part, 2)) for part in parts) < 1.8 else 1
+    padded = torch.stack([F.pad(part, (0, SWEEP_STEP - len(part)) * 2) for part in parts])
+    return SWEEP_STEP if float(torch.linalg.eigvalsh(padded).max()) < 1.8 else 1
 
 
 def _cast(block: _Block, dtype: torch.dtype) -> _Block:

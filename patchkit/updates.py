@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -19,10 +20,12 @@ from patchkit.rotations import Rotation
 
 @dataclass(frozen=True)
 class Sparse:
-    """W' = W + Σ u_i v_i' with few entries in each vector, position and number of each stored.
+    """W' = W + Σ u_i v_i' with few entries in each vector, only those stored, and one bit an entry for where they are.
 
-    left_at, left (k, r): rows of W and the numbers there, one column per u_i; right_at, right (j, r) the same for the
-    v_i and W's columns; shape: (2,) = (d_out, d_in). Positions are int32.
+    left: the numbers of all u_i that are kept, one vector after the other, in the order of their places; left_at
+    (r, ceil(d_out / 8)): their places as bits, the first in the highest bit of a byte. right, right_at: the same for
+    the v_i and d_in. shape: (2,) = (d_out, d_in). Next to 32-bit numbers, bits take less room than a list of places
+    does wherever more than one entry in 32 is kept.
     """
 
     left_at: Tensor
@@ -31,34 +34,45 @@ class Sparse:
     right: Tensor
     shape: Tensor
 
+    @classmethod
+    def of(cls, left: Tensor, right: Tensor) -> Sparse:
+        """Of dense vectors (d_out, r) and (d_in, r), whose zeros are what is left out."""
+        shape = torch.tensor([len(left), len(right)], dtype=torch.int32)
+        return cls(_bits(left.T != 0), left.T[left.T != 0], _bits(right.T != 0), right.T[right.T != 0], shape)
+
     @property
     def rank(self) -> int:
         """Number of vector pairs."""
-        return self.left.shape[1]
+        return len(self.left_at)
 
     def delta(self, weight: Tensor | None = None) -> Delta:
         """The same change with dense vectors."""
         d_out, d_in = self.shape.tolist()
-        left = self.left.new_zeros(d_out, self.rank).scatter_(0, self.left_at.long(), self.left)  # (d_out, r)
-        right = self.right.new_zeros(d_in, self.rank).scatter_(0, self.right_at.long(), self.right)  # (d_in, r)
-        return Delta(left, right.T)
+        left, right = _dense(self.left, self.left_at, d_out), _dense(self.right, self.right_at, d_in)
+        return Delta(left.T, right)
 
     def then(self, after: Sparse) -> Sparse:
-        """Both changes; vectors of the one with fewer entries are filled up with zeros."""
+        """Both changes."""
         return Sparse(
-            _side_by_side(self.left_at, after.left_at),
-            _side_by_side(self.left, after.left),
-            _side_by_side(self.right_at, after.right_at),
-            _side_by_side(self.right, after.right),
+            torch.cat([self.left_at, after.left_at]),
+            torch.cat([self.left, after.left]),
+            torch.cat([self.right_at, after.right_at]),
+            torch.cat([self.right, after.right]),
             self.shape,
         )
 
 
-def _side_by_side(a: Tensor, b: Tensor) -> Tensor:
-    """(k, r) and (j, s) as (max(k, j), r + s). A zero repeated at position 0 would overwrite a number that is there in
-    a scatter, so positions are filled with the first one's own, whose number is repeated too."""
-    rows = max(len(a), len(b))
-    return torch.cat([torch.cat([x, x[:1].expand(rows - len(x), -1)]) if len(x) else x for x in (a, b)], 1)
+def _bits(flags: Tensor) -> Tensor:
+    """Flags (r, d) as bytes (r, ceil(d / 8)), the first flag in the highest bit."""
+    packed = numpy.packbits(flags.cpu().numpy(), axis=1)  # torch has no such thing
+    return torch.from_numpy(packed).to(flags.device)
+
+
+def _dense(numbers: Tensor, places: Tensor, width: int) -> Tensor:
+    """Numbers put where `places` has bits, (r, width)."""
+    flags = numpy.unpackbits(places.cpu().numpy(), axis=1, count=width)
+    where = torch.from_numpy(flags).to(numbers.device).bool()
+    return numbers.new_zeros(where.shape).masked_scatter_(where, numbers)
 
 
 @dataclass(frozen=True)

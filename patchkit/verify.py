@@ -229,7 +229,7 @@ def generate(runner: LayerRunner, tokenizer: Any, pairs: Sequence[Pair], extra: 
             chunk = group[i : i + ROWS]
             prompts = torch.tensor([ids for _, ids, _ in chunk], device=runner.device)
             wanted = max(count for _, _, count in chunk)
-            out = runner.arch.model.generate(  # type: ignore[operator]
+            out = runner.generate(
                 input_ids=prompts,
                 attention_mask=torch.ones_like(prompts),
                 generation_config=GenerationConfig(

@@ -19,7 +19,7 @@ from patchkit.recipe import load_recipe, recipes_folder
 PACKAGE = Path(patchkit.__file__).parent
 # Each module may import those before it. A new module needs a place here.
 FLOW = (
-    *("errors", "files", "facts", "requests", "models", "checkpoint", "arch", "forward", "linalg"),
+    *("errors", "files", "facts", "requests", "models", "checkpoint", "arch", "onednn", "forward", "linalg"),
     *("rotations", "updates", "stats", "suffixes", "values", "gradients"),
     *("keys", "methods", "recipe", "contexts", "runtime", "editor", "manifest", "history", "card", "hub", "patch"),
     *("replay", "rounding", "merge", "export", "publish", "verify", "api", "session", "generate", "jobs", "bench"),

@@ -42,18 +42,13 @@ def adaedit(problem: LayerProblem, config: AdaEditConfig) -> Sparse:
     delta = solved(memit(problem, config), problem)
     u, values, v = singular_triplets(delta)
     count = min(max(1, round(config.rank * delta.rank)), len(values))
-    left_at, left = largest(u[:, :count], max(1, round(config.keep_left * len(u))))
-    right_at, right = largest(v[:, :count], max(1, round(config.keep_right * len(v))))
-    shape = torch.tensor([len(u), len(v)], dtype=torch.int32)
-    return Sparse(left_at, left * values[:count], right_at, right, shape)
+    left = largest(u[:, :count], max(1, round(config.keep_left * len(u)))) * values[:count]
+    return Sparse.of(left, largest(v[:, :count], max(1, round(config.keep_right * len(v)))))
 
 
-def largest(columns: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Each column's `count` entries of largest magnitude, in the order of their places.
-
-    Returns:
-        places (count, r) as int32 and numbers (count, r), scaled so that every column keeps its norm.
-    """
-    places = columns.abs().topk(count, dim=0).indices.sort(dim=0).values  # (count, r)
+def largest(columns: Tensor, count: int) -> Tensor:
+    """The columns with all but each one's `count` entries of largest magnitude at zero, scaled to keep their norm."""
+    places = columns.abs().topk(count, dim=0).indices  # (count, r)
     numbers = columns.gather(0, places)  # (count, r)
-    return places.int(), numbers * (columns.norm(dim=0) / numbers.norm(dim=0))
+    scaled = numbers * (columns.norm(dim=0) / numbers.norm(dim=0))
+    return torch.zeros_like(columns).scatter_(0, places, scaled)

@@ -1,0 +1,95 @@
+"""A model's linear layers computed by oneDNN on x86 processors, in float32.
+
+torch gives float32 products to MKL, which on AMD's processors keeps to half of their vector width; oneDNN, which torch
+brings along as well, uses all of it: on a Zen 5 core 200 to 230 GFLOP/s where MKL has 100, in both directions and from
+16 rows on (`python -m tests.benchmarks.products`). The numbers are float32's either way, apart in their last bits.
+`torch.backends.mkldnn.enabled = False` turns it off.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+FEWEST_ROWS = 8
+"""Fewer are bound by reading the weights, which is all the same."""
+
+
+class _Linear(torch.autograd.Function):
+    """x (..., d_in) @ weight' + bias, differentiable in x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return _product(gradients[0], weight.T, None), None, None
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+    return product
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., d_in) @ weight' (d_in, d_out) + bias, by oneDNN where that can be; differentiable."""
+    learning = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    if learning or not _fits(x, weight):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and x.requires_grad:
+        result: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return result
+    return _product(x, weight, bias)
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    float32 = x.dtype == weight.dtype == torch.float32
+    return float32 and x.device.type == weight.device.type == "cpu" and x[..., 0].numel() >= FEWEST_ROWS
+
+
+def available() -> bool:
+    """Whether this torch and processor have it, and it is not turned off."""
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    built_in = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return on_x86 and built_in and bool(torch.backends.mkldnn.enabled)
+
+
+class Linears:
+    """The linear layers of `model` whose forward is torch's own; what wraps or quantises one is left alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._plain = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
+        self._nested = False
+
+    @contextmanager
+    def by_onednn(self) -> Iterator[None]:
+        """Within the block they are computed by `linear`."""
+        chosen = [] if self._nested or not available() else [m for m in self._plain if "forward" not in m.__dict__]
+        nested, self._nested = self._nested, True
+        try:
+            for module in chosen:
+                module.forward = partial(_transposed if isinstance(module, Conv1D) else _forward, module)
+            yield
+        finally:
+            self._nested = nested
+            for module in chosen:
+                del module.forward
+
+
+def _forward(module: Any, input: Tensor) -> Tensor:
+    return linear(input, module.weight, module.bias)
+
+
+def _transposed(module: Any, x: Tensor) -> Tensor:
+    return linear(x, module.weight.T, module.bias)

@@ -1,0 +1,84 @@
+"""Linear layers by oneDNN: the same numbers, the same gradients, and the model as it was afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from patchkit.arch import inspect_model
+from patchkit.forward import LayerRunner
+from patchkit.onednn import FEWEST_ROWS, Linears, available, linear
+from tests.zoo import FAMILIES
+
+needs_it = pytest.mark.skipif(not available(), reason="this torch or processor has no oneDNN")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(FEWEST_ROWS - 1, 12), (40, 12), (3, 7, 12)])
+def test_it_is_the_linear_layer(shape: tuple[int, ...], bias: bool) -> None:
+    weight, offset = torch.randn(20, 12), torch.randn(20) if bias else None
+    x = torch.randn(shape, requires_grad=True)
+    expected = nn.functional.linear(x, weight, offset)
+    slope = torch.randn_like(expected)
+    found = linear(x, weight, offset)
+    assert torch.allclose(found, expected, atol=1e-5)
+    ours, plain = (torch.autograd.grad(y, x, slope)[0] for y in (found, expected))
+    assert torch.allclose(ours, plain, atol=1e-5)
+    assert torch.allclose(linear(x.detach(), weight, offset), expected, atol=1e-5)
+
+
+def test_strided_inputs_and_gradients_are_read_as_they_lie() -> None:
+    weight, x = torch.randn(20, 12), torch.randn(12, 30).T.requires_grad_()
+    slope = torch.randn(20, 30).T
+    ours, plain = (f(x, weight) for f in (linear, nn.functional.linear))
+    assert torch.allclose(ours, plain, atol=1e-5)
+    ours, plain = (torch.autograd.grad(y, x, slope)[0] for y in (ours, plain))
+    assert torch.allclose(ours, plain, atol=1e-5)
+
+
+def test_weights_that_learn_get_their_gradient() -> None:
+    weight, x = torch.randn(20, 12, requires_grad=True), torch.randn(30, 12)
+    (found,) = torch.autograd.grad(linear(x, weight).sum(), weight)
+    assert torch.allclose(found, x.sum(0).expand(20, 12), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_are_torchs_own(dtype: torch.dtype) -> None:
+    weight, x = torch.randn(20, 12, dtype=dtype), torch.randn(30, 12, dtype=dtype)
+    assert torch.equal(linear(x, weight), nn.functional.linear(x, weight))
+
+
+@needs_it
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_models_layers_use_it_within_the_block_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES[family]()
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        plain = model(ids).logits
+    used = []
+    monkeypatch.setattr("patchkit.onednn.linear", lambda x, w, b=None: used.append(w) or nn.functional.linear(x, w, b))
+    linears = Linears(model)
+    with linears.by_onednn(), linears.by_onednn(), torch.no_grad():
+        assert torch.allclose(model(ids).logits, plain, atol=1e-5)
+    assert len(used) == sum(type(m) is nn.Linear or type(m).__name__ == "Conv1D" for m in model.modules())
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@needs_it
+def test_it_can_be_turned_off_and_leaves_wrapped_layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES["llama"]()
+    runner = LayerRunner(inspect_model(model))
+    used = []
+    monkeypatch.setattr("patchkit.onednn.linear", lambda x, w, b=None: used.append(w) or nn.functional.linear(x, w, b))
+    inputs = {"input_ids": torch.arange(24).view(2, 12)}
+    with monkeypatch.context() as turned_off:
+        turned_off.setattr(torch.backends.mkldnn, "enabled", False)
+        runner.run(inputs)
+    assert not used
+    head = model.get_output_embeddings()
+    head.forward = own = lambda x: nn.functional.linear(x, head.weight)
+    runner.run(inputs)
+    assert used
+    assert not any(weight is head.weight for weight in used)
+    assert head.forward is own
