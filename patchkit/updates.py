@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
-import numpy
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from patchkit.linalg import Delta
@@ -64,15 +64,20 @@ class Sparse:
 
 def _bits(flags: Tensor) -> Tensor:
     """Flags (r, d) as bytes (r, ceil(d / 8)), the first flag in the highest bit."""
-    packed = numpy.packbits(flags.cpu().numpy(), axis=1)  # torch has no such thing
-    return torch.from_numpy(packed).to(flags.device)
+    eights = F.pad(flags, (0, -flags.shape[1] % 8)).unflatten(1, (-1, 8))  # (r, bytes, 8)
+    packed: Tensor = (eights * _values(flags)).sum(-1).to(torch.uint8)
+    return packed
 
 
 def _dense(numbers: Tensor, places: Tensor, width: int) -> Tensor:
     """Numbers put where `places` has bits, (r, width)."""
-    flags = numpy.unpackbits(places.cpu().numpy(), axis=1, count=width)
-    where = torch.from_numpy(flags).to(numbers.device).bool()
+    where = (places.unsqueeze(-1) & _values(places)).bool().flatten(1)[:, :width]
     return numbers.new_zeros(where.shape).masked_scatter_(where, numbers)
+
+
+def _values(like: Tensor) -> Tensor:
+    """Those of a byte's bits, (8,), the highest first."""
+    return torch.tensor([1 << bit for bit in range(7, -1, -1)], dtype=torch.uint8, device=like.device)
 
 
 @dataclass(frozen=True)
