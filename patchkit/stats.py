@@ -30,6 +30,7 @@ from patchkit.files import write_atomically
 from patchkit.forward import LayerRunner, watching
 from patchkit.linalg import Covariance
 from patchkit.models import model_digest
+from patchkit.onednn import linear
 
 WINDOW = 256
 BATCH = 8
@@ -228,18 +229,19 @@ def _accumulate(runner: LayerRunner, sites: Sequence[Site], batch: Sequence[Sequ
 
 def _upper_gram(keys: Tensor) -> Tensor:
     """keys.T @ keys, (d_in, d_in), right on and above the diagonal, in little more than half the time."""
-    d_in = keys.shape[1]
-    gram = keys.new_zeros(d_in, d_in)
-    step = -(-d_in // GRAM_BLOCKS)
-    for first in range(0, d_in, step):
-        torch.mm(keys[:, first : first + step].T, keys[:, first:], out=gram[first : first + step, first:])
+    rows = keys.T.contiguous()  # (d_in, tokens)
+    gram = rows.new_zeros(len(rows), len(rows))
+    step = -(-len(rows) // GRAM_BLOCKS)
+    for first in range(0, len(rows), step):
+        gram[first : first + step, first:] = linear(rows[first : first + step], rows[first:])
     return gram
 
 
 def _adder(sums: Sums, layer: int) -> Callable[[Tensor, Tensor], None]:
     def add(keys: Tensor, _: Tensor) -> None:
         keys = keys.flatten(0, 1).float()  # (tokens, d_in)
-        sums[layer] = sums.get(layer, 0) + _upper_gram(keys).double()
+        gram = _upper_gram(keys)
+        sums[layer] = sums[layer] + gram if layer in sums else gram.double()
 
     return add
 

@@ -15,10 +15,9 @@ from patchkit.updates import Sparse
 class AdaEditConfig(MemitConfig):
     """Settings of AdaEdit."""
 
-    preserve: float = Field(50.0, gt=0, description="λ: how many tokens of plain text one edited fact weighs against")
     rank: float = Field(1.0, gt=0, le=1, description="r: singular triplets kept, as a share of the facts in a batch")
-    keep_left: float = Field(0.4, gt=0, le=1, description="k: share of the entries kept of each u_i")
-    keep_right: float = Field(0.15, gt=0, le=1, description="k: share of the entries kept of each v_i")
+    keep_left: float = Field(0.45, gt=0, le=1, description="k: share of the entries kept of each u_i")
+    keep_right: float = Field(0.45, gt=0, le=1, description="k: share of the entries kept of each v_i")
 
 
 @method(
@@ -26,7 +25,7 @@ class AdaEditConfig(MemitConfig):
     config=AdaEditConfig,
     paper="https://aclanthology.org/2025.acl-long.208/",
     equations="eq. 1-4",
-    use_when="the patch must be small: MEMIT's change at half its bytes or less",
+    use_when="the patch must be small: MEMIT's change at less than half its bytes",
     update="sparse",
     attention=True,
 )
@@ -34,10 +33,8 @@ def adaedit(problem: LayerProblem, config: AdaEditConfig) -> Sparse:
     """MEMIT's change with FFN-only values, thinned out to the largest entries of its leading singular vectors.
 
     Δ = Σ σ_i u_i v_i' ≈ Σ σ_i u'_i v'_i', i up to r, u' and v' with all but their largest entries at zero and scaled
-    back to length 1 (AdaEdit eq. 2-4, "SRFusion"). The paper gives neither r nor k, and the same k for both sides;
-    here both are shares, so that they mean the same on every model, with a k for each side: docs/adaedit.md has the
-    ablation. λ is a third of MEMIT's, since thinning out takes from the edit and disturbs plain text less. The dense Δ
-    is never formed.
+    back to length 1 (AdaEdit eq. 2-4, "SRFusion"). The paper gives neither r nor k; here both are shares, so that they
+    mean the same on every model, with a k for each side: docs/adaedit.md has the ablation. The dense Δ is never formed.
     """
     delta = solved(memit(problem, config), problem)
     u, values, v = singular_triplets(delta)
