@@ -15,8 +15,8 @@ largest directions gave the same errors as the whole of it (within 1 % at d_in 1
 What can be had: with up to d_in / 16 keys the error along them falls below 1/8 of nearest's. On plain text it is below
 nearest's, too, where C's eigenvalues fall like 1/i or faster and C is known. It cannot be where C is flat, least of all
 for changes far smaller than the grid: nearest is what minimises the error in a metric that is the same in all
-directions, and each entry moved for the keys' sake is off by more. There text fares up to 1.4 times worse than by
-nearest at ‖Δ‖/‖W‖ = 1e-3 (and 1.1 times at 1e-2), and where C is not known up to 1.7 times (1.2 times).
+directions, and each entry moved for the keys' sake is off by more. There text fares up to 1.3 times worse than by
+nearest at ‖Δ‖/‖W‖ = 1e-3 (and 1.1 times at 1e-2), and where C is not known up to 1.9 times (1.1 times).
 """
 
 from __future__ import annotations
