@@ -33,7 +33,7 @@ from patchkit.values import widen
 
 TEXT_TOKENS = 8192
 """Tokens of plain text that a gradient is taken over; a pass runs all layers forth and back."""
-TOGETHER = 2
+TOGETHER = 16
 """Windows in one backward pass: the logits of all their positions are in memory."""
 
 

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import earlier_edits, gpu, solve, text_statistics, value_engine
+from patchkit.stats import WINDOW
+from tests.benchmarks import (
+    adaedit,
+    earlier_edits,
+    generalization,
+    gpu,
+    preserving,
+    solve,
+    text_statistics,
+    value_engine,
+)
 from tests.test_oracle import FACTS
 from tests.zoo import FAMILIES, save, tiny_tokenizer
 
@@ -59,7 +69,7 @@ def test_text_statistics(
     options: list[str], text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (found,) = output(monkeypatch, capsys, text_statistics, [*options, "--text", text])
-    assert found["tokens"] % 256 == 0
+    assert found["tokens"] % WINDOW == 0
     assert found["ratio"] == pytest.approx(found["ours_tokens_per_s"] / found["plain_tokens_per_s"])
 
 
@@ -79,3 +89,46 @@ def test_gpu_says_where_it_ran(
     assert "ON THE CPU" in str(random["model"])
     assert random["steps"] == random["oracle_steps"] == 3
     assert embedded["facts"] == 3
+
+
+@pytest.fixture
+def files(options: list[str], text: str, tmp_path: Path) -> list[str]:
+    """What benchmarks that print a table take: the model, facts with paraphrases and neighbours, texts."""
+    facts = tmp_path / "facts.jsonl"
+    asked = {"paraphrases": [FACTS[0].prompt], "locality": [{"prompt": FACTS[1].prompt, "target": FACTS[1].target_new}]}
+    facts.write_text("\n".join(json.dumps(fact.model_dump() | asked) for fact in FACTS))
+    return [*options[:2], "--facts", str(facts), *options[6:-1], "--text", text, "--eval-text", text]
+
+
+def rows(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+    """The cells of a Markdown table's rows, its heading among them."""
+    lines = capsys.readouterr().out.splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line]
+
+
+def test_adaedit(files: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmark", *files, "--try", "1:1:1", "--try", "1:0.4:0.4"])
+    adaedit.main()
+    heading, memit, whole, thin = rows(capsys)
+    assert len({len(row) for row in (heading, memit, whole, thin)}) == 1
+    share = heading.index("of MEMIT")
+    assert memit[share] == "100%"
+    assert float(thin[share].rstrip("%")) < 50 < float(whole[share].rstrip("%"))
+
+
+def test_preserving(files: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    tried = ["--others", "2", "--row", "memit@64", "--row", "alphaedit:ridge=1e9"]
+    monkeypatch.setattr("sys.argv", ["benchmark", *files, *tried])
+    preserving.main()
+    heading, _, held = rows(capsys)
+    assert held[:3] == ["alphaedit", "32", "ridge=1e9"]
+    assert held[heading.index("other prompts")] == "1.000"
+    assert held[heading.index("perplexity")] == "1.000"
+
+
+def test_generalization(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [files[3], *files[:2], *files[4:], "--limit", "2"]
+    assert generalization.main([*arguments, "--only", "the prompt alone", "2 texts, 3 about the subject"]) == 0
+    heading, *found = rows(capsys)
+    assert [row[0] for row in found] == ["the prompt alone", "2 texts, 3 about the subject"]
+    assert {len(row) for row in found} == {len(heading)}

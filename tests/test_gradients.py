@@ -127,10 +127,10 @@ def test_the_loss_of_a_change_and_its_gradient_are_those_of_a_changed_weight(fam
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Corpus:
-    """Some twenty windows in three batches, the last window shorter."""
+    """Some hundred and fifty windows in three batches, the last window shorter."""
     file = tmp_path / "text.txt"
     file.write_text(PACKAGE_TEXT.read_text(encoding="utf-8")[:2500], encoding="utf-8")
-    return read_corpus(file, tiny_tokenizer(), window=96)
+    return read_corpus(file, tiny_tokenizer(), window=13)
 
 
 def of_text(model: PreTrainedModel, corpus: Corpus, folder: Path, **more: Any) -> dict[int, TextGradient]:
@@ -199,9 +199,9 @@ def test_an_interrupted_gradient_goes_on_where_it_stopped(
 
 
 def test_a_long_text_counts_by_its_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Corpus) -> None:
-    monkeypatch.setattr(gradients, "TEXT_TOKENS", 200)
+    monkeypatch.setattr(gradients, "TEXT_TOKENS", 30)
     model, beginning = FAMILIES["llama"](), replace(corpus, windows=corpus.windows[:2])
-    assert corpus.tokens > 400
+    assert corpus.tokens > 100
     found, expected = of_text(model, corpus, tmp_path / "a"), of_text(model, beginning, tmp_path / "b")
     assert torch.equal(found[2].left, expected[2].left)
 

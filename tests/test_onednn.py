@@ -11,6 +11,12 @@ from patchkit.forward import LayerRunner
 from patchkit.onednn import FEWEST_ROWS, Linears, available, linear
 from tests.zoo import FAMILIES
 
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 needs_it = pytest.mark.skipif(not available(), reason="this torch or processor has no oneDNN")
 
 

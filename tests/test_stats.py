@@ -33,8 +33,8 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def corpus(text: Path) -> Corpus:
-    """Some twenty windows, the last one shorter: three batches."""
-    return read_corpus(text, tiny_tokenizer(), window=96)
+    """Some hundred and fifty windows, the last one shorter: three batches."""
+    return read_corpus(text, tiny_tokenizer(), window=13)
 
 
 def computed(
@@ -58,14 +58,15 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 def second_moment(model: PreTrainedModel, module: torch.nn.Module, corpus: Corpus) -> Tensor:
-    """E[k k'] over all tokens, from full forward passes of one window each."""
+    """E[k k'] over all tokens, a window's first an eighth of one, from full forward passes of one window each."""
     keys: list[Tensor] = []
     with module.register_forward_hook(lambda _, args, __: keys.append(args[0].reshape(-1, args[0].shape[-1]))):
         for window in corpus.windows:
             with torch.no_grad():
                 model(input_ids=torch.tensor([window]))
+    weights = torch.cat([torch.tensor([1 / 8] + [1.0] * (len(some) - 1)) for some in keys]).double()  # (tokens,)
     stacked = torch.cat(keys).double()  # (tokens, d_in)
-    return stacked.T @ stacked / len(stacked)
+    return stacked.T @ (weights.unsqueeze(1) * stacked) / weights.sum()
 
 
 def same(found: dict[int, Covariance], expected: dict[int, Covariance]) -> bool:

@@ -10,25 +10,12 @@ batches every row is a run of its own, each value being optimised on the model a
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from typing import Any
-from unittest import mock
 
 import torch
 
-from patchkit import editor
-from patchkit.arch import inspect_model
-from patchkit.editor import EditState, edit, plan
-from patchkit.facts import Fact, read_facts
-from patchkit.forward import LayerRunner
-from patchkit.linalg import Covariance
-from patchkit.models import load_model
-from patchkit.recipe import load_recipe
-from patchkit.runtime import live_deltas
-from patchkit.stats import read_corpus, statistics
 from patchkit.updates import tensors_of
-from patchkit.values import Values, ValueShape, optimise
-from patchkit.verify import Report, ask, verify
+from patchkit.verify import Report
+from tests.benchmarks.shared_values import SharedValues, parser
 
 TRIES = ("1:1:1", "1:0.45:0.45", "1:0.9:0.28", "1:0.7:0.36", "1:0.25:0.53", "1:0.4:0.15", "0.6:0.8:0.7")
 HEADINGS = ("method", "r", "k left", "k right", "kB", "of MEMIT", "exact", "success", "locality", "perplexity")
@@ -38,60 +25,21 @@ def main() -> None:
     """Parse the options, edit and measure row after row."""
     options = _options()
     torch.set_num_threads(options.threads)
-    bench = _Bench(options)
-    memit = bench.run("memit")
+    bench = SharedValues(options)
+    memit = _run(bench, "memit")
     print(f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}", flush=True)
     print(_row("memit", ("", "", ""), memit, memit[0]), flush=True)
     for tried in options.tries or TRIES:
         rank, left, right = tried.split(":")
-        found = bench.run("adaedit", f"rank={rank}", f"keep_left={left}", f"keep_right={right}")
+        found = _run(bench, "adaedit", f"rank={rank}", f"keep_left={left}", f"keep_right={right}")
         print(_row("adaedit", (rank, left, right), found, memit[0]), flush=True)
 
 
-class _Bench:
-    """The model, the facts, and what every row shares."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        loaded = load_model(options.model, options.device)
-        self.options, self.tokenizer = options, loaded.tokenizer
-        self.runner = LayerRunner(inspect_model(loaded.model))
-        read = read_facts(options.facts, skip_bad=True).facts
-        self.facts: Sequence[Fact] = read[options.skip : options.skip + options.count]
-        self.covariances: Mapping[int, Covariance] = {}
-        self.corpus = read_corpus(options.text, self.tokenizer)
-        self.plain = read_corpus(options.eval_text, self.tokenizer, options.eval_tokens)
-        self.before = ask(self.runner, self.tokenizer, self.facts, self.plain)
-        self.contexts: list[str] = []
-        self._values: dict[bool, Values] = {}
-
-    def run(self, method: str, *settings: str) -> tuple[int, Report]:
-        """Bytes of the updates, and how the edit turned out."""
-        config = load_recipe(method, None, [f"batch_size={self.options.batch_size}", *self.options.set, *settings])
-        if not self.covariances:
-            self.covariances = statistics(self.runner, plan(self.runner.arch, config).sites, self.corpus)
-        start = EditState(contexts=list(self.contexts))
-        with mock.patch.object(editor, "optimise", self._optimise):
-            state = edit(self.runner, self.tokenizer, self.facts, config, self.covariances, start=start)
-        self.contexts = state.contexts
-        changes = state.changes(self.runner.arch)
-        report = verify(
-            self.runner,
-            self.tokenizer,
-            self.facts,
-            lambda: live_deltas(self.runner.arch, changes),
-            self.plain,
-            before=self.before,
-        )
-        updates = [update for solved in state.sites.values() for update in solved.chain]
-        return sum(_stored(tensor) for u in updates for tensor in tensors_of(u).values()), report
-
-    def _optimise(self, *args: Any) -> Values:
-        if self.options.batch_size < len(self.facts):
-            return optimise(*args)
-        attention = any(isinstance(arg, ValueShape) and arg.attention for arg in args)
-        if attention not in self._values:
-            self._values[attention] = optimise(*args)
-        return self._values[attention]
+def _run(bench: SharedValues, method: str, *settings: str) -> tuple[int, Report]:
+    """Bytes of the updates, and how the edit turned out."""
+    state, report, _ = bench.run(method, settings)
+    updates = [update for solved in state.sites.values() for update in solved.chain]
+    return sum(_stored(tensor) for u in updates for tensor in tensors_of(u).values()), report
 
 
 def _stored(tensor: torch.Tensor) -> int:
@@ -111,22 +59,11 @@ def _row(method: str, tried: tuple[str, str, str], found: tuple[int, Report], me
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="AdaEdit's r and k beside MEMIT")
-    parser.add_argument("--model", required=True, help="folder of the model")
-    parser.add_argument("--facts", required=True, help="file of facts")
-    parser.add_argument("--skip", type=int, default=0, help="facts at the file's beginning to leave out")
-    parser.add_argument("--text", required=True, help="plain text for the statistics")
-    parser.add_argument("--eval-text", required=True, help="plain text for the perplexity")
-    parser.add_argument("--eval-tokens", type=int, default=5000)
-    parser.add_argument("--count", type=int, default=25, help="facts to edit")
-    parser.add_argument("--batch-size", type=int, default=25, help="facts solved for together")
-    parser.add_argument(
+    known = parser(__doc__)
+    known.add_argument(
         "--try", dest="tries", action="append", metavar="RANK:LEFT:RIGHT", help="r and both k, as shares"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting that all rows share")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    return parser.parse_args()
+    return known.parse_args()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch as replaced
@@ -55,12 +56,20 @@ def by_default(contexts: list[str], before: list[str]) -> list[str]:
     return contexts
 
 
+def mixed(texts: int, contexts: list[str], before: list[str]) -> list[str]:
+    """The prompt alone and behind that many texts, and the last of the words about the subject."""
+    return ["", *before[:texts], *contexts[texts + 1 :]]
+
+
 VARIANTS: dict[str, tuple[Contexts, tuple[str, ...]]] = {
     "the prompt alone": (lambda contexts, before: contexts[:1], ()),
     "5 texts before the prompt": (as_published, ()),
     "the same, further: stop_loss 0.02": (as_published, ("stop_loss=0.02",)),
     "the same, longer: clamp 1.5": (as_published, ("stop_loss=0.02", "clamp=1.5")),
     "1 text, 2 about the subject": (lambda contexts, before: contexts[:4], ()),
+    "2 texts, 3 about the subject": (partial(mixed, 2), ()),
+    "3 texts, 2 about the subject": (partial(mixed, 3), ()),
+    "4 texts, 1 about the subject": (partial(mixed, 4), ()),
     "1 text, 4 about the subject (default)": (by_default, ()),
     "the same, no texts before them": (without_texts, ()),
     "default, 10 steps": (by_default, ("steps=10",)),

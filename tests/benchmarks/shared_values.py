@@ -1,0 +1,89 @@
+"""Many solves of the same facts: a model, its text statistics, and values that are optimised once for all rows."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+from unittest import mock
+
+from patchkit import editor
+from patchkit.arch import inspect_model
+from patchkit.editor import EditState, edit, plan
+from patchkit.facts import Fact, read_facts
+from patchkit.forward import LayerRunner
+from patchkit.linalg import Covariance
+from patchkit.models import load_model
+from patchkit.recipe import load_recipe
+from patchkit.runtime import live_deltas
+from patchkit.stats import WINDOW, Corpus, read_corpus, statistics
+from patchkit.values import Values, ValueShape, optimise
+from patchkit.verify import Answers, Report, ask, compare
+
+
+class SharedValues:
+    """In one batch, values are optimised once with and once without the attention's delta, and all runs share them. In
+    smaller batches every run optimises its own, each value on the model as the earlier edits left it.
+
+    facts: those that are edited, `options.skip` lines from the beginning on. others: facts that are only asked for,
+    `options.others` of them from the end of the file.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        loaded = load_model(options.model, options.device)
+        self.options, self.tokenizer = options, loaded.tokenizer
+        self.runner = LayerRunner(inspect_model(loaded.model))
+        read = read_facts(options.facts, skip_bad=True).facts
+        self.facts: Sequence[Fact] = read[options.skip : options.skip + options.count]
+        self.others: Sequence[Fact] = read[len(read) - options.others :]
+        self.plain = read_corpus(options.eval_text, self.tokenizer, options.eval_tokens, 512)
+        self._before = self._ask()
+        self._covariances: dict[int, Mapping[int, Covariance]] = {}
+        self._contexts: list[str] = []
+        self._values: dict[bool, Values] = {}
+
+    def run(self, method: str, settings: Sequence[str], window: int = WINDOW) -> tuple[EditState, Report, Report]:
+        """What editing left behind, how the facts turned out, and what became of the others."""
+        config = load_recipe(method, None, [f"batch_size={self.options.batch_size}", *self.options.set, *settings])
+        sites = plan(self.runner.arch, config).sites
+        if window not in self._covariances:
+            self._covariances[window] = statistics(self.runner, sites, self._text(window))
+        start = EditState(contexts=list(self._contexts))
+        with mock.patch.object(editor, "optimise", self._optimise):
+            state = edit(self.runner, self.tokenizer, self.facts, config, self._covariances[window], start=start)
+        self._contexts = state.contexts
+        with live_deltas(self.runner.arch, state.changes(self.runner.arch)):
+            after = self._ask()
+        return state, compare(self.facts, self._before, after), compare(self.others, self._before, after)
+
+    def _text(self, window: int) -> Corpus:
+        return read_corpus(self.options.text, self.tokenizer, window=window)
+
+    def _ask(self) -> Answers:
+        return ask(self.runner, self.tokenizer, [*self.facts, *self.others], self.plain)
+
+    def _optimise(self, *args: Any) -> Values:
+        if self.options.batch_size < len(self.facts):
+            return optimise(*args)
+        attention = any(isinstance(arg, ValueShape) and arg.attention for arg in args)
+        if attention not in self._values:
+            self._values[attention] = optimise(*args)
+        return self._values[attention]
+
+
+def parser(description: str | None, count: int = 25) -> argparse.ArgumentParser:
+    """The options of a benchmark that uses it."""
+    known = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known.add_argument("--model", required=True, help="folder of the model")
+    known.add_argument("--facts", required=True, help="file of facts")
+    known.add_argument("--skip", type=int, default=0, help="facts at the file's beginning to leave out")
+    known.add_argument("--others", type=int, default=0, help="facts from the file's end, asked for and not edited")
+    known.add_argument("--text", required=True, help="plain text for the statistics")
+    known.add_argument("--eval-text", required=True, help="plain text for the perplexity")
+    known.add_argument("--eval-tokens", type=int, default=5000)
+    known.add_argument("--count", type=int, default=count, help="facts to edit")
+    known.add_argument("--batch-size", type=int, default=count, help="facts solved for together")
+    known.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting that all rows share")
+    known.add_argument("--threads", type=int, default=1)
+    known.add_argument("--device", default="cpu")
+    return known
