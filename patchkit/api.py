@@ -223,9 +223,10 @@ class _Bench:
 
         @cache  # finding statistics takes a digest of the weights below: once for all sites, and for runs alike
         def of_text(
-            digest: str, method: str, layers: tuple[int, ...]
+            digest: str, window: int, method: str, layers: tuple[int, ...]
         ) -> tuple[dict[int, Covariance], dict[int, Tensor]] | None:
-            found = next((c for c in map(self.corpus, self.texts) if c.digest == digest), None)
+            origin = {"sha256": digest, "window": window}
+            found = next((c for c in map(self.corpus, self.texts) if c.is_from(origin)), None)
             edited = [site for site in sites.values() if site.layer in layers]
             return None if found is None else self.statistics(methods.get(method), edited, found)
 
@@ -234,11 +235,12 @@ class _Bench:
             method = methods.get(run.method)
             if not method.needs_statistics and not method.needs_gradients:
                 return None, None
-            found = of_text(run.text["sha256"], run.method, run.layers)
+            found = of_text(run.text["sha256"], run.text.get("window", 0), run.method, run.layers)
             if found is None:
+                read = f"sha256 {run.text['sha256'][:16]}..., in windows of {run.text.get('window', 256)} tokens"
                 raise InputError(
                     f"run {number + 1} took its statistics from the text {run.text['source']} "
-                    f"(sha256 {run.text['sha256'][:16]}...), which is not here; give it with --text"
+                    f"({read}), which is not here; give it with --text"
                 )
             covariances, gradients = found
             return covariances.get(site.layer), gradients.get(site.layer)
@@ -320,7 +322,7 @@ class _Made:
             layers=tuple(self.plan.layers),
             value_at=self.plan.value_at,
             contexts=tuple(self.state.contexts),
-            text={"source": Path(self.corpus.source).name, "sha256": self.corpus.digest, "tokens": self.corpus.tokens},
+            text=self.corpus.origin,
             seconds={phase: round(spent, 3) for phase, spent in self.state.seconds.items()},
             superseded=dict(superseded),
             skipped=self.incoming.skipped,

@@ -383,7 +383,7 @@ class Bench:
             model=self._model_digest,
             dtype=str(next(self.model.parameters()).dtype).removeprefix("torch."),
             facts=_digest(fact.model_dump_json() for fact in self.facts[:count]),
-            text=self.corpus.digest,
+            text=f"{self.corpus.digest} in windows of {self.corpus.window}",
             eval_text=self.plain.digest,
             recipe=recipe,
         )
@@ -553,7 +553,7 @@ class _Sequence:
             return "other facts"
         if any(run.recipe_digest != self.config.digest() for run in manifest.history):
             return "another recipe"
-        if any(run.text["sha256"] != self.bench.corpus.digest for run in manifest.history):
+        if not all(self.bench.corpus.is_from(run.text) for run in manifest.history):
             return "another text for the statistics"
         return None
 

@@ -6,8 +6,7 @@ Nothing is written to the model: deltas act through hooks while editing goes on,
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -114,13 +113,14 @@ class Solved:
 @dataclass
 class EditState:
     """What runs leave behind for the next: per layer what was solved there, and the values (d, n) at the value site,
-    one column per fact. These are of all runs. Of the last one are: batches, the number of facts in each; order, the
-    place among the run's facts of each one written, layers, where it was, and columns, how many keys it had; contexts;
-    seconds.
+    one column per fact; subjects, of every fact. These are of all runs. Of the last one are: batches, the number of
+    facts in each; order, the place among the run's facts of each one written, layers, where it was, and columns, how
+    many keys it had; contexts; seconds.
     """
 
     sites: dict[int, Solved] = field(default_factory=dict)
     values: list[Values] = field(default_factory=list)
+    subjects: set[str] = field(default_factory=set)
     batches: list[int] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
     layers: list[tuple[int, ...]] = field(default_factory=list)
@@ -139,7 +139,7 @@ class EditState:
     def onward(self, contexts: Sequence[str] = ()) -> EditState:
         """A copy for the next run to add to; contexts given here are not generated anew."""
         sites = {layer: solved.copy() for layer, solved in self.sites.items()}
-        return EditState(sites, list(self.values), contexts=list(contexts))
+        return EditState(sites, list(self.values), set(self.subjects), contexts=list(contexts))
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -198,8 +198,8 @@ def edit(
             with state.timed("contexts"):
                 state.contexts = make_contexts(runner, tokenizer, config)
         with state.timed("contexts"):
-            requests = requests_of(runner, tokenizer, facts, state.contexts, config)
-        size = 1 if methods.get(config.method).one_by_one else config.batch_size
+            requests = requests_of(runner, tokenizer, facts, state.contexts, config, state.subjects)
+        size = together(config)
         with live_deltas(runner.arch, {**dict.fromkeys(how.layers), **state.changes(runner.arch)}) as live:
             for first in range(0, len(requests), size):
                 batch = requests[first : first + size]
@@ -207,22 +207,39 @@ def edit(
                     batch,
                     lambda done, first=first: progress("editing", first + done, len(requests)),  # type: ignore[misc]
                 )
+        state.subjects |= {fact.subject for fact in facts}
     return state
 
 
+def together(config: EditConfig) -> int:
+    """How many facts are solved for at once."""
+    return 1 if methods.get(config.method).one_by_one else config.batch_size
+
+
 def requests_of(
-    runner: LayerRunner, tokenizer: Any, facts: Sequence[Fact], contexts: Sequence[str], config: EditConfig
+    runner: LayerRunner,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    contexts: Sequence[str],
+    config: EditConfig,
+    written: Collection[str] = (),
 ) -> list[EditRequest]:
-    """The facts of a run, each in its contexts.
+    """The facts of a run, each in its contexts. `written` are the subjects of earlier runs' facts.
+
+    A fact keeps to its prompt where its batch or an earlier one has another about the same subject. What comes later
+    does not count: facts that are added to a patch turn out as if they had been the next batches of one run.
 
     Raises:
         InputError: a fact cannot be tokenised.
     """
-    often = Counter(fact.subject for fact in facts)
+    known, shared = set(written), list[bool]()
+    for first in range(0, len(facts), together(config)):
+        subjects = [fact.subject for fact in facts[first : first + together(config)]]
+        shared += [subject in known or subjects.count(subject) > 1 for subject in subjects]
+        known |= set(subjects)
     found = about(runner, tokenizer, facts, contexts, config)
-    return [
-        build_request(fact, tokenizer, own, often[fact.subject] > 1) for fact, own in zip(facts, found, strict=True)
-    ]
+    each = zip(facts, found, shared, strict=True)
+    return [build_request(fact, tokenizer, own, only_prompt) for fact, own, only_prompt in each]
 
 
 def problem_at(

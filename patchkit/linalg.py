@@ -48,7 +48,7 @@ class Delta:
 class Covariance:
     """C = E[k k'] over the tokens of plain text, uncentred, (d_in, d_in), with the factorisations methods ask for.
 
-    Its scale is fixed once: a mean over tokens, weighted as `stats` says, so a multiple λ·C weighs like λ tokens of text.
+    Its scale is fixed once: a mean over tokens, weighted as in `stats`. So a multiple λ·C weighs like λ tokens of text.
     """
 
     matrix: Tensor

@@ -59,6 +59,7 @@ def state_of(patch: Patch, sites: Sites) -> EditState:
     steps = torch.tensor([fact.steps for fact in facts])
     targets, start = patch.state["values.targets"], patch.state["values.start"]
     state.values = [Values(targets, start, loss, steps)]
+    state.subjects = {fact.subject for fact in facts}
     return state
 
 

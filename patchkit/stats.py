@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -62,6 +62,21 @@ class Corpus:
         return sum(len(w) for w in self.windows)
 
     @property
+    def window(self) -> int:
+        """Tokens in each but the last."""
+        return len(self.windows[0])
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a manifest says about it."""
+        tokens = {"tokens": self.tokens, "window": self.window}
+        return {"source": Path(self.source).name, "sha256": self.digest, **tokens}
+
+    def is_from(self, origin: Mapping[str, Any]) -> bool:
+        """Whether it is the same text, read the same way."""
+        return all(self.origin[key] == origin.get(key) for key in ("sha256", "window"))
+
+    @property
     def weight(self) -> float:
         """What they weigh together."""
         return self.tokens - (1 - FIRST) * len(self.windows)
@@ -106,7 +121,7 @@ def cache_folder() -> Path:
 def folder_of(folder: Path, sites: Sequence[Site], corpus: Corpus) -> Path:
     """Where in `folder` is what a text says: `<text digest>-<tokens>x<window>-<dtype>`."""
     dtype = str(next(sites[0].module.parameters()).dtype).removeprefix("torch.")
-    return folder / f"{corpus.digest[:16]}-{corpus.tokens}x{len(corpus.windows[0])}-{dtype}"
+    return folder / f"{corpus.digest[:16]}-{corpus.tokens}x{corpus.window}-{dtype}"
 
 
 def statistics(

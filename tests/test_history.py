@@ -133,6 +133,16 @@ def test_a_patch_continued_is_the_one_made_in_one_run(
         pass
 
 
+def test_going_on_about_a_subject_is_the_same_as_one_run(make: Make, tmp_path: Path) -> None:
+    """The first fact about Rome may use other words about it, the second one may not: in one run, in two, or alone."""
+    again = {"id": "again", "prompt": "the capital of Rome", "subject": "Rome", "target_new": "is"}
+    whole = make([ROME, ADA, again])
+    second = make([again], onto=stored(make([ROME, ADA]), tmp_path / "p"))
+    assert second.manifest.digest == whole.manifest.digest
+    other = make([again | {"subject": "capital"}], onto=stored(make([ROME, ADA]), tmp_path / "q"))
+    assert other.manifest.digest != whole.manifest.digest
+
+
 def test_each_fact_may_have_a_layer_of_its_own(make: Make, less: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = iter([0, 1, 0])
     wilke = replace(methods.get("wilke"), choose=lambda problems, config: next(chosen), one_by_one=False)

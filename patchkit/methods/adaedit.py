@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from patchkit.methods import LayerProblem, method
 from patchkit.methods._factors import singular_triplets, solved
+from patchkit.methods.alphaedit import AlphaEditConfig, alphaedit
 from patchkit.methods.memit import MemitConfig, memit
 from patchkit.updates import Sparse
 
 
-class AdaEditConfig(MemitConfig):
-    """Settings of AdaEdit."""
+class AdaEditConfig(AlphaEditConfig, MemitConfig):
+    """Settings of AdaEdit, and of what it goes over."""
 
+    over: Literal["alphaedit", "memit"] = Field("alphaedit", description="the method whose change is thinned out")
     rank: float = Field(1.0, gt=0, le=1, description="r: singular triplets kept, as a share of the facts in a batch")
     keep_left: float = Field(0.45, gt=0, le=1, description="k: share of the entries kept of each u_i")
     keep_right: float = Field(0.45, gt=0, le=1, description="k: share of the entries kept of each v_i")
@@ -25,18 +29,19 @@ class AdaEditConfig(MemitConfig):
     config=AdaEditConfig,
     paper="https://aclanthology.org/2025.acl-long.208/",
     equations="eq. 1-4",
-    use_when="the patch must be small: MEMIT's change at less than half its bytes",
+    use_when="the patch must be small: half the bytes of the other deltas",
     update="sparse",
     attention=True,
 )
 def adaedit(problem: LayerProblem, config: AdaEditConfig) -> Sparse:
-    """MEMIT's change with FFN-only values, thinned out to the largest entries of its leading singular vectors.
+    """AlphaEdit's or MEMIT's change, values FFN-only, thinned out to its leading singular vectors' largest entries.
 
     Δ = Σ σ_i u_i v_i' ≈ Σ σ_i u'_i v'_i', i up to r, u' and v' with all but their largest entries at zero and scaled
     back to length 1 (AdaEdit eq. 2-4, "SRFusion"). The paper gives neither r nor k; here both are shares, so that they
-    mean the same on every model, with a k for each side: docs/adaedit.md has the ablation. The dense Δ is never formed.
+    mean the same on every model, with a k for each side. The paper's Δ is MEMIT's (`over`); AlphaEdit's is spared more
+    of what others say when it is cut. docs/adaedit.md has both ablations. The dense Δ is never formed.
     """
-    delta = solved(memit(problem, config), problem)
+    delta = solved(alphaedit(problem, config) if config.over == "alphaedit" else memit(problem, config), problem)
     u, values, v = singular_triplets(delta)
     count = min(max(1, round(config.rank * delta.rank)), len(values))
     left = largest(u[:, :count], max(1, round(config.keep_left * len(u)))) * values[:count]

@@ -12,7 +12,7 @@ class AlphaEditConfig(MethodConfig):
     """Settings of AlphaEdit."""
 
     null_energy: float = Field(0.3, gt=0, lt=1, description="share of plain text's key energy the null space may hold")
-    ridge: float = Field(0.4, gt=0, description="l2 of eq. 14, in units of the text keys' mean squared norm in it")
+    ridge: float = Field(0.25, gt=0, description="l2 of eq. 14, in units of the text keys' mean squared norm in it")
 
 
 @method(

@@ -17,15 +17,14 @@ from patchkit.verify import Report
 from tests.benchmarks.shared_values import SharedValues, parser
 
 ROWS = (
-    *(f"{method}@{window}" for method in ("memit", "alphaedit", "adaedit") for window in (256, 32)),
-    "memit@64",
-    "memit@12",
+    *(f"memit@{window}" for window in (256, 64, 32, 12)),
     "memit:preserve=300",
-    "alphaedit:ridge=0.15",
-    "alphaedit:ridge=0.3",
-    "alphaedit:ridge=1.2",
-    "alphaedit:null_energy=0.2",
-    "alphaedit:null_energy=0.4",
+    "alphaedit@256",
+    "alphaedit",
+    *(f"alphaedit:ridge={ridge}" for ridge in (0.15, 0.6, 1.2)),
+    *(f"alphaedit:null_energy={share}" for share in (0.2, 0.4)),
+    "adaedit@256",
+    "adaedit",
 )
 HEADINGS = ("method", "window", "settings", "efficacy", "paraphrases", "neighbours", "other prompts", "perplexity")
 
