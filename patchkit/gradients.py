@@ -21,6 +21,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from patchkit.arch import Site
 from patchkit.errors import InputError
@@ -28,12 +29,14 @@ from patchkit.files import write_atomically
 from patchkit.forward import LayerRunner, watching
 from patchkit.models import model_digest
 from patchkit.requests import EditRequest, pad
-from patchkit.stats import Corpus, Progress, Sums, cache_folder, folder_of, summed
+from patchkit.stats import Corpus, Progress, Sums, cache_folder, folder_of, summed, window_of
 from patchkit.values import widen
 
 TEXT_TOKENS = 8192
 """Tokens of plain text that a gradient is taken over; a pass runs all layers forth and back."""
-TOGETHER = 16
+WINDOW = 256
+"""Tokens in each window: short ones, as in `stats`, would mostly tell of texts' first words, the least likely ones."""
+TOGETHER = 2
 """Windows in one backward pass: the logits of all their positions are in memory."""
 
 
@@ -201,13 +204,14 @@ def text_gradients(
     folder: Path | None = None,
     progress: Progress = lambda done, total: None,
 ) -> dict[int, TextGradient]:
-    """That of each site, by layer, over the text's first TEXT_TOKENS tokens (O-Edit section 3.3): from `folder`
+    """That of each site, by layer, over the text's first TEXT_TOKENS tokens (O-Edit section 3.2.2): from `folder`
     (default: the cache) where it is there, else computed for all sites in one pass.
 
     Raises:
         InputError: a stored one is damaged.
     """
-    corpus = _beginning(corpus)
+    assert isinstance(runner.arch.model, PreTrainedModel)
+    corpus = _beginning(corpus, window_of(runner.arch.model, WINDOW))
     root = folder_of(folder or cache_folder() / "stats", sites, corpus)
     # The gradient depends on the whole model, what is above the site included.
     model = model_digest(runner.arch.model.named_parameters())[:16]
@@ -222,9 +226,9 @@ def text_gradients(
     return {site.layer: _load(files[site.layer]) for site in sites}
 
 
-def _beginning(corpus: Corpus) -> Corpus:
-    windows = max(1, TEXT_TOKENS // len(corpus.windows[0]))
-    return replace(corpus, windows=corpus.windows[:windows])
+def _beginning(corpus: Corpus, window: int) -> Corpus:
+    corpus = corpus.in_windows(window)
+    return replace(corpus, windows=corpus.windows[: max(1, TEXT_TOKENS // corpus.window)])
 
 
 def _compute(

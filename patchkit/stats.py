@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ WINDOW = 32
 # What a window's first position weighs beside each other's 1. An attention sink is there, with a key like no other's:
 # counted once in every 32 tokens it would be a good part of the energy that methods reckon shares of.
 FIRST = 1 / 8
-BATCH = 64  # windows read together
+BATCH = 2048  # tokens read together
 SAVE_EVERY = 30.0
 GRAM_BLOCKS = 8
 PACKAGE_TEXT = Path(__file__).parent / "data" / "text.txt"
@@ -55,6 +55,7 @@ class Corpus:
     windows: tuple[tuple[int, ...], ...]
     digest: str
     source: str
+    bos: tuple[int, ...] = ()  # what each of them begins with
 
     @property
     def tokens(self) -> int:
@@ -65,6 +66,11 @@ class Corpus:
     def window(self) -> int:
         """Tokens in each but the last."""
         return len(self.windows[0])
+
+    def in_windows(self, window: int) -> Corpus:
+        """The same text in windows of another length."""
+        ids = [token for each in self.windows for token in each[len(self.bos) :]]
+        return replace(self, windows=_windows(ids, self.bos, window))
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -102,10 +108,13 @@ def read_corpus(path: str | Path, tokenizer: Any, tokens: int = 100_000, window:
     if len(ids) < 2 or not text.strip():
         raise InputError(f"text {path}: no text in it; give a file with some thousand words")
     start = tokenizer("a")["input_ids"][:1]
-    bos = start if start == [tokenizer.bos_token_id] else []
+    bos = tuple(start) if start == [tokenizer.bos_token_id] else ()
+    return Corpus(_windows(ids, bos, window), hashlib.sha256(text.encode()).hexdigest(), str(path), bos)
+
+
+def _windows(ids: Sequence[int], bos: tuple[int, ...], window: int) -> tuple[tuple[int, ...], ...]:
     room = window - len(bos)
-    windows = tuple((*bos, *ids[i : i + room]) for i in range(0, len(ids), room))
-    return Corpus(windows, hashlib.sha256(text.encode()).hexdigest(), str(path))
+    return tuple((*bos, *ids[i : i + room]) for i in range(0, len(ids), room))
 
 
 def window_of(model: PreTrainedModel, window: int = WINDOW) -> int:
@@ -224,7 +233,8 @@ def summed(
     """What `accumulate` adds to each site's sum, over all batches of windows; an interrupted run goes on from what it
     left in `partly`, which is the caller's to delete."""
     sums, done = _resume(partly, sites)
-    batches = [corpus.windows[i : i + BATCH] for i in range(0, len(corpus.windows), BATCH)]
+    size = max(1, BATCH // corpus.window)
+    batches = [corpus.windows[i : i + size] for i in range(0, len(corpus.windows), size)]
     saved = time.monotonic()
     try:
         for i, batch in enumerate(batches[done:], done):

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import patchkit
-from patchkit import gradients, methods
+from patchkit import gradients, methods, stats
 from patchkit.arch import inspect_model, read_weight
 from patchkit.cli import cli
 from patchkit.editor import frozen
@@ -126,11 +126,13 @@ def test_the_loss_of_a_change_and_its_gradient_are_those_of_a_changed_weight(fam
 
 
 @pytest.fixture
-def corpus(tmp_path: Path) -> Corpus:
-    """Some hundred and fifty windows in three batches, the last window shorter."""
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Corpus:
+    """Some twenty windows in three batches, the last window shorter."""
+    monkeypatch.setattr(stats, "BATCH", 8 * 96)
+    monkeypatch.setattr(gradients, "WINDOW", 96)
     file = tmp_path / "text.txt"
     file.write_text(PACKAGE_TEXT.read_text(encoding="utf-8")[:2500], encoding="utf-8")
-    return read_corpus(file, tiny_tokenizer(), window=13)
+    return read_corpus(file, tiny_tokenizer(), window=96)
 
 
 def of_text(model: PreTrainedModel, corpus: Corpus, folder: Path, **more: Any) -> dict[int, TextGradient]:
@@ -199,9 +201,9 @@ def test_an_interrupted_gradient_goes_on_where_it_stopped(
 
 
 def test_a_long_text_counts_by_its_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Corpus) -> None:
-    monkeypatch.setattr(gradients, "TEXT_TOKENS", 30)
+    monkeypatch.setattr(gradients, "TEXT_TOKENS", 200)
     model, beginning = FAMILIES["llama"](), replace(corpus, windows=corpus.windows[:2])
-    assert corpus.tokens > 100
+    assert corpus.tokens > 400
     found, expected = of_text(model, corpus, tmp_path / "a"), of_text(model, beginning, tmp_path / "b")
     assert torch.equal(found[2].left, expected[2].left)
 

@@ -340,19 +340,19 @@ def test_r_rome_is_what_rome_does_here() -> None:
 # --- AdaEdit
 
 
+@pytest.mark.parametrize("over", ["alphaedit", "memit"])
 @pytest.mark.parametrize(("facts", "prior"), [(1, 0), (5, 3), (D_IN + 4, 0)])
-def test_adaedit_that_keeps_everything_is_memit(facts: int, prior: int) -> None:
+def test_adaedit_that_keeps_everything_is_the_method_underneath(over: str, facts: int, prior: int) -> None:
     problem = problem_of(facts, prior)
-    assert (
-        apart(solve("adaedit", problem, rank=1, keep_left=1, keep_right=1, preserve=150), solve("memit", problem))
-        < 1e-10
-    )
+    whole = solve("adaedit", problem, rank=1, keep_left=1, keep_right=1, over=over)
+    assert apart(whole, solve(over, problem)) < 1e-10
 
 
-def test_adaedit_keeps_the_largest_entries_of_the_leading_triplets_and_their_length() -> None:
+@pytest.mark.parametrize("over", ["alphaedit", "memit"])
+def test_adaedit_keeps_the_largest_entries_of_the_leading_triplets_and_their_length(over: Any) -> None:
     problem = problem_of(5, 3)
-    found = adaedit(problem, AdaEditConfig(rank=0.4, keep_left=0.25, keep_right=0.3)).delta()
-    u, values, vt = torch.linalg.svd(solve("memit", problem, preserve=AdaEditConfig().preserve))
+    found = adaedit(problem, AdaEditConfig(rank=0.4, keep_left=0.25, keep_right=0.3, over=over)).delta()
+    u, values, vt = torch.linalg.svd(solve(over, problem))
     for i in range(2):
         assert set(found.left[:, i].nonzero().view(-1).tolist()) == set(u[:, i].abs().topk(3).indices.tolist())
         assert set(found.right[i].nonzero().view(-1).tolist()) == set(vt[i].abs().topk(6).indices.tolist())

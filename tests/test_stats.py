@@ -32,9 +32,10 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def corpus(text: Path) -> Corpus:
-    """Some hundred and fifty windows, the last one shorter: three batches."""
-    return read_corpus(text, tiny_tokenizer(), window=13)
+def corpus(text: Path, monkeypatch: pytest.MonkeyPatch) -> Corpus:
+    """Some twenty windows, the last one shorter: three batches."""
+    monkeypatch.setattr(stats, "BATCH", 8 * 96)
+    return read_corpus(text, tiny_tokenizer(), window=96)
 
 
 def computed(

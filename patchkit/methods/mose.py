@@ -16,9 +16,9 @@ from patchkit.rotations import Rotation, procrustes, rotation_from
 class MoseConfig(MethodConfig):
     """Settings of MOSE."""
 
-    preserve: float = Field(10.0, ge=0, description="λ of eq. 17: weight of plain text's outputs, in the edit's energy")
+    preserve: float = Field(10.0, gt=0, description="λ of eq. 17: weight of plain text's outputs, in the edit's energy")
     earlier: float = Field(1.0, ge=0, description="weight of each earlier key's output beside an edited one's 1")
-    values: Literal["sphere", "free"] = Field("sphere", description="free: the paper's, which no rotation can meet")
+    values: Literal["sphere", "free"] = Field("sphere", description="free: the paper's, brought to that length last")
     choose_layer: bool = Field(False, description="eq. 21-22: each fact at one of the layers and both its neighbours")
     tolerance: float = Field(1e-4, gt=0, description="planes that turn by less, in radians, are left out")
 

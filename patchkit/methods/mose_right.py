@@ -89,7 +89,7 @@ def reach(problem: LayerProblem, config: MoseRightConfig) -> Constraint:
     constrain=reach,
 )
 def mose_right(problem: LayerProblem, config: MoseRightConfig) -> Rotation:
-    """Rotates keys, W' = W R, inside the null space of plain text's keys: singular values stay, and text as well.
+    """Rotates keys, W' = W R, inside the null space of plain text's: singular values stay, and text outside of it.
 
     A left rotation turns all outputs alike; on the right it can single out keys, and is not bound to ‖Wk‖. R is the
     identity on the eigenvectors that hold all but `null_energy` of the text's key energy (AlphaEdit's guarantee), and

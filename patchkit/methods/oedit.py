@@ -78,7 +78,7 @@ def _cosines(bases: list[Tensor], weight: float, facts: Tensor, start: Tensor, d
     config=OEditConfig,
     paper="https://arxiv.org/abs/2410.11469",
     equations="eq. 9-14, 25-27",
-    use_when="comparing with O-Edit; oedit+ does the same thing exactly",
+    use_when="comparing with O-Edit; oedit+ makes the right angles exact",
     needs_gradients=True,
     penalty=penalty,
 )

@@ -22,7 +22,7 @@ class UltraEditConfig(MethodConfig):
     "ultraedit",
     config=UltraEditConfig,
     paper="https://arxiv.org/abs/2505.14679",
-    equations="section 3, with the normalisation's start as below",
+    equations="section 3",
     use_when="thousands of facts, without subjects or statistics, and fast: one pass forth and back per batch",
     needs_statistics=False,
     targets="gradients",

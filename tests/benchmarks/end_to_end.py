@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from patchkit.api import EVAL_WINDOW
 from patchkit.arch import inspect_model
 from patchkit.contexts import make_contexts
 from patchkit.editor import EditState, edit, plan, requests_of
@@ -27,7 +28,7 @@ from patchkit.forward import LayerRunner
 from patchkit.models import load_model
 from patchkit.recipe import load_recipe
 from patchkit.runtime import live_deltas
-from patchkit.stats import Corpus, read_corpus, statistics
+from patchkit.stats import Corpus, read_corpus, statistics, window_of
 from patchkit.verify import verify
 
 from .common import fresh_peak, peak_memory, seconds
@@ -65,7 +66,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     # Both edit in the same contexts, which cost both the same; `edit` has made the words in them once more itself.
     ours_s, oracle_s = ours_s + contexts_s, oracle_s + contexts_s + words_s - oracle.seconds["statistics"]
 
-    plain = read_corpus(options.eval_text or options.text, tokenizer, options.eval_tokens)
+    plain = read_corpus(
+        options.eval_text or options.text, tokenizer, options.eval_tokens, window_of(model, EVAL_WINDOW)
+    )
 
     def rates(attached: Callable[[], AbstractContextManager[Any]]) -> dict[str, Any]:
         return verify(runner, tokenizer, facts, attached, plain).model_dump(exclude={"per_fact"})

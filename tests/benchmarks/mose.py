@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from patchkit.api import EVAL_WINDOW
 from patchkit.arch import inspect_model, read_weight
 from patchkit.bench import Spectra, site_drift
 from patchkit.editor import EditState, edit, plan
@@ -59,7 +60,7 @@ class Bench:
         facts = read_facts(options.facts, skip_bad=True, limit=options.skip + options.count).facts
         self.facts = facts[options.skip :]
         self.text = read_corpus(options.text, self.tokenizer)
-        self.plain = read_corpus(options.eval_text, self.tokenizer, options.eval_tokens)
+        self.plain = read_corpus(options.eval_text, self.tokenizer, options.eval_tokens, EVAL_WINDOW)
         self.spectra: Spectra = {}
 
     def edited(self, name: str, settings: tuple[str, ...]) -> EditState:

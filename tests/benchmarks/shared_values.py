@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 from patchkit import editor
+from patchkit.api import EVAL_WINDOW
 from patchkit.arch import inspect_model
 from patchkit.editor import EditState, edit, plan
 from patchkit.facts import Fact, read_facts
@@ -36,7 +37,7 @@ class SharedValues:
         read = read_facts(options.facts, skip_bad=True).facts
         self.facts: Sequence[Fact] = read[options.skip : options.skip + options.count]
         self.others: Sequence[Fact] = read[len(read) - options.others :]
-        self.plain = read_corpus(options.eval_text, self.tokenizer, options.eval_tokens, 512)
+        self.plain = read_corpus(options.eval_text, self.tokenizer, options.eval_tokens, EVAL_WINDOW)
         self._before = self._ask()
         self._covariances: dict[int, Mapping[int, Covariance]] = {}
         self._contexts: list[str] = []

@@ -36,8 +36,9 @@ def measure(bench: Bench, text: str, tokens: int) -> dict[str, Any]:
     windows = [window for window in corpus.windows if len(window) == len(corpus.windows[0])]
     sums: Sums = {}
     spent = {"ours": 0.0, "plain": 0.0, "onednn": 0.0}
-    for first in range(0, len(windows), BATCH):
-        batch = windows[first : first + BATCH]
+    size = BATCH // corpus.window
+    for first in range(0, len(windows), size):
+        batch = windows[first : first + size]
         inputs = {"input_ids": torch.tensor(batch, device=runner.device), "use_cache": False}
         spent["ours"] += seconds(partial(_accumulate, runner, sites, batch, sums), bench.device)[0]
         forward = partial(runner.run, inputs, stop=sites[-1].layer + 1)
