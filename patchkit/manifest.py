@@ -43,13 +43,15 @@ class UpdateInfo(_Record):
     """One stored update of a weight of shape (d_out, d_in): its place among the weight's updates, of which it acts
     upon what the ones before it make, its kind and rank, and how many real numbers it is stored in.
 
-    norm is of what the weight is changed by up to and with it; side is that of a rotation.
+    norm is of what the weight is changed by up to and with it; side is that of a rotation, and angles are the largest,
+    the median and the smallest by which its planes turn, in radians.
     """
 
     weight: str
     place: int = 0
     kind: Literal["delta", "sparse", "full", "rotation"] = "delta"
     side: Literal["left", "right"] | None = None
+    angles: tuple[float, float, float] | None = None
     rank: int
     shape: tuple[int, int]
     numbers: int

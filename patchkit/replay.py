@@ -27,7 +27,7 @@ from patchkit.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
 from patchkit.patch import Patch, updates_digest
 from patchkit.recipe import validate
 from patchkit.rotations import Rotation
-from patchkit.updates import Chain, change, kind_of, mapped, tensors_of
+from patchkit.updates import Chain, Update, change, kind_of, mapped, tensors_of
 from patchkit.values import Values
 
 Sites = Mapping[str, Site]  # by on-disk name of the weight
@@ -246,12 +246,20 @@ def _infos(name: str, site: Site, chain: Chain) -> Iterator[UpdateInfo]:
             place=place,
             kind=kind_of(update),
             side=update.side if isinstance(update, Rotation) else None,
+            angles=_angles(update),
             rank=update.rank,
             shape=(weight.shape[0], weight.shape[1]),
             numbers=sum(tensor.numel() for tensor in tensors_of(update).values() if tensor.is_floating_point()),
             norm=norm,
             weight_norm=weight_norm,
         )
+
+
+def _angles(update: Update) -> tuple[float, float, float] | None:
+    if not isinstance(update, Rotation) or not update.rank:
+        return None
+    spectrum = update.spectrum()
+    return float(spectrum[0]), float(spectrum.median()), float(spectrum[-1])
 
 
 def with_run(patch: Patch, run: Run, parent: str) -> Patch:

@@ -59,7 +59,8 @@ def patch_table(manifest: Manifest) -> RenderableType:
     head.append(f"digest {manifest.digest[:16]}, {len(manifest.facts)} facts, {len(manifest.updates)} updates\n")
     updates = Table("weight", "kind", "rank", "change", box=None, pad_edge=False, header_style="bold")
     for u in manifest.updates:
-        updates.add_row(u.weight, u.kind, str(u.rank), f"{u.norm / u.weight_norm:.2%} of the weight's norm")
+        turned = f", planes turn by {u.angles[0]:.2g} to {u.angles[2]:.2g} rad" if u.angles else ""
+        updates.add_row(u.weight, u.kind, str(u.rank), f"{u.norm / u.weight_norm:.2%} of the weight's norm{turned}")
     facts = Table("id", "prompt", "now says", "said", "by", box=None, pad_edge=False, header_style="bold")
     written = [f"run {number}, {run.method}" for number, run in enumerate(manifest.history, 1)]
     for fact in manifest.facts:

@@ -576,6 +576,16 @@ def test_show_and_log_tell_what_is_in_a_patch(run: Run, patch: Path, model: Path
     assert run("log", patch, "--json").json() == json.loads((patch / "manifest.json").read_text())["history"]
 
 
+def test_show_says_how_far_a_rotation_turns(run: Run, model: Path) -> None:
+    made = ("apply", "facts.jsonl", "--model", model, "--layers", "1", "--set", "value.steps=3", "--set", "contexts=0")
+    assert run(*made, "--method", "mose-right", "--out", "r").status == 0
+    (update,) = run("show", "r", "--json").json()["updates"]
+    largest, median, smallest = update["angles"]
+    assert 3.15 > largest >= median >= smallest > 0
+    shown = " ".join(run("show", "r").out.split())
+    assert f"turn by {largest:.2g} to {smallest:.2g} rad" in shown
+
+
 def test_methods_are_listed_with_paper_and_settings(run: Run) -> None:
     described = run("methods", "--json").json()
     assert {"rome", "memit", "alphaedit"} <= set(described)

@@ -41,6 +41,15 @@ def test_norm_condition_number_and_every_singular_value_stay(name: str, facts: i
 
 
 @pytest.mark.parametrize("name", SIDES)
+def test_merged_in_float32_norm_and_condition_number_hold_to_1e_5(name: str) -> None:
+    problem = problem_of(5, 3)
+    before = torch.linalg.svdvals(problem.weight.float().double())
+    after = torch.linalg.svdvals(edited(name, problem).float().double())
+    assert float(after.norm() / before.norm()) == pytest.approx(1, abs=1e-5)
+    assert float(after[0] / after[-1]) == pytest.approx(float(before[0] / before[-1]), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", SIDES)
 def test_earlier_keys_are_held(name: str) -> None:
     problem = problem_of(2, 3)
     forgetful = problem.but(prior=PriorKeys(problem.prior_keys[:, :0]))
