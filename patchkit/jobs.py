@@ -91,6 +91,7 @@ def apply_file(
     incoming = sort_incoming(read.facts, earlier.manifest.facts if earlier else ())
     _tell_incoming(incoming, say)
     _tell_shared_subjects(read, incoming, config, say)
+    _tell_rewordings(incoming, config, say)
     loaded = load_model(chosen.name, chosen.device, chosen.dtype)
     check(loaded)
     source = Path(text) if text else default_text(loaded.name)
@@ -155,6 +156,13 @@ def _tell_shared_subjects(read: FactFile, incoming: Incoming, config: EditConfig
             f"{read.path}: facts about one subject in one batch have one value for all of them, which says each target "
             f"less surely than a value of its own; lines {_shortened(shared, 5)}"
         )
+
+
+def _tell_rewordings(incoming: Incoming, config: EditConfig, say: Callable[[str], None]) -> None:
+    room = max(0, config.contexts - 1)  # the first context is a text before the prompt
+    over = [fact.id for fact in incoming.new if len(fact.rewordings) > room]
+    if over and methods.get(config.method).targets == "values":
+        say(f"rewordings: contexts={config.contexts} has room for {room}, more are not used: {_shortened(over)}")
 
 
 def _shortened(names: Sequence[str], most: int = 10) -> str:

@@ -558,6 +558,20 @@ def test_another_base_is_refused_by_its_first_other_tensor(run: Run, patch: Path
     assert ended.err.startswith("error: model.layers.1.mlp.down_proj.weight: no such weight in GPT2LMHeadModel")
 
 
+def test_facts_that_share_a_subject_and_rewordings_without_room_are_named(run: Run, model: Path) -> None:
+    reworded = {**ADA, "rewordings": ["Of whom Ada", "Whose Ada"]}
+    write_facts("f.jsonl", ROME, {**ROME, "id": "again", "prompt": "the capital Rome"}, reworded)
+    quick = ("--set", "value.steps=2", "--set", "contexts=2", "--layers", "1")
+    ended = run("apply", "f.jsonl", "--model", model, *quick, "--out", "q")
+    assert ended.status == 0
+    told = " ".join(ended.err.split())
+    assert "facts about one subject in one batch" in told
+    assert "lines 1, 2 (Rome)" in told
+    assert "rewordings: contexts=2 has room for 1, more are not used: ada" in told
+    roomy = ("--set", "value.steps=2", "--set", "contexts=3", "--layers", "1", "--set", "batch_size=1")
+    assert run("apply", "f.jsonl", "--model", model, *roomy, "--out", "r").err == ""
+
+
 # --- show, log, methods, stats ----------------------------------------------------------------------------------------
 
 
