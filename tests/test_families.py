@@ -15,7 +15,8 @@ from tests.zoo import FAMILIES, tiny_tokenizer
 
 # Random weights carry nothing from one position to the next, so the subject ends the prompt.
 FACT = {"prompt": "the city of Rome", "subject": "Rome", "target_new": "capital"}
-SETTINGS = ("value.clamp=20", "value.steps=60", "value.kl_weight=0", "contexts=0", "null_energy=0.9")
+# What a random model needs: its keys are all alike, so that an edit that spares other keys is one that does nothing.
+SETTINGS = ("value.clamp=20", "value.steps=60", "value.kl_weight=0", "contexts=0", "null_energy=0.9", "ridge=0.1")
 
 
 @pytest.fixture(scope="module")
