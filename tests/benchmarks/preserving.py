@@ -23,10 +23,6 @@ ROWS = (
     "alphaedit",
     "alphaedit:ridge=0.15",
     "alphaedit:ridge=0.6",
-    "adaedit@256",
-    "adaedit",
-    "adaedit:over=memit",
-    "memit@12",
 )
 HEADINGS = ("method", "window", "settings", "efficacy", "paraphrases", "neighbours", "other prompts", "perplexity")
 
