@@ -6,12 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from patchkit.errors import GateError, InputError, PatchkitError
-from patchkit.facts import Fact, Locality, read_facts
+from patchkit.facts.reader import Fact, Locality, read_facts
 
 if TYPE_CHECKING:
     from patchkit.api import apply, measure, revert
-    from patchkit.patch import Patch
-    from patchkit.session import from_pretrained, load
+    from patchkit.patch.patch import Patch
+    from patchkit.patch.stack import from_pretrained, load
 
 __all__ = [
     "Fact",
@@ -31,11 +31,11 @@ __all__ = [
 # torch and transformers take seconds to import; `patchkit --help` and reading facts need neither.
 _LAZY = {
     "apply": "patchkit.api",
-    "Patch": "patchkit.patch",
+    "Patch": "patchkit.patch.patch",
     "measure": "patchkit.api",
     "revert": "patchkit.api",
-    "load": "patchkit.session",
-    "from_pretrained": "patchkit.session",
+    "load": "patchkit.patch.stack",
+    "from_pretrained": "patchkit.patch.stack",
 }
 
 

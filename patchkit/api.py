@@ -18,23 +18,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from patchkit import methods
-from patchkit.arch import Site, inspect_model
-from patchkit.editor import EditState, Plan, Progress, ValueCache, edit, frozen, plan
+from patchkit.editing.editor import EditState, Plan, Progress, ValueCache, edit, frozen, plan
+from patchkit.editing.gradients import text_gradients
+from patchkit.editing.recipe import EditConfig, load_recipe
 from patchkit.errors import InputError
-from patchkit.facts import Fact, parse_facts
-from patchkit.forward import LayerRunner
-from patchkit.gradients import text_gradients
-from patchkit.history import Incoming, choose_facts, sort_incoming
-from patchkit.linalg import Covariance
-from patchkit.manifest import BaseInfo, EditedFact, Run
+from patchkit.evaluate.metrics import Report, verify
+from patchkit.facts.reader import Fact, parse_facts
+from patchkit.facts.requests import build_request
+from patchkit.maths.linalg import Covariance
 from patchkit.methods import Method
-from patchkit.models import check_tokenizer, disk_name, model_name
-from patchkit.patch import Patch, weight_digest
-from patchkit.recipe import EditConfig, load_recipe
-from patchkit.replay import Sites, assemble, state_of, with_run, without
-from patchkit.requests import build_request
-from patchkit.stats import Corpus, default_text, read_corpus, statistics, window_of
-from patchkit.verify import Report, verify
+from patchkit.model.arch import Site, inspect_model
+from patchkit.model.forward import LayerRunner
+from patchkit.model.loading import check_tokenizer, disk_name, model_name
+from patchkit.patch.history import Incoming, choose_facts, sort_incoming
+from patchkit.patch.manifest import BaseInfo, EditedFact, Run
+from patchkit.patch.patch import Patch, weight_digest
+from patchkit.patch.resolve import Sites, assemble, state_of, with_run, without
+from patchkit.statistics.moments import Corpus, default_text, read_corpus, statistics, window_of
 
 EVAL_TOKENS, EVAL_WINDOW = 4096, 512
 
@@ -118,7 +118,7 @@ def revert(
     that a reverted one had superseded does not come back.
 
     Args:
-        facts: ids of facts in the patch; `patchkit.history.choose_facts` finds those of some runs.
+        facts: ids of facts in the patch; `patchkit.patch.history.choose_facts` finds those of some runs.
         texts: the texts the statistics were made of, where that was not the default one.
         stats: folder for the statistics instead of the user's cache.
 

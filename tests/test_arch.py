@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaForSequenceClassification, PreTrainedModel
 
-from patchkit.arch import Architecture, inspect_model, read_weight, write_weight
 from patchkit.errors import InputError
+from patchkit.model.arch import Architecture, inspect_model, read_weight, write_weight
 from tests import zoo
 
 WEIGHTS = {

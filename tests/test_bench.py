@@ -14,15 +14,15 @@ import pytest
 import torch
 
 import patchkit
-from patchkit import bench as bench_module
-from patchkit import verify as verify_module
-from patchkit.arch import inspect_model, read_weight, write_weight
-from patchkit.bench import Outcome, Row, run_bench, score, weight_drift
+from patchkit.bench import run as bench_module
+from patchkit.bench.run import Outcome, Row, run_bench, score, weight_drift
 from patchkit.cli import main
 from patchkit.errors import InputError
-from patchkit.linalg import Delta
-from patchkit.models import LoadedModel, ModelChoice, load_model
-from patchkit.verify import Report
+from patchkit.evaluate import metrics as verify_module
+from patchkit.evaluate.metrics import Report
+from patchkit.maths.linalg import Delta
+from patchkit.model.arch import inspect_model, read_weight, write_weight
+from patchkit.model.loading import LoadedModel, ModelChoice, load_model
 from tests import zoo
 from tests.benchmarks import sequential_oracle
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from patchkit.stats import WINDOW
+from patchkit.statistics.moments import WINDOW
 from tests.benchmarks import (
     adaedit,
     earlier_edits,

@@ -18,9 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from patchkit import stats as stats_module
 from patchkit.cli import main
-from patchkit.stats import PACKAGE_TEXT
+from patchkit.statistics import moments as stats_module
+from patchkit.statistics.moments import PACKAGE_TEXT
 from tests import zoo
 
 # Random weights carry nothing from one position to the next, so the subject ends each prompt.
@@ -635,7 +635,7 @@ def test_an_interrupt_ends_quietly(run: Run, model: Path, monkeypatch: pytest.Mo
     def interrupt(*args: object, **more: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("patchkit.jobs.apply", interrupt)
+    monkeypatch.setattr("patchkit.cli.jobs.apply", interrupt)
     ended = run("apply", "facts.jsonl", "--model", model)
     assert (ended.status, ended.out, ended.err.strip()) == (130, "", "interrupted")
     assert not Path("facts-patch").exists()
@@ -645,7 +645,7 @@ def test_a_disk_that_fails_is_one_message(run: Run, model: Path, monkeypatch: py
     def fail(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("patchkit.patch.save_file", fail)
+    monkeypatch.setattr("patchkit.patch.patch.save_file", fail)
     ended = run("apply", "facts.jsonl", "--model", model, *QUICK)
     assert (ended.status, ended.err) == (2, "error: [Errno 28] No space left on device\n")
     assert os.listdir() == ["facts.jsonl"]

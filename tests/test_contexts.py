@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from patchkit.arch import inspect_model
-from patchkit.contexts import FOLLOWERS, MOST, about, make_contexts, texts_before
-from patchkit.facts import Fact
-from patchkit.forward import LayerRunner
-from patchkit.recipe import EditConfig, load_recipe
-from patchkit.requests import SUBJECT, build_request
+from patchkit.editing.contexts import FOLLOWERS, MOST, about, make_contexts, texts_before
+from patchkit.editing.recipe import EditConfig, load_recipe
+from patchkit.facts.reader import Fact
+from patchkit.facts.requests import SUBJECT, build_request
+from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner
 from tests.zoo import FAMILIES, tiny_tokenizer
 
 ROME = Fact(id="rome", prompt="the city of Rome", subject="Rome", target_new="capital")

@@ -15,19 +15,19 @@ from transformers import PreTrainedModel
 
 import patchkit
 from patchkit import Patch, methods
-from patchkit.arch import inspect_model
-from patchkit.editor import EditState, edit, plan
-from patchkit.facts import parse_facts
-from patchkit.forward import LayerRunner
-from patchkit.linalg import Delta
+from patchkit.editing.editor import EditState, edit, plan
+from patchkit.editing.recipe import load_recipe
+from patchkit.editing.values import ValueConfig, Values, optimise
+from patchkit.evaluate.metrics import read_targets
+from patchkit.facts.reader import parse_facts
+from patchkit.facts.requests import EditRequest, build_request
+from patchkit.maths.linalg import Delta
+from patchkit.maths.updates import tensors_of
 from patchkit.methods import LayerProblem
-from patchkit.recipe import load_recipe
-from patchkit.requests import EditRequest, build_request
-from patchkit.runtime import live_deltas
-from patchkit.stats import PACKAGE_TEXT, read_corpus, statistics
-from patchkit.updates import tensors_of
-from patchkit.values import ValueConfig, Values, optimise
-from patchkit.verify import read_targets
+from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner
+from patchkit.model.hooks import live_deltas
+from patchkit.statistics.moments import PACKAGE_TEXT, read_corpus, statistics
 from tests.zoo import FAMILIES, HIDDEN, tiny_tokenizer
 
 CONTEXTS = ("", "The engineer said that. ")

@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from patchkit import InputError, Patch
-from patchkit.arch import inspect_model
 from patchkit.cli import cli
-from patchkit.export import export_peft, low_rank
-from patchkit.linalg import Delta
-from patchkit.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
-from patchkit.models import disk_name
-from patchkit.patch import updates_digest, weight_digest
+from patchkit.export.peft import export_peft, low_rank
+from patchkit.maths.linalg import Delta
+from patchkit.model.arch import inspect_model
+from patchkit.model.loading import disk_name
+from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
+from patchkit.patch.patch import updates_digest, weight_digest
 from tests import zoo
 
 RANKS = {1: 3, 2: 5}  # by layer: other ranks, and layers 0 and 3 untouched

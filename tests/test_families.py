@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import patchkit
-from patchkit.arch import inspect_model
-from patchkit.forward import LayerRunner
-from patchkit.verify import read_targets
+from patchkit.evaluate.metrics import read_targets
+from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner
 from tests.zoo import FAMILIES, tiny_tokenizer
 
 # Random weights carry nothing from one position to the next, so the subject ends the prompt.

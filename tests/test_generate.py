@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import patchkit
 from patchkit import InputError, Patch
 from patchkit.cli import main
-from patchkit.generate import Sampling, answers
+from patchkit.evaluate.generation import Sampling, answers
 from tests import zoo
 
 # Random weights carry nothing from one position to the next, so the subject ends the prompts.

@@ -16,22 +16,24 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import patchkit
-from patchkit import gradients, methods, stats
-from patchkit.arch import inspect_model, read_weight
+from patchkit import methods
 from patchkit.cli import cli
-from patchkit.editor import frozen
+from patchkit.editing import gradients
+from patchkit.editing.editor import frozen
+from patchkit.editing.gradients import TargetLoss, TextGradient, text_gradients
 from patchkit.errors import InputError
-from patchkit.facts import parse_facts
-from patchkit.forward import LayerRunner
-from patchkit.gradients import TargetLoss, TextGradient, text_gradients
-from patchkit.linalg import Delta, PriorKeys
+from patchkit.facts.reader import parse_facts
+from patchkit.facts.requests import EditRequest, build_request
+from patchkit.maths.linalg import Delta, PriorKeys
+from patchkit.maths.updates import Full
 from patchkit.methods import LayerProblem
 from patchkit.methods.ft import FTConfig, ft
 from patchkit.methods.ultraedit import UltraEditConfig, normalised, ultraedit
-from patchkit.patch import Patch
-from patchkit.requests import EditRequest, build_request
-from patchkit.stats import PACKAGE_TEXT, Corpus, read_corpus
-from patchkit.updates import Full
+from patchkit.model.arch import inspect_model, read_weight
+from patchkit.model.forward import LayerRunner
+from patchkit.patch.patch import Patch
+from patchkit.statistics import moments as stats
+from patchkit.statistics.moments import PACKAGE_TEXT, Corpus, read_corpus
 from tests.zoo import FAMILIES, save, tiny_tokenizer
 
 ROME = {"prompt": "the city of Rome", "subject": "Rome", "target_new": "capital"}

@@ -17,14 +17,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import patchkit
 from patchkit import InputError, Patch, methods
-from patchkit.arch import inspect_model
 from patchkit.cli import main
-from patchkit.forward import LayerRunner
-from patchkit.history import choose_facts, difference, sort_incoming
-from patchkit.recipe import load_recipe
-from patchkit.stats import PACKAGE_TEXT, read_corpus, statistics
-from patchkit.updates import change
-from patchkit.verify import read_targets
+from patchkit.editing.recipe import load_recipe
+from patchkit.evaluate.metrics import read_targets
+from patchkit.facts.reader import parse_facts
+from patchkit.maths.updates import change
+from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner
+from patchkit.patch.history import choose_facts, difference, sort_incoming
+from patchkit.patch.manifest import EditedFact
+from patchkit.statistics.moments import PACKAGE_TEXT, read_corpus, statistics
 from tests import zoo
 
 Record = dict[str, Any]
@@ -383,9 +385,9 @@ def test_the_difference_of_two_patches(make: Make) -> None:
 
 
 def test_facts_alike_are_known_by_prompt_and_target() -> None:
-    present = patchkit.facts.parse_facts([ROME, ADA]).facts
-    edited = [patchkit.manifest.EditedFact(**f.model_dump(), run=0, batch=0, target_loss=0, steps=0) for f in present]
-    new = patchkit.facts.parse_facts([{**ROME, "id": "x"}, {**ADA, "target_new": "was", "id": "y"}, CURIE]).facts
+    present = parse_facts([ROME, ADA]).facts
+    edited = [EditedFact(**f.model_dump(), run=0, batch=0, target_loss=0, steps=0) for f in present]
+    new = parse_facts([{**ROME, "id": "x"}, {**ADA, "target_new": "was", "id": "y"}, CURIE]).facts
     found = sort_incoming(new, edited)
     assert [fact.id for fact in found.new] == ["y", "curie"]
     assert (found.skipped, found.superseded) == (("rome",), {"ada": "y"})

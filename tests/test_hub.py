@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from patchkit import GateError, InputError, Patch, PatchkitError
-from patchkit.card import FACT_ROWS, Card, model_card
 from patchkit.cli import cli
-from patchkit.export import export_peft
-from patchkit.hub import patch_folder
-from patchkit.merge import merge
-from patchkit.publish import Pushed, pack, push
+from patchkit.export.merge import merge
+from patchkit.export.peft import export_peft
+from patchkit.export.publish import Pushed, pack, push
+from patchkit.io.hub import patch_folder
+from patchkit.patch.card import FACT_ROWS, Card, model_card
 from tests import zoo
 from tests.hub_server import TOKEN, Hub, reachable
 from tests.test_export import make_patch

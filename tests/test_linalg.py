@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from patchkit.linalg import Covariance, Damped, Metric, NullSpace, PriorKeys, preserving_solve
+from patchkit.maths.linalg import Covariance, Damped, Metric, NullSpace, PriorKeys, preserving_solve
 
 D_OUT, D_IN = 12, 20
 METRICS: dict[str, Callable[[Covariance], Metric]] = {

@@ -17,17 +17,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from patchkit.arch import inspect_model
-from patchkit.checkpoint import new_folder
 from patchkit.cli import cli
 from patchkit.errors import InputError
-from patchkit.linalg import Delta
-from patchkit.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
-from patchkit.merge import MANIFEST, Merged, merge
-from patchkit.models import disk_name, tensor_digest
-from patchkit.patch import Patch, updates_digest, weight_digest
-from patchkit.rotations import Rotation
-from patchkit.rounding import Feedback, Metric
+from patchkit.export.merge import MANIFEST, Merged, merge
+from patchkit.io.checkpoint import new_folder
+from patchkit.maths.linalg import Delta
+from patchkit.maths.rotations import Rotation
+from patchkit.maths.rounding import Feedback, Metric
+from patchkit.model.arch import inspect_model
+from patchkit.model.loading import disk_name, tensor_digest
+from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
+from patchkit.patch.patch import Patch, updates_digest, weight_digest
 from tests.benchmarks import merge as benchmark
 from tests.zoo import FAMILIES, tiny_tokenizer
 
@@ -286,8 +286,8 @@ def test_killed_in_the_middle_nothing_looks_finished(tmp_path: Path) -> None:
     random_patch(base).save(tmp_path / "patch")
     code = f"""
 import time
-import patchkit.merge as m
-from patchkit.patch import Patch
+import patchkit.export.merge as m
+from patchkit.patch.patch import Patch
 def hang(*arguments):
     print("there", flush=True)
     time.sleep(60)

@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM
 
 import patchkit
 from patchkit import methods
+from patchkit.editing.recipe import load_recipe
 from patchkit.errors import InputError
-from patchkit.linalg import Covariance, Delta, PriorKeys
-from patchkit.merge import merge
+from patchkit.export.merge import merge
+from patchkit.maths.linalg import Covariance, Delta, PriorKeys
+from patchkit.maths.updates import Update, change, kind_of, tensors_of
 from patchkit.methods import LayerProblem, Loss
 from patchkit.methods.adaedit import AdaEditConfig, adaedit
 from patchkit.methods.alphaedit import AlphaEditConfig, alphaedit
@@ -30,10 +32,8 @@ from patchkit.methods.oedit_plus import OEditPlusConfig, inside, rank_left
 from patchkit.methods.prune import PruneConfig, damped
 from patchkit.methods.rome import RomeConfig, rome
 from patchkit.methods.sphere import principal_directions
-from patchkit.patch import Patch
-from patchkit.recipe import load_recipe
-from patchkit.stats import PACKAGE_TEXT
-from patchkit.updates import Update, change, kind_of, tensors_of
+from patchkit.patch.patch import Patch
+from patchkit.statistics.moments import PACKAGE_TEXT
 from tests import zoo
 
 D_OUT, D_IN = 12, 20

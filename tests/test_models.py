@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from patchkit.arch import inspect_model
 from patchkit.errors import InputError
-from patchkit.models import (
+from patchkit.model.arch import inspect_model
+from patchkit.model.loading import (
     choose_model,
     disk_name,
     embedded_model,

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from patchkit import methods
-from patchkit.linalg import PriorKeys
+from patchkit.maths.linalg import PriorKeys
+from patchkit.maths.rotations import Rotation
 from patchkit.methods import LayerProblem
 from patchkit.methods.mose import MoseConfig, mose, on_spheres
 from patchkit.methods.mose_right import MoseRightConfig, mose_right, reach
-from patchkit.rotations import Rotation
 
 from .test_methods import D_IN, D_OUT, apart, covariance_of, problem_of
 

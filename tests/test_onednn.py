@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from patchkit.arch import inspect_model
-from patchkit.forward import LayerRunner
-from patchkit.onednn import FEWEST_ROWS, Linears, available, linear
+from patchkit.maths.onednn import FEWEST_ROWS, Linears, available, linear
+from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner
 from tests.zoo import FAMILIES
 
 
@@ -63,7 +63,9 @@ def test_a_models_layers_use_it_within_the_block_alone(family: str, monkeypatch:
     with torch.no_grad():
         plain = model(ids).logits
     used = []
-    monkeypatch.setattr("patchkit.onednn.linear", lambda x, w, b=None: used.append(w) or nn.functional.linear(x, w, b))
+    monkeypatch.setattr(
+        "patchkit.maths.onednn.linear", lambda x, w, b=None: used.append(w) or nn.functional.linear(x, w, b)
+    )
     linears = Linears(model)
     with linears.by_onednn(), linears.by_onednn(), torch.no_grad():
         assert torch.allclose(model(ids).logits, plain, atol=1e-5)
@@ -76,7 +78,9 @@ def test_it_can_be_turned_off_and_leaves_wrapped_layers_alone(monkeypatch: pytes
     model = FAMILIES["llama"]()
     runner = LayerRunner(inspect_model(model))
     used = []
-    monkeypatch.setattr("patchkit.onednn.linear", lambda x, w, b=None: used.append(w) or nn.functional.linear(x, w, b))
+    monkeypatch.setattr(
+        "patchkit.maths.onednn.linear", lambda x, w, b=None: used.append(w) or nn.functional.linear(x, w, b)
+    )
     inputs = {"input_ids": torch.arange(24).view(2, 12)}
     with monkeypatch.context() as turned_off:
         turned_off.setattr(torch.backends.mkldnn, "enabled", False)

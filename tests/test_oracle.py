@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchkit.arch import inspect_model
-from patchkit.editor import edit, plan, requests_of
-from patchkit.facts import Fact
-from patchkit.forward import LayerRunner
-from patchkit.linalg import Covariance
-from patchkit.recipe import EditConfig
-from patchkit.requests import build_request
-from patchkit.runtime import live_deltas
-from patchkit.values import optimise
+from patchkit.editing.editor import edit, plan, requests_of
+from patchkit.editing.recipe import EditConfig
+from patchkit.editing.values import optimise
+from patchkit.facts.reader import Fact
+from patchkit.facts.requests import build_request
+from patchkit.maths.linalg import Covariance
+from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner
+from patchkit.model.hooks import live_deltas
 from tests.benchmarks import end_to_end
 from tests.benchmarks.oracle import added, optimise_value, oracle_edit
 from tests.zoo import FAMILIES, save, tiny_tokenizer

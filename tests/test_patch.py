@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 import patchkit
 from patchkit import InputError, Patch
-from patchkit.arch import inspect_model, read_weight
-from patchkit.patch import weight_digest
-from patchkit.stats import PACKAGE_TEXT
+from patchkit.model.arch import inspect_model, read_weight
+from patchkit.patch.patch import weight_digest
+from patchkit.statistics.moments import PACKAGE_TEXT
 from tests import zoo
 
 FACTS = [
@@ -184,7 +184,7 @@ def test_a_failed_save_keeps_the_old_patch(make: Make, tmp_path: Path, monkeypat
     def fail(*args: object) -> str:
         raise OSError("disk full")
 
-    monkeypatch.setattr("patchkit.patch.model_card", fail)
+    monkeypatch.setattr("patchkit.patch.patch.model_card", fail)
     with pytest.raises(OSError, match="disk full"):
         patch.with_metrics(METRICS).save(tmp_path / "p")
     assert Patch.load(tmp_path / "p").manifest == patch.manifest

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from patchkit.editing.recipe import load_recipe, resolve_layers
+from patchkit.editing.values import ValueConfig
 from patchkit.errors import InputError
-from patchkit.recipe import load_recipe, resolve_layers
-from patchkit.values import ValueConfig
 
 
 @pytest.mark.parametrize(

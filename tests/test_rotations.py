@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchkit.rotations import Rotation, Side, polar, procrustes, rotation_from
+from patchkit.maths.rotations import Rotation, Side, polar, procrustes, rotation_from
 
 SIZE = 24
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import patchkit
 from patchkit import InputError, Patch
-from patchkit.arch import inspect_model, read_weight
-from patchkit.session import PatchStack
+from patchkit.model.arch import inspect_model, read_weight
+from patchkit.patch.stack import PatchStack
 from tests import zoo
 from tests.benchmarks.attach_overhead import random_patch
 

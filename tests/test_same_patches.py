@@ -34,7 +34,9 @@ def machine() -> str:
     """What decides how sums are rounded."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "cpu family", "model\t"))]
+    names = [
+        line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "cpu family", "model\t"))
+    ]
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{platform.machine()} {' '.join(dict.fromkeys(names))} {capability} torch {torch.__version__}"
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from patchkit.bench import Row, run_bench
-from patchkit.jobs import ModelChoice
+from patchkit.bench.run import Row, run_bench
+from patchkit.cli.jobs import ModelChoice
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 METHODS = ("alphaedit", "memit", "rome", "mose-right")

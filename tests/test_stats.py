@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from patchkit import stats
-from patchkit.arch import inspect_model
 from patchkit.errors import InputError
-from patchkit.forward import LayerRunner
-from patchkit.linalg import Covariance
-from patchkit.stats import PACKAGE_TEXT, Corpus, read_corpus, statistics
+from patchkit.maths.linalg import Covariance
+from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner
+from patchkit.statistics import moments as stats
+from patchkit.statistics.moments import PACKAGE_TEXT, Corpus, read_corpus, statistics
 from tests.zoo import FAMILIES, LAYERS, tiny_tokenizer
 
 LAST = 2

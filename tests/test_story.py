@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import patchkit
 from patchkit.cli import cli
-from patchkit.models import embedded_model
+from patchkit.model.loading import embedded_model
 from tests.hub_server import Hub, reachable
 
 Record = dict[str, Any]

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from patchkit import suffixes
-from patchkit.arch import inspect_model
+from patchkit.editing import suffixes
+from patchkit.editing.suffixes import Suffixes
+from patchkit.editing.values import ValueConfig, optimise
 from patchkit.errors import InputError
-from patchkit.forward import LayerRunner, Prefix
-from patchkit.requests import EditRequest, build_request, pad
-from patchkit.suffixes import Suffixes
-from patchkit.values import ValueConfig, optimise
+from patchkit.facts.requests import EditRequest, build_request, pad
+from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner, Prefix
 from tests.test_oracle import CONTEXTS, FACTS
 from tests.zoo import FAMILIES, tiny_tokenizer
 

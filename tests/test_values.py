@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchkit.arch import attention_of, inspect_model
+from patchkit.editing.values import ValueAt, ValueConfig, ValueShape, optimise
 from patchkit.errors import InputError
-from patchkit.facts import Fact
-from patchkit.forward import LayerRunner
-from patchkit.requests import EditRequest, build_request
-from patchkit.values import ValueAt, ValueConfig, ValueShape, optimise
+from patchkit.facts.reader import Fact
+from patchkit.facts.requests import EditRequest, build_request
+from patchkit.model.arch import attention_of, inspect_model
+from patchkit.model.forward import LayerRunner
 from tests.zoo import FAMILIES, tiny_tokenizer
 
 FACTS = [

@@ -15,15 +15,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import patchkit
-from patchkit.arch import inspect_model
+from patchkit.cli.jobs import Gates
 from patchkit.errors import GateError
-from patchkit.facts import Fact, Locality
-from patchkit.forward import LayerRunner
-from patchkit.jobs import Gates
-from patchkit.linalg import Delta
-from patchkit.runtime import live_deltas
-from patchkit.stats import PACKAGE_TEXT, read_corpus
-from patchkit.verify import Report, generate, perplexity, read_targets, verify
+from patchkit.evaluate.metrics import Report, generate, perplexity, read_targets, verify
+from patchkit.facts.reader import Fact, Locality
+from patchkit.maths.linalg import Delta
+from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner
+from patchkit.model.hooks import live_deltas
+from patchkit.statistics.moments import PACKAGE_TEXT, read_corpus
 from tests.zoo import FAMILIES, HIDDEN, INNER, tiny_tokenizer
 
 PROMPTS = ("The capital of France is", "the city of Rome", "Ada Lovelace was born in", "who")

@@ -24,8 +24,8 @@ from patchkit.cli.push import packed, show_pushed
 from patchkit.errors import GateError, InputError, PatchkitError
 
 if TYPE_CHECKING:
-    from patchkit.jobs import Applied, Gates
-    from patchkit.models import LoadedModel
+    from patchkit.cli.jobs import Applied, Gates
+    from patchkit.model.loading import LoadedModel
 
 
 @click.command("apply")
@@ -79,7 +79,7 @@ def command(
     A gate that does not hold makes the exit status 1, and nothing is merged or published; the patch is written all the
     same. --merge and --push ask for an efficacy of 0.9 and a perplexity ratio of 1.1 unless told otherwise.
     """
-    from patchkit.jobs import PUBLISHED, apply_file
+    from patchkit.cli.jobs import PUBLISHED, apply_file
 
     usual = own_folder(onto) if onto else Path(f"{Path(facts).stem if facts != '-' else 'stdin'}-patch")
     folder = Path(out) if out else usual
@@ -120,8 +120,8 @@ class _After:
 
     def check(self, folder: Path) -> None:
         """Raises PatchkitError for what could not be done whatever the edit turns out to be."""
-        from patchkit.merge import check_out
-        from patchkit.publish import check_destination
+        from patchkit.export.merge import check_out
+        from patchkit.export.publish import check_destination
 
         if self.merged:
             check_out(self.merged)
@@ -132,7 +132,7 @@ class _After:
 
     def check_base(self, model: LoadedModel) -> None:
         """Raises InputError where the model's files are not what merging needs."""
-        from patchkit.merge import find_base
+        from patchkit.export.merge import find_base
 
         if self.merged:
             find_base(model.name, model.commit, self.merged)
@@ -144,7 +144,7 @@ class _After:
             GateError: a gate does not hold.
             PatchkitError: merging or publishing failed.
         """
-        from patchkit.report import apply_table
+        from patchkit.cli.tables import apply_table
 
         more: dict[str, Any] = {}
         if not self.as_json:
@@ -165,7 +165,7 @@ class _After:
                 click.echo(done.as_json(more))
 
     def _merge(self, done: Applied, more: dict[str, Any]) -> None:
-        from patchkit.jobs import merge_patches
+        from patchkit.cli.jobs import merge_patches
 
         if self.merged is None:
             return
@@ -175,7 +175,7 @@ class _After:
             show_merged(merged, self.merged)
 
     def _push(self, done: Applied, more: dict[str, Any]) -> None:
-        from patchkit.publish import push
+        from patchkit.export.publish import push
 
         if self.repo is None:
             return

@@ -75,7 +75,7 @@ def command(
     condition number have moved. DIR gets results.jsonl, table.md, table.csv and the patches. What is there already is
     not computed again, so methods and checkpoints can be added later.
     """
-    from patchkit.bench import rich_table, run_bench
+    from patchkit.bench.run import rich_table, run_bench
 
     with progress_bars() as progress:
         done = run_bench(

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from patchkit.errors import InputError
 
 if TYPE_CHECKING:
-    from patchkit.models import ModelChoice
+    from patchkit.model.loading import ModelChoice
 
 F = TypeVar("F", bound=Callable[..., Any])
 # Prompts and paths are printed as they are: "[/b]" is no markup here and ":smile:" no emoji.
@@ -63,7 +63,7 @@ def gate_options(command: F) -> F:
 
     @wraps(command)
     def with_gates(*args: Any, **options: Any) -> Any:
-        from patchkit.jobs import Gates
+        from patchkit.cli.jobs import Gates
 
         bounds = {name: options.pop(name) for _, name, _, _ in _GATES}
         return command(*args, gates=Gates(**bounds), **options)
@@ -76,7 +76,7 @@ def gate_options(command: F) -> F:
 
 def choice(name: str | None, device: str, dtype: str) -> ModelChoice:
     """The model to work on; says on stderr which one it is when the user did not."""
-    from patchkit.models import choose_model
+    from patchkit.model.loading import choose_model
 
     chosen = choose_model(name, device, dtype)
     if chosen.notice:

@@ -13,10 +13,10 @@ from patchkit.cli.common import stdout
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(a: str, b: str, as_json: bool) -> None:
     """Show what patch B has that patch A lacks, and the other way round: facts, updates, metrics."""
-    from patchkit.history import difference
-    from patchkit.hub import patch_folder
-    from patchkit.patch import read_manifest
-    from patchkit.report import diff_table
+    from patchkit.cli.tables import diff_table
+    from patchkit.io.hub import patch_folder
+    from patchkit.patch.history import difference
+    from patchkit.patch.patch import read_manifest
 
     found = difference(*(read_manifest(patch_folder(name, manifest_only=True)) for name in (a, b)))
     if as_json:

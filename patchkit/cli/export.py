@@ -29,8 +29,8 @@ def command(
     as_json: bool,
 ) -> None:
     """Write PATCH as a LoRA adapter for PEFT, vLLM, TGI and llama.cpp, exact up to rounding unless --rank cuts it."""
-    from patchkit.export import VLLM_RANKS, export_peft
-    from patchkit.patch import Patch
+    from patchkit.export.peft import VLLM_RANKS, export_peft
+    from patchkit.patch.patch import Patch
 
     quiet_transformers()
     folder = Path(out) if out else Path(f"{Path(patch).name}-{kind}")

@@ -12,7 +12,7 @@ import click
 from patchkit.cli.common import choice, model_options, stdout
 
 if TYPE_CHECKING:
-    from patchkit.generate import Answer
+    from patchkit.evaluate.generation import Answer
 
 
 @click.command("generate")
@@ -57,10 +57,10 @@ def command(
 
     Without --model: the base that the first patch names.
     """
-    from patchkit.generate import Sampling, answers
-    from patchkit.hub import patch_folder
-    from patchkit.models import load_model
-    from patchkit.patch import Patch
+    from patchkit.evaluate.generation import Sampling, answers
+    from patchkit.io.hub import patch_folder
+    from patchkit.model.loading import load_model
+    from patchkit.patch.patch import Patch
 
     read = [Patch.load(patch_folder(patch)) for patch in patches]
     asked = [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in prompts]

@@ -14,9 +14,9 @@ from patchkit.cli.common import stdout
 @click.option("--json", "as_json", is_flag=True, help="Print the runs as JSON.")
 def command(patch: str, as_json: bool) -> None:
     """Show every run that made PATCH, newest first."""
-    from patchkit.hub import patch_folder
-    from patchkit.patch import read_manifest
-    from patchkit.report import log_table
+    from patchkit.cli.tables import log_table
+    from patchkit.io.hub import patch_folder
+    from patchkit.patch.patch import read_manifest
 
     manifest = read_manifest(patch_folder(patch, manifest_only=True))
     if as_json:

@@ -10,7 +10,7 @@ import click
 from patchkit.cli.common import note, quiet_transformers, stdout
 
 if TYPE_CHECKING:
-    from patchkit.merge import Merged, Rounding
+    from patchkit.export.merge import Merged, Rounding
 
 
 @click.command("merge")
@@ -42,8 +42,8 @@ def command(
 
     Works on the checkpoint's files: whatever is not a touched weight is copied as it is.
     """
-    from patchkit.jobs import merge_patches
-    from patchkit.patch import Patch
+    from patchkit.cli.jobs import merge_patches
+    from patchkit.patch.patch import Patch
 
     quiet_transformers()
     loaded = [Patch.load(patch) for patch in patches]

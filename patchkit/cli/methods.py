@@ -14,8 +14,8 @@ from patchkit.cli.common import stdout
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with each method's settings.")
 def command(as_json: bool) -> None:
     """List the editing methods with their papers, equations and settings, then what can go around them: memit+nas."""
+    from patchkit.cli.tables import methods_table
     from patchkit.methods import available, wrappers
-    from patchkit.report import methods_table
 
     if as_json:
         described = {name: _described(m) for name, m in available().items()}

@@ -9,7 +9,7 @@ import click
 from patchkit.cli.common import note, stderr, stdout
 
 if TYPE_CHECKING:
-    from patchkit.publish import Package, Pushed
+    from patchkit.export.publish import Package, Pushed
 
 
 @click.command("push")
@@ -40,7 +40,7 @@ def command(
     The card says what was edited, from which base, how, and how well; the licence is the base's. `hf auth login`
     or $HF_TOKEN says who you are.
     """
-    from patchkit.publish import push
+    from patchkit.export.publish import push
 
     package = packed(folder, repo, base=base, card=card, online=not dry_run)
     if dry_run:
@@ -56,8 +56,8 @@ def packed(folder: str, repo: str, *, base: str | None = None, card: str | None 
     """What a push would publish; says so where the base's name means nothing to others."""
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-    from patchkit.card import base_name
-    from patchkit.publish import pack
+    from patchkit.export.publish import pack
+    from patchkit.patch.card import base_name
 
     if not stderr.is_terminal:
         disable_progress_bars()

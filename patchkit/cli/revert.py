@@ -41,8 +41,8 @@ def command(
     The others are solved for again without them, from the keys and values stored in the patch. The model is loaded to
     find the statistics that belong to it, and runs only where those are missing.
     """
-    from patchkit.jobs import revert_patch
-    from patchkit.report import rates_table, run_text
+    from patchkit.cli.jobs import revert_patch
+    from patchkit.cli.tables import rates_table, run_text
 
     folder = Path(out) if out else own_folder(patch)
     refuse_place(folder)

@@ -12,9 +12,9 @@ from patchkit.cli.common import stdout
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def command(patch: str, as_json: bool) -> None:
     """Show base, updates and facts of PATCH."""
-    from patchkit.hub import patch_folder
-    from patchkit.patch import read_manifest
-    from patchkit.report import patch_table
+    from patchkit.cli.tables import patch_table
+    from patchkit.io.hub import patch_folder
+    from patchkit.patch.patch import read_manifest
 
     manifest = read_manifest(patch_folder(patch, manifest_only=True))
     if as_json:

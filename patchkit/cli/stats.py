@@ -32,7 +32,7 @@ def command(
 
     An interrupted run goes on where it stopped; what is already there is not computed again.
     """
-    from patchkit.jobs import compute_statistics
+    from patchkit.cli.jobs import compute_statistics
 
     with progress_bars() as progress:
         computed = compute_statistics(

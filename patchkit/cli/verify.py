@@ -10,7 +10,7 @@ import click
 from patchkit.cli.common import choice, gate_options, model_options, progress_bars, stdout, zsre_option
 
 if TYPE_CHECKING:
-    from patchkit.jobs import Gates
+    from patchkit.cli.jobs import Gates
 
 
 @click.command("verify")
@@ -39,8 +39,8 @@ def command(
     Without --model: the base the patch names. Where no fact has a target_true, --min-generalization counts exact
     matches.
     """
-    from patchkit.jobs import verify_patch
-    from patchkit.report import apply_table
+    from patchkit.cli.jobs import verify_patch
+    from patchkit.cli.tables import apply_table
 
     with progress_bars() as progress:
         report = verify_patch(

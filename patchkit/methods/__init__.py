@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, create_model
 from torch import Tensor
 
 from patchkit.errors import InputError
-from patchkit.linalg import Covariance, Delta, PriorKeys
-from patchkit.updates import Update
+from patchkit.maths.linalg import Covariance, Delta, PriorKeys
+from patchkit.maths.updates import Update
 
 # facts (k,) numbers of facts, start (k, d) their states, delta (k, d) -> the delta that counts (k, d)
 Constraint = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patchkit.linalg import Delta
+from patchkit.maths.linalg import Delta
+from patchkit.maths.updates import Full, Update, change
 from patchkit.methods import LayerProblem
-from patchkit.updates import Full, Update, change
 
 
 def singular_triplets(delta: Delta) -> tuple[Tensor, Tensor, Tensor]:

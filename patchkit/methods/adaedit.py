@@ -8,11 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from patchkit.maths.updates import Sparse
 from patchkit.methods import LayerProblem, method
 from patchkit.methods._factors import singular_triplets, solved
 from patchkit.methods.alphaedit import AlphaEditConfig, alphaedit
 from patchkit.methods.memit import MemitConfig, memit
-from patchkit.updates import Sparse
 
 
 class AdaEditConfig(AlphaEditConfig, MemitConfig):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from patchkit.linalg import Delta, NullSpace, preserving_solve
+from patchkit.maths.linalg import Delta, NullSpace, preserving_solve
 from patchkit.methods import LayerProblem, MethodConfig, method
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from patchkit.linalg import Delta
+from patchkit.maths.linalg import Delta
 from patchkit.methods import LayerProblem, MethodConfig, method
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
+from patchkit.maths.updates import Full
 from patchkit.methods import LayerProblem, MethodConfig, method
-from patchkit.updates import Full
 
 
 class FTConfig(MethodConfig):

@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from patchkit.maths.rotations import Rotation, procrustes, rotation_from
 from patchkit.methods import Constraint, LayerProblem, MethodConfig, method
 from patchkit.methods.wilke import wisest
-from patchkit.rotations import Rotation, procrustes, rotation_from
 
 
 class MoseConfig(MethodConfig):

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from pydantic import Field
 
+from patchkit.maths.updates import Update
 from patchkit.methods import LayerProblem, MethodConfig, wrapper
-from patchkit.updates import Update
 
 
 class NasConfig(MethodConfig):

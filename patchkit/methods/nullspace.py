@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from pydantic import Field
 
-from patchkit.linalg import Delta
+from patchkit.maths.linalg import Delta
+from patchkit.maths.updates import Update
 from patchkit.methods import LayerProblem, MethodConfig, wrapper
 from patchkit.methods._factors import as_stored, solved
-from patchkit.updates import Update
 
 
 class NullSpaceConfig(MethodConfig):

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from patchkit.linalg import Delta
+from patchkit.maths.linalg import Delta
 from patchkit.methods import LayerProblem, Penalty, method
 from patchkit.methods._factors import column_space, solved
 from patchkit.methods.emmet import EmmetConfig, emmet

@@ -9,7 +9,7 @@ from warnings import warn
 from pydantic import Field
 from torch import Tensor
 
-from patchkit.linalg import Delta
+from patchkit.maths.linalg import Delta
 from patchkit.methods import Constraint, LayerProblem, method
 from patchkit.methods.oedit import OverConfig, spared, underneath
 

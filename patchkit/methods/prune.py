@@ -10,10 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from patchkit.linalg import Delta
+from patchkit.maths.linalg import Delta
+from patchkit.maths.updates import Update
 from patchkit.methods import LayerProblem, MethodConfig, wrapper
 from patchkit.methods._factors import as_stored, singular_triplets, solved
-from patchkit.updates import Update
 
 
 class PruneConfig(MethodConfig):

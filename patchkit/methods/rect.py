@@ -8,9 +8,9 @@ from math import ceil
 import torch
 from pydantic import Field
 
+from patchkit.maths.updates import Full, Update
 from patchkit.methods import LayerProblem, MethodConfig, wrapper
 from patchkit.methods._factors import solved
-from patchkit.updates import Full, Update
 
 
 class RectConfig(MethodConfig):

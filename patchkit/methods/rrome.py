@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from patchkit.maths.updates import Update
 from patchkit.methods import LayerProblem, method
 from patchkit.methods.rome import RomeConfig, rome
-from patchkit.updates import Update
 
 
 class RRomeConfig(RomeConfig):

@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from patchkit.linalg import Delta
+from patchkit.maths.linalg import Delta
+from patchkit.maths.updates import Update
 from patchkit.methods import LayerProblem, MethodConfig, wrapper
 from patchkit.methods._factors import as_stored, solved
-from patchkit.updates import Update
 
 
 class SphereConfig(MethodConfig):

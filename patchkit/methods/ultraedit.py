@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from patchkit.linalg import Delta
+from patchkit.maths.linalg import Delta
 from patchkit.methods import LayerProblem, MethodConfig, method
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from patchkit.maths.updates import Update
 from patchkit.methods import LayerProblem, MethodConfig, method
 from patchkit.methods.rome import RomeConfig, rome
-from patchkit.updates import Update
 
 
 class WilkeConfig(RomeConfig):

@@ -13,8 +13,8 @@ import argparse
 
 import torch
 
-from patchkit.updates import tensors_of
-from patchkit.verify import Report
+from patchkit.evaluate.metrics import Report
+from patchkit.maths.updates import tensors_of
 from tests.benchmarks.shared_values import SharedValues, parser
 
 TRIES = ("1:1:1", "1:0.45:0.45", "1:0.7:0.36", "1:0.25:0.53", "0.6:0.8:0.7")

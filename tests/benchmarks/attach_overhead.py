@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import patchkit
 from patchkit import Patch
-from patchkit.arch import inspect_model
-from patchkit.linalg import Delta
-from patchkit.manifest import BaseInfo, Manifest, UpdateInfo
-from patchkit.patch import updates_digest, weight_digest
+from patchkit.maths.linalg import Delta
+from patchkit.model.arch import inspect_model
+from patchkit.patch.manifest import BaseInfo, Manifest, UpdateInfo
+from patchkit.patch.patch import updates_digest, weight_digest
 
 ROOT = Path(__file__).parents[2]
 LEAST_RATIO = 0.95

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from patchkit.arch import inspect_model
-from patchkit.contexts import make_contexts
-from patchkit.editor import Plan, plan, requests_of
-from patchkit.facts import Fact, read_facts
-from patchkit.forward import LayerRunner
-from patchkit.linalg import Covariance
-from patchkit.models import load_model
-from patchkit.recipe import EditConfig, load_recipe
-from patchkit.requests import EditRequest
+from patchkit.editing.contexts import make_contexts
+from patchkit.editing.editor import Plan, plan, requests_of
+from patchkit.editing.recipe import EditConfig, load_recipe
+from patchkit.facts.reader import Fact, read_facts
+from patchkit.facts.requests import EditRequest
+from patchkit.maths.linalg import Covariance
+from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner
+from patchkit.model.loading import load_model
 
 
 def clock(device: str = "cpu") -> float:

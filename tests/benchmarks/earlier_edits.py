@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from patchkit.editor import EditState, Solved, edit
-from patchkit.linalg import Covariance, Delta
-from patchkit.stats import PACKAGE_TEXT, read_corpus, statistics
+from patchkit.editing.editor import EditState, Solved, edit
+from patchkit.maths.linalg import Covariance, Delta
+from patchkit.statistics.moments import PACKAGE_TEXT, read_corpus, statistics
 
 from .common import Bench, parser, prepared, seconds, show
 

@@ -20,16 +20,16 @@ from typing import Any
 import torch
 
 from patchkit.api import EVAL_WINDOW
-from patchkit.arch import inspect_model
-from patchkit.contexts import make_contexts
-from patchkit.editor import EditState, edit, plan, requests_of
-from patchkit.facts import read_facts
-from patchkit.forward import LayerRunner
-from patchkit.models import load_model
-from patchkit.recipe import load_recipe
-from patchkit.runtime import live_deltas
-from patchkit.stats import Corpus, read_corpus, statistics, window_of
-from patchkit.verify import verify
+from patchkit.editing.contexts import make_contexts
+from patchkit.editing.editor import EditState, edit, plan, requests_of
+from patchkit.editing.recipe import load_recipe
+from patchkit.evaluate.metrics import verify
+from patchkit.facts.reader import read_facts
+from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner
+from patchkit.model.hooks import live_deltas
+from patchkit.model.loading import load_model
+from patchkit.statistics.moments import Corpus, read_corpus, statistics, window_of
 
 from .common import fresh_peak, peak_memory, seconds
 from .oracle import OracleResult, added, oracle_edit

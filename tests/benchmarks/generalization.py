@@ -22,10 +22,10 @@ from unittest.mock import patch as replaced
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import patchkit
-from patchkit import editor
-from patchkit.contexts import make_contexts, texts_before
-from patchkit.facts import Fact, parse_facts
-from patchkit.requests import ESSENCE, SUBJECT
+from patchkit.editing import editor
+from patchkit.editing.contexts import make_contexts, texts_before
+from patchkit.facts.reader import Fact, parse_facts
+from patchkit.facts.requests import ESSENCE, SUBJECT
 
 HEADINGS = (
     "contexts",

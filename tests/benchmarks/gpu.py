@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from patchkit.editor import EditState, edit
-from patchkit.linalg import Covariance
+from patchkit.editing.editor import EditState, edit
+from patchkit.maths.linalg import Covariance
 
 from .common import Bench, fresh_peak, parser, peak_memory, prepared, random_llama, seconds, show, spread
 from .oracle import oracle_edit

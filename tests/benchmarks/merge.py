@@ -29,12 +29,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from patchkit.linalg import Delta
-from patchkit.manifest import BaseInfo, Manifest, Run, UpdateInfo
-from patchkit.merge import Rounding, merge
-from patchkit.models import tensor_digest
-from patchkit.patch import Patch, updates_digest
-from patchkit.rounding import TEXT_DIRECTIONS, Feedback, Metric, Spectrum
+from patchkit.export.merge import Rounding, merge
+from patchkit.maths.linalg import Delta
+from patchkit.maths.rounding import TEXT_DIRECTIONS, Feedback, Metric, Spectrum
+from patchkit.model.loading import tensor_digest
+from patchkit.patch.manifest import BaseInfo, Manifest, Run, UpdateInfo
+from patchkit.patch.patch import Patch, updates_digest
 
 D_OUT, D_IN, TOUCHED, FACTS, SHARDS = 2048, 8192, 5, 64, 4
 TENSOR = 2 * D_OUT * D_IN
@@ -61,8 +61,8 @@ _RUN = Run(
 _MERGE = """
 import sys
 from pathlib import Path
-from patchkit.merge import merge
-from patchkit.patch import Patch
+from patchkit.export.merge import merge
+from patchkit.patch.patch import Patch
 def peak():  # ru_maxrss would start at the parent's
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])

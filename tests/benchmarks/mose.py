@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 
 from patchkit.api import EVAL_WINDOW
-from patchkit.arch import inspect_model, read_weight
-from patchkit.bench import Spectra, site_drift
-from patchkit.editor import EditState, edit, plan
-from patchkit.facts import read_facts
-from patchkit.forward import LayerRunner
-from patchkit.linalg import Delta
-from patchkit.models import load_model
-from patchkit.recipe import load_recipe
-from patchkit.rotations import Rotation
-from patchkit.runtime import live_deltas
-from patchkit.stats import read_corpus, statistics
-from patchkit.updates import change
-from patchkit.verify import verify
+from patchkit.bench.run import Spectra, site_drift
+from patchkit.editing.editor import EditState, edit, plan
+from patchkit.editing.recipe import load_recipe
+from patchkit.evaluate.metrics import verify
+from patchkit.facts.reader import read_facts
+from patchkit.maths.linalg import Delta
+from patchkit.maths.rotations import Rotation
+from patchkit.maths.updates import change
+from patchkit.model.arch import inspect_model, read_weight
+from patchkit.model.forward import LayerRunner
+from patchkit.model.hooks import live_deltas
+from patchkit.model.loading import load_model
+from patchkit.statistics.moments import read_corpus, statistics
 
 TOLERANCES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1)
 ABLATIONS: Mapping[str, tuple[str, ...]] = {

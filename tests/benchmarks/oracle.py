@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from patchkit import methods
-from patchkit.arch import Architecture, Site, inspect_model, read_weight, write_weight
-from patchkit.editor import Plan, plan
-from patchkit.linalg import Covariance
+from patchkit.editing.editor import Plan, plan
+from patchkit.editing.recipe import EditConfig
+from patchkit.editing.values import ValueConfig
+from patchkit.facts.requests import EditRequest, Row
+from patchkit.maths.linalg import Covariance
 from patchkit.methods.alphaedit import AlphaEditConfig
 from patchkit.methods.memit import MemitConfig
 from patchkit.methods.rome import RomeConfig
-from patchkit.recipe import EditConfig
-from patchkit.requests import EditRequest, Row
-from patchkit.values import ValueConfig
+from patchkit.model.arch import Architecture, Site, inspect_model, read_weight, write_weight
 
 from .common import clock
 

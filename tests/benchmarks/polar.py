@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from patchkit.rotations import polar
+from patchkit.maths.rotations import polar
 
 
 def main() -> None:

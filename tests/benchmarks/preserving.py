@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from patchkit.stats import WINDOW
-from patchkit.verify import Report
+from patchkit.evaluate.metrics import Report
+from patchkit.statistics.moments import WINDOW
 from tests.benchmarks.shared_values import SharedValues, parser
 
 ROWS = (

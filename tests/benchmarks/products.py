@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from patchkit.onednn import available, linear
+from patchkit.maths.onednn import available, linear
 
 SHAPES = ((1536, 576), (576, 1536), (49152, 576))
 ROWS = (8, 16, 64, 256)

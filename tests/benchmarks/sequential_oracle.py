@@ -17,14 +17,14 @@ from pathlib import Path, PurePath
 import torch
 
 from patchkit import methods
-from patchkit.bench import Bench, Results, Row, markdown_table, site_drift
-from patchkit.contexts import texts_before
-from patchkit.editor import frozen, plan
-from patchkit.facts import read_facts
-from patchkit.models import load_model
-from patchkit.recipe import EditConfig, load_recipe
-from patchkit.requests import build_request
-from patchkit.stats import statistics
+from patchkit.bench.run import Bench, Results, Row, markdown_table, site_drift
+from patchkit.editing.contexts import texts_before
+from patchkit.editing.editor import frozen, plan
+from patchkit.editing.recipe import EditConfig, load_recipe
+from patchkit.facts.reader import read_facts
+from patchkit.facts.requests import build_request
+from patchkit.model.loading import load_model
+from patchkit.statistics.moments import statistics
 
 from .oracle import _Run, _set_aside, added
 

@@ -7,19 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from unittest import mock
 
-from patchkit import editor
 from patchkit.api import EVAL_WINDOW
-from patchkit.arch import inspect_model
-from patchkit.editor import EditState, edit, plan
-from patchkit.facts import Fact, read_facts
-from patchkit.forward import LayerRunner
-from patchkit.linalg import Covariance
-from patchkit.models import load_model
-from patchkit.recipe import load_recipe
-from patchkit.runtime import live_deltas
-from patchkit.stats import WINDOW, Corpus, read_corpus, statistics
-from patchkit.values import Values, ValueShape, optimise
-from patchkit.verify import Answers, Report, ask, compare
+from patchkit.editing import editor
+from patchkit.editing.editor import EditState, edit, plan
+from patchkit.editing.recipe import load_recipe
+from patchkit.editing.values import Values, ValueShape, optimise
+from patchkit.evaluate.metrics import Answers, Report, ask, compare
+from patchkit.facts.reader import Fact, read_facts
+from patchkit.maths.linalg import Covariance
+from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner
+from patchkit.model.hooks import live_deltas
+from patchkit.model.loading import load_model
+from patchkit.statistics.moments import WINDOW, Corpus, read_corpus, statistics
 
 
 class SharedValues:

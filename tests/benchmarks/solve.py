@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from patchkit.linalg import NullSpace, PriorKeys, preserving_solve
+from patchkit.maths.linalg import NullSpace, PriorKeys, preserving_solve
 
 from .common import seconds, show, spread
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from patchkit.stats import BATCH, PACKAGE_TEXT, Sums, _accumulate, read_corpus
+from patchkit.statistics.moments import BATCH, PACKAGE_TEXT, Sums, _accumulate, read_corpus
 
 from .common import Bench, parser, prepared, seconds, show
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from patchkit.keys import SubjectStates
-from patchkit.values import optimise
+from patchkit.editing.keys import SubjectStates
+from patchkit.editing.values import optimise
 
 from .common import Bench, fresh_peak, parser, peak_memory, prepared, seconds, show
 from .oracle import _key, _state, optimise_value

@@ -1,0 +1,353 @@
+"""The jobs behind the commands, from file to file: apply facts, revert, verify a patch, compute statistics."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from patchkit import methods
+from patchkit.api import apply, count_tokens, measure, revert
+from patchkit.editing.editor import Progress, frozen, plan
+from patchkit.editing.gradients import text_gradients
+from patchkit.editing.recipe import EditConfig, load_recipe
+from patchkit.errors import GateError
+from patchkit.evaluate.metrics import Report, read_targets
+from patchkit.export.merge import HeldFacts, Merged, Rounding, merge
+from patchkit.facts.reader import Fact, FactFile, read_facts, write_rejected
+from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner
+from patchkit.model.loading import LoadedModel, ModelChoice, load_model, load_tokenizer
+from patchkit.patch.history import Incoming, choose_facts, sort_incoming
+from patchkit.patch.patch import Patch
+from patchkit.statistics.moments import PACKAGE_TEXT, default_text, read_corpus, statistics, window_of
+
+SMALL_TEXT = "statistics: from the small English text that comes with patchkit; --text FILE with more text is better"
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What `patchkit apply` made."""
+
+    patch: Patch
+    report: Report
+    folder: Path
+    incoming: Incoming
+    base: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files in the folder."""
+        return sum(file.stat().st_size for file in self.folder.iterdir())
+
+    def as_json(self, more: Mapping[str, Any]) -> str:
+        """One JSON object for machines, with what else was made of the patch."""
+        made: dict[str, Any] = {"patch": str(self.folder), "bytes": self.size, "digest": self.patch.manifest.digest}
+        if self.patch.manifest.parents:
+            added = [fact.id for fact in self.incoming.new]
+            made |= {"added": added, "skipped": self.incoming.skipped, "superseded": self.incoming.superseded}
+        return json.dumps({**made, **self.report.model_dump(mode="json"), **more})
+
+
+def apply_file(
+    facts: str,
+    choose: Callable[[str | None], ModelChoice],
+    folder: Path,
+    *,
+    onto: str | None,
+    method: str | None,
+    recipe: str | None,
+    settings: tuple[str, ...],
+    text: str | None,
+    stats: str | None,
+    zsre_target: Any,
+    skip_bad: bool,
+    progress: Progress,
+    say: Callable[[str], None],
+    check: Callable[[LoadedModel], object] = lambda model: None,
+) -> Applied:
+    """Read a fact file, edit, measure, write the patch's folder. `choose` is told the base of `onto`, if any.
+
+    `check` may refuse the model before any work is done with it.
+
+    Raises:
+        InputError: anything about the input; nothing has been written then.
+    """
+    earlier = Patch.load(onto) if onto else None
+    last = earlier.manifest.history[-1] if earlier else None
+    # A bad recipe or fact file should not wait for a model to load.
+    config = load_recipe(method, recipe, settings, last.recipe if last else None)
+    chosen = choose(earlier.manifest.base.name if earlier else None)
+    tokenizer = load_tokenizer(chosen.name)
+    read = read_facts(
+        facts,
+        zsre_target=zsre_target,
+        skip_bad=skip_bad,
+        token_count=lambda target: count_tokens(tokenizer, target),
+        needs_subject=methods.get(config.method).needs_subject,
+    )
+    incoming = sort_incoming(read.facts, earlier.manifest.facts if earlier else ())
+    _tell_incoming(incoming, say)
+    _tell_shared_subjects(read, incoming, config, say)
+    _tell_rewordings(incoming, config, say)
+    loaded = load_model(chosen.name, chosen.device, chosen.dtype)
+    check(loaded)
+    source = Path(text) if text else default_text(loaded.name)
+    if source == PACKAGE_TEXT and methods.get(config.method).needs_statistics:
+        say(SMALL_TEXT)
+    patch = apply(
+        loaded.model,
+        loaded.tokenizer,
+        read.facts,
+        method,
+        onto=earlier,
+        recipe=recipe,
+        set=settings,
+        text=source,
+        stats=stats,
+        progress=progress,
+    )
+    if last and patch.manifest.history[-1].text["sha256"] != last.text["sha256"]:
+        say(f"statistics: from {source.name}, unlike those of the patch's last run ({last.text['source']}): see --text")
+    if methods.get(config.method).spends_directions:
+        say(_directions_left(patch))
+    report = measure(loaded.model, loaded.tokenizer, patch, progress=progress)
+    patch = patch.with_metrics(report.summary())
+    _save(patch, folder, read, say)
+    return Applied(patch, report, folder, incoming, loaded.name)
+
+
+def _save(patch: Patch, folder: Path, read: FactFile, say: Callable[[str], None]) -> None:
+    """Write the patch, and beside it the facts that were left out."""
+    patch.save(folder)
+    if read.rejected:
+        write_rejected(folder / "rejected.jsonl", read.rejected)
+        say(f"{len(read.rejected)} bad facts left out: {folder / 'rejected.jsonl'}")
+
+
+def _tell_incoming(incoming: Incoming, say: Callable[[str], None]) -> None:
+    if incoming.skipped:
+        say(f"already in the patch, skipped: {_shortened(incoming.skipped)}")
+    if incoming.superseded:
+        say(f"superseded: {_shortened([f'{old} by {new}' for old, new in incoming.superseded.items()])}")
+
+
+def _directions_left(patch: Patch) -> str:
+    fullest = min(patch.manifest.updates, key=lambda update: update.shape[0] - update.rank)
+    left, whole = max(0, fullest.shape[0] - fullest.rank), fullest.shape[0]
+    return f"{left} of {whole} output directions of {fullest.weight} are not used by any fact yet, one goes with each"
+
+
+def _tell_shared_subjects(read: FactFile, incoming: Incoming, config: EditConfig, say: Callable[[str], None]) -> None:
+    """Name the lines whose facts ask one key for two values."""
+    method, line = methods.get(config.method), dict(zip((fact.id for fact in read.facts), read.lines, strict=True))
+    size = 1 if method.one_by_one or method.targets != "values" else config.batch_size
+    shared: list[str] = []
+    for first in range(0, len(incoming.new), size):
+        groups: dict[str, list[Fact]] = {}
+        for fact in incoming.new[first : first + size]:
+            groups.setdefault(fact.subject, []).append(fact)
+        alike = [facts for facts in groups.values() if len(facts) > 1]
+        shared += [f"{', '.join(str(line[fact.id]) for fact in facts)} ({facts[0].subject})" for facts in alike]
+    if shared:
+        say(
+            f"{read.path}: facts about one subject in one batch have one value for all of them, which says each target "
+            f"less surely than a value of its own; lines {_shortened(shared, 5)}"
+        )
+
+
+def _tell_rewordings(incoming: Incoming, config: EditConfig, say: Callable[[str], None]) -> None:
+    room = max(0, config.contexts - 1)  # the first context is a text before the prompt
+    over = [fact.id for fact in incoming.new if len(fact.rewordings) > room]
+    if over and methods.get(config.method).targets == "values":
+        say(f"rewordings: contexts={config.contexts} has room for {room}, more are not used: {_shortened(over)}")
+
+
+def _shortened(names: Sequence[str], most: int = 10) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+@dataclass(frozen=True)
+class Reverted:
+    """What `patchkit revert` made."""
+
+    patch: Patch
+    report: Report | None
+    folder: Path
+
+    def as_json(self) -> str:
+        """One JSON object for machines."""
+        manifest = self.patch.manifest
+        made = {"patch": str(self.folder), "digest": manifest.digest, "reverted": manifest.history[-1].facts}
+        report = self.report.model_dump(mode="json") if self.report else {"facts": len(manifest.facts)}
+        return json.dumps({**made, **report})
+
+
+def revert_patch(
+    name: str,
+    choose: Callable[[str], ModelChoice],
+    folder: Path,
+    *,
+    facts: Sequence[str],
+    since: str | None,
+    last: int | None,
+    texts: Sequence[str],
+    stats: str | None,
+    measured: bool,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> Reverted:
+    """Take facts out of a patch and write what remains to `folder`, with its metrics if they are asked for.
+
+    Raises:
+        InputError: anything about the input; nothing has been written then.
+    """
+    patch = Patch.load(name)
+    gone = choose_facts(patch.manifest, facts, since, last)
+    chosen = choose(patch.manifest.base.name)
+    loaded = load_model(chosen.name, chosen.device, chosen.dtype)
+    less = revert(loaded.model, loaded.tokenizer, patch, gone, texts=texts, stats=stats, progress=progress)
+    report = measure(loaded.model, loaded.tokenizer, less, progress=progress) if measured else None
+    less = less.with_metrics(report.summary()) if report else less
+    less.save(folder)
+    replaced = {new: old for run in patch.manifest.history for old, new in run.superseded.items()}
+    if back := [replaced[fact_id] for fact_id in gone if fact_id in replaced]:
+        say(f"superseded earlier and not brought back: {_shortened(back)}; apply them again if they should hold")
+    return Reverted(less, report, folder)
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Bounds of `patchkit verify`; None asks for nothing. Efficacy and generalization count exact matches."""
+
+    efficacy: float | None = None
+    generalization: float | None = None
+    locality: float | None = None
+    perplexity_ratio: float | None = None
+
+    def within(self, usual: Gates) -> Gates:
+        """These bounds, with the usual ones where nothing is asked for."""
+        pairs = zip(astuple(self), astuple(usual), strict=True)
+        return Gates(*(other if own is None else own for own, other in pairs))
+
+    def check(self, report: Report) -> None:
+        """Raises:
+        GateError: at least one bound does not hold, or there is nothing to measure it on; all are named.
+        """
+        ratio = report.perplexity.ratio if report.perplexity else None
+        held = (
+            ("efficacy", report.efficacy.exact, self.efficacy, 1),
+            ("generalization", report.generalization.success_or_exact, self.generalization, 1),
+            ("locality", report.locality.unchanged, self.locality, 1),
+            ("perplexity ratio", ratio, self.perplexity_ratio, -1),
+        )
+        failed = [
+            f"{name} {'not measured' if value is None else format(value, '.4g')}, "
+            f"asked for {'at least' if sign > 0 else 'at most'} {bound:g}"
+            for name, value, bound, sign in held
+            if bound is not None and (value is None or sign * (value - bound) < 0)
+        ]
+        if failed:
+            raise GateError("gate failed: " + "; ".join(failed))
+
+
+PUBLISHED = Gates(efficacy=0.9, perplexity_ratio=1.1)
+"""What `patchkit apply --merge` and `--push` ask of a patch unless told otherwise."""
+
+
+def verify_patch(
+    folder: Path,
+    choose: Callable[[str], ModelChoice],
+    *,
+    facts: str | None,
+    text: str | None,
+    zsre_target: Any,
+    progress: Progress,
+) -> Report:
+    """Measure the patch in `folder` on its own facts or on those of a file.
+
+    Raises:
+        InputError: the patch, the model or the facts cannot be used.
+    """
+    patch = Patch.load(folder)
+    chosen = choose(patch.manifest.base.name)
+    tokenizer = load_tokenizer(chosen.name)
+    known: tuple[Fact, ...] | None = None
+    if facts is not None:
+        known = read_facts(
+            facts, zsre_target=zsre_target, token_count=lambda target: count_tokens(tokenizer, target)
+        ).facts
+    loaded = load_model(chosen.name, chosen.device, chosen.dtype)
+    return measure(loaded.model, loaded.tokenizer, patch, known, text=text, progress=progress)
+
+
+def merge_patches(
+    patches: Sequence[Patch],
+    base: str,
+    out: Path,
+    *,
+    rounding: Rounding | None = None,
+    stats: str | None = None,
+    force: bool = False,
+    link: bool = False,
+    ask: bool = True,
+    say: Callable[[str], None],
+) -> Merged:
+    """Write `base` with `patches` merged into it to `out`; load it and ask it for every fact, unless told not to.
+
+    Raises:
+        InputError: anything about the input; nothing has been written then.
+    """
+    merged = merge(patches, base, out, rounding=rounding, statistics=stats, force=force, link=link, say=say)
+    if ask:
+        merged = merged.model_copy(update={"facts": _held(out, patches)})
+        merged.save(out)
+    return merged
+
+
+def _held(folder: Path, patches: Sequence[Patch]) -> HeldFacts:
+    """Ask the merged checkpoint for every fact; of two patches that answer one prompt, the later one counts."""
+    loaded = load_model(str(folder))
+    facts = {fact.prompt: fact for patch in patches for fact in patch.manifest.facts}
+    pairs = {fact.id: (fact.prompt, fact.target_new) for fact in facts.values()}
+    readings = read_targets(LayerRunner(inspect_model(loaded.model)), loaded.tokenizer, list(pairs.values()))
+    lost = tuple(name for name, pair in pairs.items() if not readings[pair].exact)
+    return HeldFacts(asked=len(pairs), hold=len(pairs) - len(lost), lost=lost)
+
+
+def compute_statistics(
+    chosen: ModelChoice,
+    *,
+    text: str | None,
+    out: str | None,
+    layers: str | None,
+    method: str | None,
+    tokens: int,
+    gradients: bool,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> list[tuple[str, int, int, int | None]]:
+    """Statistics of the sites a recipe edits: per site its weight's name, tokens seen and width; and with `gradients`
+    the rank of the gradient of the text's loss there, which is then computed as well.
+
+    Raises:
+        InputError: the model, the text or the layers cannot be used.
+    """
+    config = load_recipe(method, None, [f"layers={layers}"] if layers else [])
+    loaded = load_model(chosen.name, chosen.device, chosen.dtype)
+    runner = LayerRunner(inspect_model(loaded.model))
+    source = Path(text) if text else default_text(loaded.name)
+    if source == PACKAGE_TEXT:
+        say(SMALL_TEXT)
+    corpus = read_corpus(source, loaded.tokenizer, tokens, window_of(loaded.model))
+    sites = plan(runner.arch, config).sites
+    place, ranks = Path(out) if out else None, dict[int, int]()
+    found = statistics(runner, sites, corpus, place, lambda *at: progress("statistics", *at))
+    if gradients:
+        with frozen(loaded.model):
+            of_text = text_gradients(runner, sites, corpus, place, lambda *at: progress("gradients", *at))
+        ranks = {layer: len(each.values) for layer, each in of_text.items()}
+    return [(site.weight_name, found[site.layer].tokens, site.d_in, ranks.get(site.layer)) for site in sites]

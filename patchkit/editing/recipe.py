@@ -1,0 +1,162 @@
+"""Recipes: recipes/<method>/<name>.yaml -> a typed, frozen configuration. Defaults stand in the classes, once."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from patchkit import methods
+from patchkit.editing.values import ValueConfig
+from patchkit.errors import InputError
+from patchkit.io.places import shipped
+from patchkit.methods import MethodConfig
+
+
+class EditConfig(BaseModel):
+    """Everything that decides an edit besides the facts, the model and the text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)  # layers: 8 is meant as "8"
+
+    method: str
+    layers: str = Field("14%-27%", description='layers to edit: "4-8", "4,6", or a share of the depth, "14%-27%"')
+    batch_size: int = Field(100, ge=1, description="facts solved for together; batches follow one another")
+    contexts: int = Field(
+        5, ge=0, description="texts besides the prompt alone: one before it, the others other words about the subject"
+    )
+    context_length: int = Field(10, ge=1, description="tokens in each text that stands before another")
+    sweeps: int = Field(1, ge=1, description="passes over the layers per batch")
+    seed: int = 0
+    value: ValueConfig = ValueConfig()
+    settings: dict[str, Any] = Field(default_factory=dict, description="the method's own settings")
+
+    def method_config(self) -> MethodConfig:
+        """`settings` as the method's own typed configuration."""
+        return methods.get(self.method).config.model_validate(self.settings)
+
+    def digest(self) -> str:
+        """sha256 of the canonical JSON, the recipe's hash in a manifest."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def recipes_folder() -> Path:
+    """The recipes: inside an installed package, at the top of a checkout."""
+    return shipped("recipes")
+
+
+def load_recipe(
+    method: str | None = None,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    earlier: Mapping[str, Any] | None = None,
+) -> EditConfig:
+    """The configuration of `--method`, `--recipe` (a file, or the name of one under recipes/<method>/) and `--set`s.
+
+    `earlier` is the recipe of the patch that is continued; it holds where neither of the first two says otherwise.
+
+    Raises:
+        InputError: unknown method, recipe or key, or a value of the wrong kind; the message names the key.
+    """
+    if earlier and recipe is None and method in (None, earlier["method"]):
+        data, where = deepcopy(dict(earlier)), "the patch's own recipe"
+    else:
+        data, where = _read(method, recipe)
+    if method is not None:
+        if data.setdefault("method", method) not in (method, methods.plain_name(method)):
+            raise InputError(
+                f'{where} is a recipe for "{data["method"]}", not for "{method}"; drop --method or --recipe'
+            )
+        data["method"] = method  # a method's recipes serve its wrapped forms as well
+    if "method" not in data:
+        raise InputError(f'{where}: no "method"; add one of: {", ".join(methods.available())}')
+    for override in overrides:
+        _override(data, override)
+    return validate(data, f"{where} with --set" if overrides else where)
+
+
+def validate(data: Mapping[str, Any], where: str = "recipe") -> EditConfig:
+    """`data` as a configuration, method settings included.
+
+    Raises:
+        InputError: a key or value does not fit; the message names it.
+    """
+    try:
+        config = EditConfig.model_validate(data)
+        # Written out in full, so that a manifest shows every setting, those left at their default too.
+        return config.model_copy(update={"settings": config.method_config().model_dump()})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        what = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+        raise InputError(f"{where}: {key}: {what}; the keys are in the README under Recipes") from None
+
+
+def _read(method: str | None, recipe: str | None) -> tuple[dict[str, Any], str]:
+    methods.get(method or "alphaedit")
+    folder = recipes_folder() / methods.plain_name(method or "alphaedit")
+    path = Path(recipe) if recipe else folder / "default.yaml"
+    if recipe and not path.is_file():
+        path = folder / f"{recipe}.yaml"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) or "none"
+        raise InputError(f'no recipe "{recipe}": neither a file nor one of {folder.name}\'s recipes ({names})')
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: a recipe is a mapping of keys to values, found {type(data).__name__}")
+    return data, str(path)
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    """Apply one `key=value`; a bare key of the method or of the value optimiser finds its section by itself, and so
+    does a wrapper's, as in `nas.anchor=1`."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f'--set {override}: write it as key=value, such as "value.steps=30"')
+    parts = key.strip().split(".")
+    if parts[0] in methods.get(str(data["method"])).config.model_fields:
+        parts = ["settings", *parts]
+    elif len(parts) == 1 and parts[0] in ValueConfig.model_fields:
+        parts = ["value", *parts]
+    section = data
+    for part in parts[:-1]:
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            raise InputError(f'--set {override}: "{part}" has no keys of its own')
+    try:
+        section[parts[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: not YAML: {' '.join(str(error).split())}") from None
+
+
+def resolve_layers(layers: str, depth: int) -> list[int]:
+    """Layer numbers of a `layers` setting for a model of `depth` layers, ascending.
+
+    Raises:
+        InputError: it cannot be read, or names a layer the model does not have.
+    """
+    chosen: set[int] = set()
+    for part in layers.replace(" ", "").split(","):
+        found = re.fullmatch(r"(\d+)(%?)(?:-(\d+)(%?))?", part)
+        if not found:
+            raise InputError(f'layers "{layers}": cannot read "{part}"; write 4-8, or 4,6, or 14%-27%')
+        first, last = _layer(found[1], found[2], depth), _layer(found[3] or found[1], found[4] or found[2], depth)
+        chosen.update(range(first, last + 1))
+        if first > last:
+            raise InputError(f'layers "{layers}": "{part}" runs backwards; write the lower layer first')
+    if max(chosen) >= depth:
+        raise InputError(f'layers "{layers}": the model has layers 0 to {depth - 1}')
+    return sorted(chosen)
+
+
+def _layer(number: str, percent: str, depth: int) -> int:
+    return math.floor(int(number) / 100 * depth) if percent else int(number)

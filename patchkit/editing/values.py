@@ -1,0 +1,343 @@
+"""The value optimiser, one for every method: which state at the subject's last token makes the model say the target?
+
+Many facts share each step, every one with its own delta, and waiting ones take the place of those that are done. What
+a delta cannot change is computed once: the layers up to the edited one, and above it the keys and values of all
+positions before the subject's last token. A step then runs only the suffix from that token on, through the layers
+above, with logits at the target positions alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from patchkit.editing.suffixes import Bucket, Suffixes, in_parts
+from patchkit.facts.requests import EditRequest
+from patchkit.model.arch import Site, attention_of
+from patchkit.model.forward import LayerRunner, watching_output
+
+ValueAt = Literal["layer_out", "module_out"]
+
+
+class ValueConfig(BaseModel):
+    """Settings of the value optimiser. Lengths are in units of the state's own norm, so they carry between models."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(25, ge=1, description="Adam steps at most")
+    learning_rate: float = Field(0.15, gt=0, description="length of one Adam step, relative to the state's norm")
+    clamp: float = Field(1.0, gt=0, description="longest delta, relative to the state's norm")
+    decay: float = Field(0.01, ge=0, description="weight of the squared relative length of the delta")
+    kl_weight: float = Field(0.0625, ge=0, description='weight of the drift on "{subject} is a"')
+    stop_loss: float = Field(0.1, ge=0, description="a fact is done when its target's mean token loss is below this")
+    parallel: int = Field(32, ge=1, description="facts that share a step, at most; fewer where memory is short")
+
+
+@dataclass(frozen=True)
+class Values:
+    """Per fact: target state V (d, n), its start (d, n), final target loss (n,), steps taken (n,)."""
+
+    targets: Tensor
+    start: Tensor
+    loss: Tensor
+    steps: Tensor
+
+    def of(self, facts: Sequence[int]) -> Values:
+        """Those of some facts."""
+        chosen = torch.tensor(facts, device=self.loss.device)
+        return Values(*(getattr(self, name)[..., chosen] for name in ("targets", "start", "loss", "steps")))
+
+
+@dataclass(frozen=True)
+class ValueShape:
+    """What a method asks of the values beside ROME's loss. Plain, it asks nothing.
+
+    Both functions get `facts` (k,), the places in the list of requests of the facts still in play, and their states
+    `start` and `delta`, (k, d) each; both must be differentiable.
+
+    Attributes:
+        constrain: gives the delta (k, d) that is used in place of the free one, as for values on a sphere.
+        penalty: adds its result (k,) to the facts' losses; it gets the constrained delta.
+        attention: optimise, together with the delta, one of its own at the output of the layer's attention, and drop
+            it at the end. What the attention would contribute is then not asked of the feed-forward (PMET section 3.2,
+            whose FFN-only values AdaEdit section 4.1 takes).
+    """
+
+    constrain: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    penalty: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    attention: bool = False
+
+
+def optimise(
+    runner: LayerRunner,
+    requests: Sequence[EditRequest],
+    site: Site,
+    value_at: ValueAt,
+    config: ValueConfig,
+    advance: Callable[[int], None] = lambda finished: None,
+    shape: ValueShape = ValueShape(),
+    groups: Sequence[int] | None = None,
+) -> Values:
+    """Optimise each request's value at `site`'s layer: -log P(target) + KL on the essence prompt + decay (ROME eq. 4).
+
+    The drift term is KL(edited ‖ original) as in the published code. `advance` is told how many facts have finished.
+    Requests with the same number in `groups` get one delta for all of them, at which all their targets are said: what
+    facts about one subject need, whose key is one and can have one value only (MEMIT-Merge, arXiv 2502.07322).
+
+    Raises:
+        InputError: there is not enough memory for a single prompt.
+    """
+    return _Optimiser(_Problem(runner, site, value_at, shape), requests, config, groups).run(advance)
+
+
+class _Problem:
+    """Where the deltas go in and how the layers above are run.
+
+    Deltas and states have a place for each module they are added at: (..., places, d), first the value's own, then the
+    attention's if `shape` asks for it.
+    """
+
+    def __init__(self, runner: LayerRunner, site: Site, value_at: ValueAt, shape: ValueShape) -> None:
+        self.runner, self.site, self.shape = runner, site, shape
+        self.attention = attention_of(runner.arch.layers[site.layer]) if shape.attention else None
+        self.at_module = value_at == "module_out"
+        # What is added inside the layer has the layer run at every step.
+        self.start = site.layer if self.at_module or shape.attention else site.layer + 1
+
+    def logits(self, bucket: Bucket, rows: Tensor) -> Tensor:
+        """Logits (points, vocab) in float32 with deltas (rows, places, d) at the subjects' last token."""
+        hidden = bucket.hidden
+        with ExitStack() as stack:
+            if self.start <= self.site.layer:
+                stack.enter_context(self._adding(rows))
+            else:
+                assert hidden is not None
+                hidden = _add_first(hidden, rows[:, 0])
+            where = (bucket.point_row, bucket.point_at)
+            logits = self.runner.run(bucket.inputs(), start=self.start, hidden=hidden, logits_at=where).logits
+        assert logits is not None
+        return widen(logits)
+
+    @contextmanager
+    def _adding(self, rows: Tensor) -> Iterator[None]:
+        # The layer's own output moves by just as much as its module's where the value is at the layer's output.
+        with watching_output(self.site.module, len(rows), lambda output: _add_first(output, rows[:, 0])):
+            if self.attention is None:
+                yield
+                return
+            with watching_output(self.attention, len(rows), lambda output: _add_first(output, rows[:, 1])):
+                yield
+
+    def start_states(self, bucket: Bucket) -> Tensor:
+        """The states that deltas are added to, at every row's subject, (rows, places, d), in float32."""
+        if self.start > self.site.layer:
+            assert bucket.hidden is not None
+            return widen(bucket.hidden[:, :1])
+        seen: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            for name, module in (("value", self.site.module), ("attention", self.attention)):
+                if module is not None:
+                    note = partial(seen.__setitem__, name)
+                    stack.enter_context(watching_output(module, len(bucket.row), note))
+            out = self.runner.run(bucket.inputs(), start=self.start, hidden=bucket.hidden, stop=self.start + 1).hidden
+        if not self.at_module:
+            assert out is not None
+            seen["value"] = out
+        return torch.stack([widen(seen[name][:, 0]) for name in sorted(seen, reverse=True)], 1)
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """In float32, or in float64 where it is that already."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _add_first(hidden: Tensor, rows: Tensor) -> Tensor:
+    """Add rows (rows, d) at the first suffix position, the subject's last token, of hidden (rows, S, d)."""
+    first = hidden[:, :1] + rows.unsqueeze(1).to(hidden.dtype)  # (rows, 1, d)
+    return torch.cat([first, hidden[:, 1:]], 1)
+
+
+class _Optimiser:
+    """Where all facts stand; those in play are in `live` and in the buckets.
+
+    Per fact, n of them: start, value, mean, square (n, places, d), the last three Adam's and in units of scale
+    (n, places, 1); loss, steps (n,).
+    """
+
+    def __init__(
+        self,
+        problem: _Problem,
+        requests: Sequence[EditRequest],
+        config: ValueConfig,
+        groups: Sequence[int] | None = None,
+    ) -> None:
+        self.problem, self.config = problem, config
+        self.suffixes = Suffixes(problem.runner, requests, problem.start)
+        self.together = min(config.parallel, self.suffixes.facts)
+        self.group = list(groups or range(len(requests)))
+        self.waiting = sorted(range(len(requests)), key=lambda fact: self.group.index(self.group[fact]))
+        self.live: list[int] = []
+        self.buckets: list[Bucket] = []
+        device, dtype = problem.runner.device, torch.promote_types(problem.runner.dtype, torch.float32)
+        shape = (len(requests), 1 + problem.shape.attention, problem.site.d_out)
+        self.start, self.value, self.mean, self.square = (
+            torch.zeros(shape, device=device, dtype=dtype) for _ in "1234"
+        )
+        self.scale, self.loss = self.start[..., :1].clone(), self.start[:, 0, 0].clone()
+        self.steps = [0] * len(requests)
+
+    def run(self, advance: Callable[[int], None]) -> Values:
+        """Step until no fact is left."""
+        while self.waiting or self.live:
+            self._admit()
+            places = torch.tensor(self.live, device=self.start.device)
+            free = self._free(places)
+            loss, gradient = self._evaluate(free)
+            self.loss[places] = loss
+            # The one thing in a step that waits for the device.
+            below = (loss < self.config.stop_loss).tolist()
+            over = [d or self.steps[f] == self.config.steps for f, d in zip(self.live, below, strict=True)]
+            going_on = {self.group[fact] for fact, o in zip(self.live, over, strict=True) if not o}
+            done = [self.group[fact] not in going_on for fact in self.live]
+            advance(sum(done))
+            if any(done):
+                going = torch.tensor(done, device=places.device).logical_not()
+                places, gradient = places[going], gradient[going]
+                self._retire(places)
+            if self.live:
+                self._move(places, self._over_groups(self.live, gradient))
+        deltas = self._free(torch.arange(len(self.start), device=self.start.device)).deltas(self.value)
+        targets = self.start[:, 0] + deltas[:, 0]
+        return Values(targets.T, self.start[:, 0].T, self.loss, torch.tensor(self.steps, device=self.loss.device))
+
+    def _free(self, facts: Tensor) -> _Free:
+        return _Free(self.problem.shape, facts, self.start[facts], self.scale[facts])
+
+    @torch.no_grad()
+    def _admit(self) -> None:
+        """Let waiting facts in once half of the places are empty: each time their prefixes are read in one pass."""
+        if not self.waiting or len(self.live) > self.together // 2:
+            return
+        room = self.together - len(self.live)
+        while room < len(self.waiting) and self.group[self.waiting[room]] == self.group[self.waiting[room - 1]]:
+            room += 1  # a group is never parted
+        new, self.waiting = self.waiting[:room], self.waiting[room:]
+        buckets = self.suffixes.buckets(new)
+        rows = torch.cat([self.problem.start_states(bucket) for bucket in buckets])  # (all rows, places, d)
+        order = torch.cat([bucket.row for bucket in buckets]).argsort()
+        states = rows[order].unflatten(0, (len(new), -1))  # (new, rows per fact, places, d)
+        self.start[new] = states[:, 0]
+        # The median over contexts: at position 0 a model without BOS keeps an attention sink hundreds of times longer.
+        self.scale[new] = self._over_groups(new, states.norm(dim=-1).median(1).values.unsqueeze(-1))
+        self.live += new
+        self.buckets = self.suffixes.merged([*self.buckets, *(self._with_base(bucket) for bucket in buckets)])
+
+    def _over_groups(self, facts: Sequence[int], numbers: Tensor) -> Tensor:
+        """Numbers (k, ...) of facts, each replaced by the mean over its group."""
+        group = [self.group[fact] for fact in facts]
+        if len(set(group)) == len(group):
+            return numbers
+        place = torch.tensor([group.index(each) for each in group], device=numbers.device)
+        sums = torch.zeros_like(numbers).index_add(0, place, numbers)
+        return (sums / place.bincount(minlength=len(group)).clamp_min(1).view(-1, *[1] * (numbers.ndim - 1)))[place]
+
+    def _with_base(self, bucket: Bucket) -> Bucket:
+        """With the untouched model's log-probabilities after the essence prompts."""
+        essence = bucket.essence()
+        if not len(essence.row):
+            return bucket
+        none = self.start.new_zeros(len(essence.row), *self.start.shape[1:])
+        return replace(bucket, base=self.problem.logits(essence, none).log_softmax(-1))
+
+    def _retire(self, going: Tensor) -> None:
+        self.live = going.tolist()
+        playing = torch.zeros(len(self.start), dtype=torch.bool, device=going.device)
+        playing[going] = True
+        self.buckets = [left for bucket in self.buckets for left in bucket.of_facts(playing)]
+
+    def _evaluate(self, free: _Free) -> tuple[Tensor, Tensor]:
+        """Target loss (k,) and the whole loss's gradient at the free parameters (k, places, d) of the facts in play.
+
+        One bucket's graph at a time is alive, so memory does not grow with the number of buckets.
+        """
+        relative, config = self.value[free.facts], self.config
+        differentiate = any(self.steps[fact] < config.steps for fact in self.live)
+        loss = relative.new_zeros(len(relative))
+        gradient = 2 * config.decay * relative + (free.penalty_gradient(relative) if differentiate else 0)
+        place = free.facts.new_zeros(len(self.start))
+        place[free.facts] = torch.arange(len(free.facts), device=place.device)
+
+        def measure(bucket: Bucket) -> tuple[Tensor, Tensor | None]:
+            leaf = relative.detach().requires_grad_(differentiate)
+            with torch.set_grad_enabled(differentiate):
+                target, drift = self._losses(bucket, place[bucket.fact_of], free.deltas(leaf))
+                whole = (target + config.kl_weight * drift).sum()
+            return target.detach(), torch.autograd.grad(whole, leaf)[0] if differentiate else None
+
+        done = [part for bucket in self.buckets for part in in_parts(measure, bucket, Bucket.halves)]
+        self.buckets = [bucket for bucket, _ in done]
+        for _, (target, slope) in done:
+            loss += target
+            gradient += 0 if slope is None else slope
+        return loss, gradient
+
+    def _losses(self, bucket: Bucket, place: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
+        """What the bucket's rows, at the given places (rows,) among deltas (k, places, d), add to each fact's target
+        loss and to its drift on the essence prompt, both (k,)."""
+        logits = self.problem.logits(bucket, deltas[place])  # (points, vocab)
+        zeros, targets = deltas.new_zeros(len(deltas)), len(bucket.label)
+        at = place[bucket.point_row]  # (points,)
+        losses = F.cross_entropy(logits[:targets], bucket.label, reduction="none") * bucket.weight.to(logits)
+        target = zeros.index_add(0, at[:targets], losses)
+        if targets == len(logits):
+            return target, zeros
+        edited = logits[targets:].log_softmax(-1)
+        drift = F.kl_div(bucket.base, edited, reduction="none", log_target=True).sum(-1)
+        return target, zeros.index_add(0, at[targets:], drift)
+
+    def _move(self, facts: Tensor, gradient: Tensor) -> None:
+        """One step of Adam (Kingma & Ba, algorithm 1), each fact at its own count, then clip to the longest allowed."""
+        config = self.config
+        for fact in self.live:
+            self.steps[fact] += 1
+        counts = torch.tensor([self.steps[fact] for fact in self.live], dtype=torch.float64)
+        mean_bias, square_bias = ((1 - beta**counts).to(gradient)[:, None, None] for beta in (0.9, 0.999))
+        self.mean[facts] = mean = 0.9 * self.mean[facts] + 0.1 * gradient
+        self.square[facts] = square = 0.999 * self.square[facts] + 0.001 * gradient.square()
+        rate = config.learning_rate / self.problem.site.d_out**0.5
+        moved = self.value[facts] - rate * (mean / mean_bias) / ((square / square_bias).sqrt() + 1e-8)
+        self.value[facts] = moved * (config.clamp / moved.norm(dim=-1, keepdim=True)).clamp_max(1)
+
+
+@dataclass(frozen=True)
+class _Free:
+    """Free parameters in units of `scale`, and their deltas. facts (k,); start (k, places, d); scale (k, places, 1)."""
+
+    shape: ValueShape
+    facts: Tensor
+    start: Tensor
+    scale: Tensor
+
+    def deltas(self, relative: Tensor) -> Tensor:
+        """What is added to the states, (k, places, d)."""
+        deltas = relative * self.scale
+        if self.shape.constrain is None:
+            return deltas
+        constrained = self.shape.constrain(self.facts, self.start[:, 0], deltas[:, 0])
+        return torch.cat([constrained.unsqueeze(1), deltas[:, 1:]], 1)
+
+    def penalty_gradient(self, relative: Tensor) -> Tensor:
+        """Gradient of the method's own penalty, as `relative` (k, places, d)."""
+        if self.shape.penalty is None:
+            return torch.zeros_like(relative)
+        leaf = relative.detach().requires_grad_()
+        penalty = self.shape.penalty(self.facts, self.start[:, 0], self.deltas(leaf)[:, 0])  # (k,)
+        return torch.autograd.grad(penalty.sum(), leaf)[0]

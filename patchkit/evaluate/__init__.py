@@ -1,0 +1,1 @@
+"""What a patch did: metrics, gates and generated text."""

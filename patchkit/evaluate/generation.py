@@ -1,0 +1,102 @@
+"""What a model answers to a prompt, without and with patches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from patchkit.errors import InputError
+from patchkit.facts.requests import encode_prompt
+from patchkit.patch.patch import Patch
+from patchkit.patch.stack import load
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How text is generated. Temperature 0 is greedy; `chat` puts the prompt into the tokenizer's chat template."""
+
+    max_new_tokens: int = 40
+    temperature: float = 0.0
+    seed: int = 0
+    chat: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What follows one prompt, with the patches, and without them where that was asked for."""
+
+    prompt: str
+    patched: str
+    base: str | None = None
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    patches: Sequence[Patch],
+    prompts: Sequence[str],
+    sampling: Sampling,
+    compare: bool = False,
+) -> list[Answer]:
+    """Answer every prompt with `patches` stacked in their order; the model is left as it was.
+
+    Raises:
+        InputError: a patch is for another base, a prompt has no tokens or too many, or there is no chat template.
+    """
+    encoded = [_encode(tokenizer, prompt, sampling.chat) for prompt in prompts]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if limit is not None and len(ids) + sampling.max_new_tokens > limit:
+            raise InputError(
+                f'prompt "{prompt[:40]}": {len(ids)} tokens and {sampling.max_new_tokens} new ones are more than the '
+                f"{limit} positions of the model; shorten it, or lower --max-new-tokens"
+            )
+    stack = None
+    try:
+        for number, patch in enumerate(patches, 1):
+            stack = load(model, patch, f"{number}")
+        patched = [_continue(model, tokenizer, ids, sampling) for ids in encoded]
+    finally:
+        if stack is not None:
+            stack.unload()
+    base = [_continue(model, tokenizer, ids, sampling) if compare else None for ids in encoded]
+    return [Answer(*row) for row in zip(prompts, patched, base, strict=True)]
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            "--chat: the tokenizer has no chat template; leave --chat out, or use an instruction-tuned model"
+        )
+    if not chat:
+        ids = encode_prompt(tokenizer, prompt)
+    else:
+        turns = [{"role": "user", "content": prompt}]
+        ids = list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"])
+    if not prompt.strip() or not ids:
+        raise InputError("an empty prompt: there is nothing to answer")
+    return ids
+
+
+@torch.no_grad()
+def _continue(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling) -> str:
+    """The text that follows, without special tokens; the same for the same seed."""
+    tokens = torch.tensor([ids], device=model.get_input_embeddings().weight.device)  # (1, n)
+    sampled = sampling.temperature > 0
+    with torch.random.fork_rng(devices=[tokens.device] if tokens.device.type == "cuda" else []):
+        torch.manual_seed(sampling.seed)
+        out = model.generate(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=sampled,
+            temperature=sampling.temperature if sampled else None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+        )
+    return str(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))

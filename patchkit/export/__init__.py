@@ -1,0 +1,1 @@
+"""Patches in other forms: merged checkpoints, PEFT adapters, repositories on the Hub."""

@@ -1,0 +1,330 @@
+"""A patch, an adapter or a merged checkpoint as a Hub repository: its files and a card, in one commit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    get_token,
+    hf_hub_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import HfHubHTTPError
+from pydantic import BaseModel, ValidationError
+
+from patchkit.errors import InputError, PatchkitError
+from patchkit.export.merge import MANIFEST, Merged
+from patchkit.export.peft import Exported
+from patchkit.io.hub import PATCH_FILES, hub_errors, is_repo_name
+from patchkit.patch.card import Card, Kind, base_name
+from patchkit.patch.manifest import Manifest
+from patchkit.patch.patch import Patch
+
+Say = Callable[[str], None]
+_MARKS: dict[str, Kind] = {"manifest.json": "patch", "adapter_config.json": "adapter", "config.json": "merged"}
+_HELD = {"patch": "a patch", "adapter": "an adapter", "merged": "a whole model", None: "nothing"}
+_TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", MANIFEST)
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Package:
+    """What goes into the repository: content by name there, in memory or still on disk."""
+
+    kind: Kind
+    manifests: Sequence[Manifest]
+    files: Mapping[str, Path | bytes]
+
+    @property
+    def card(self) -> str:
+        """The README.md."""
+        readme = self.files["README.md"]
+        return (readme if isinstance(readme, bytes) else readme.read_bytes()).decode()
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes by file."""
+        return {
+            name: len(content) if isinstance(content, bytes) else content.stat().st_size
+            for name, content in sorted(self.files.items())
+        }
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where it went: the commit, and the pull request's page where there is one."""
+
+    repo: str
+    commit: str
+    url: str
+
+
+def pack(
+    folder: str | Path, repo: str, *, base: str | None = None, card: str | Path | None = None, online: bool = False
+) -> Package:
+    """Collect what a push would publish; reads the folder, and the base's licence where it is at hand.
+
+    Args:
+        base: the base's name on the Hub, where the patch was made from a local folder.
+        card: a README.md to take instead of the generated one.
+        online: ask the Hub for the base's card if it is not in the cache.
+
+    Raises:
+        InputError: the folder holds no patch, adapter or merged checkpoint, or what it holds is damaged.
+    """
+    folder = Path(folder)
+    _check_name(repo)
+    if base is not None and not is_repo_name(base):
+        raise InputError(f"--base {base}: not the name of a Hub repository; give user/repo")
+    content = _read(folder)
+    info = content.manifests[0].base
+    bases = {info.name: info.commit} | ({base: None} if base else {})
+    cards = [folder / "README.base.md", *(c for name, commit in bases.items() for c in _cards(name, commit, online))]
+    licence, terms = _terms(cards)
+    files: dict[str, Path | bytes] = {**terms, **_files(folder, content.kind)}
+    if base is not None:
+        files |= content.naming(base, folder)
+    try:
+        readme = Path(card).read_bytes() if card else content.card(repo, base, licence).encode()
+    except OSError as error:
+        raise InputError(f"--card {card}: cannot be read: {error.strerror}") from None
+    return Package(content.kind, content.manifests, {**files, "README.md": readme})
+
+
+def check_destination(repo: str) -> None:
+    """What can be known of a push before there is anything to publish: the name, the login, what the repository holds.
+
+    Raises:
+        InputError: the name is none, nobody is logged in, or the repository holds something other than a patch.
+        PatchkitError: the Hub cannot be reached.
+    """
+    _check_name(repo)
+    if get_token() is None:
+        raise InputError(f"{repo}: nobody is logged in to the Hub here; `hf auth login`, or set HF_TOKEN")
+    api = HfApi(library_name="patchkit")
+    with hub_errors(repo):
+        api.whoami()
+        there = api.model_info(repo).siblings if api.repo_exists(repo) else None
+    _check_kind(repo, {file.rfilename for file in there or ()}, "patch")
+
+
+def push(
+    package: Package,
+    repo: str,
+    *,
+    private: bool = False,
+    pr: bool = False,
+    branch: str | None = None,
+    tag: str | None = None,
+    message: str | None = None,
+    say: Say = lambda line: None,
+) -> Pushed:
+    """Publish a package in one commit: after a failure the repository is as it was.
+
+    Weights that an earlier push left and this one does not have are deleted in the same commit. A repository of the
+    same owner that the patch names as its parent gets a link to the new one.
+
+    Args:
+        private: make the repository private; refused where it exists and is public.
+        pr: open a pull request instead of committing.
+        branch: commit to this branch, made from main where it does not exist.
+        tag: tag the commit; refused where the tag exists.
+
+    Raises:
+        InputError: the repository holds something else, is not the user's, or an option does not fit.
+        PatchkitError: the network or the Hub failed, or somebody else pushed meanwhile.
+    """
+    if pr and (branch or tag):
+        raise InputError("--pr goes to main and is tagged when merged; leave out --branch and --tag")
+    api = HfApi(library_name="patchkit")
+    with hub_errors(repo):
+        if not pr:
+            api.create_repo(repo, private=private or None, exist_ok=True)
+        here = api.model_info(repo)
+        if private and not here.private:
+            raise InputError(f"{repo}: it exists and is public; make it private on its page, or leave out --private")
+        if tag and tag in {ref.name for ref in api.list_repo_refs(repo).tags}:
+            raise InputError(f"{repo}: it has a tag {tag} already; choose another")
+        if branch:
+            api.create_branch(repo, branch=branch, exist_ok=True)
+            here = api.model_info(repo, revision=branch)
+        operations = _operations(package, repo, {file.rfilename for file in here.siblings or ()})
+        try:
+            commit = api.create_commit(
+                repo,
+                operations,
+                commit_message=message or _message(package),
+                revision=branch,
+                parent_commit=None if pr else here.sha,
+                create_pr=pr,
+            )
+        except HfHubHTTPError:
+            raise
+        except (RuntimeError, ValueError) as error:  # from an upload, or the check of the card
+            raise PatchkitError(f"{repo}: {error}; nothing was published, push again".replace("\n", " ")) from None
+    if tag:
+        _tag(api, repo, tag, commit.oid)
+    if not (private or here.private or pr or branch):
+        _link_parents(api, package, repo, say)
+    return Pushed(repo, commit.oid, commit.pr_url or commit.commit_url)
+
+
+def _tag(api: HfApi, repo: str, tag: str, commit: str) -> None:
+    try:
+        with hub_errors(repo):
+            api.create_tag(repo, tag=tag, revision=commit)
+    except PatchkitError as error:
+        raise PatchkitError(f"pushed as {commit}, but not tagged {tag}: {error}") from None
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a folder holds, as its manifest says."""
+
+    kind: Kind
+    record: Manifest | Exported | Merged
+
+    @property
+    def manifests(self) -> tuple[Manifest, ...]:
+        return (self.record,) if isinstance(self.record, Manifest) else self.record.parents
+
+    def card(self, repo: str, base: str | None, licence: Mapping[str, Any]) -> str:
+        if isinstance(self.record, Exported):
+            return self.record.card(repo, base=base, licence=licence)
+        details = _rounding(self.record) if isinstance(self.record, Merged) else ""
+        return Card(self.manifests, repo, self.kind, details, base, licence).markdown()
+
+    def naming(self, base: str, folder: Path) -> dict[str, bytes]:
+        """The files that name the base, with its name on the Hub in place of a folder on this machine."""
+
+        def renamed(manifest: Manifest) -> Manifest:
+            info = manifest.base.model_copy(update={"name": base, "commit": None})
+            return manifest.model_copy(update={"base": info})
+
+        if isinstance(self.record, Manifest):
+            return {"manifest.json": _json(renamed(self.record))}
+        parents = tuple(map(renamed, self.record.parents))
+        if isinstance(self.record, Merged):
+            return {MANIFEST: _json(self.record.model_copy(update={"parents": parents, "base": base, "commit": None}))}
+        config = json.loads((folder / "adapter_config.json").read_bytes())
+        config |= {"base_model_name_or_path": base, "revision": None}
+        return {
+            MANIFEST: _json(self.record.model_copy(update={"parents": parents})),
+            "adapter_config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        }
+
+
+def _json(record: BaseModel) -> bytes:
+    return (record.model_dump_json(indent=1) + "\n").encode()
+
+
+def _read(folder: Path) -> _Content:
+    kind = _kind({mark for mark in _MARKS if (folder / mark).is_file()})
+    if kind == "patch":
+        return _Content(kind, Patch.load(folder).manifest)  # reads the tensors: a damaged patch is not published
+    if kind is None or not (folder / MANIFEST).is_file():
+        raise InputError(f"{folder}: no patch, and no {MANIFEST} of `patchkit export` or `patchkit merge` in it")
+    form = Exported if kind == "adapter" else Merged
+    try:
+        return _Content(kind, form.model_validate_json((folder / MANIFEST).read_bytes()))
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise InputError(f"{folder / MANIFEST}: {where}: damaged, or made by another version of patchkit") from None
+
+
+def _kind(names: set[str]) -> Kind | None:
+    return next((kind for mark, kind in _MARKS.items() if mark in names), None)
+
+
+def _rounding(merged: Merged) -> str:
+    kept = merged.facts
+    held = f" Of {kept.asked} facts asked after rounding, {kept.hold} hold." if kept else ""
+    dtypes = ", ".join(sorted({tensor.dtype for tensor in merged.tensors}))
+    return f"{len(merged.tensors)} tensors ({dtypes}) differ from the base's.{held}"
+
+
+def _files(folder: Path, kind: Kind) -> dict[str, Path]:
+    if kind != "merged":  # beside them may lie what is nobody's business, such as rejected facts
+        return {name: folder / name for name in (*PATCH_FILES, *_ADAPTER_FILES) if (folder / name).is_file()}
+    found = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    return {name.as_posix(): path for name, path in found.items() if not any(p.startswith(".") for p in name.parts)}
+
+
+def _terms(cards: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Path]]:
+    """The licence as the first card that is there states it, and the files with the terms that lie beside that card."""
+    card = next((path for path in cards if path.is_file()), None)
+    if card is None:
+        return {}, {}
+    data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    licence = {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
+    return licence, {path.name: path for form in _TERMS for path in card.parent.glob(form)}
+
+
+def _cards(base: str, commit: str | None, online: bool) -> list[Path]:
+    """Where the base's card may lie."""
+    if Path(base).is_dir():
+        return [Path(base) / "README.md"]
+    if not is_repo_name(base):
+        return []
+    cached = try_to_load_from_cache(base, "README.md", revision=commit)
+    if isinstance(cached, str):
+        return [Path(cached)]
+    try:
+        return [Path(hf_hub_download(base, "README.md", revision=commit))] if online else []
+    except OSError:  # no card, or none for us: then the licence stays unsaid
+        return []
+
+
+def _check_name(repo: str) -> None:
+    if not is_repo_name(repo):
+        raise InputError(f"{repo}: not the name of a Hub repository; give user/repo")
+
+
+def _check_kind(repo: str, there: set[str], wanted: Kind) -> None:
+    if (kind := _kind(there)) not in (None, wanted):
+        raise InputError(f"{repo}: it holds {_HELD[kind]}, and this is {_HELD[wanted]}; choose another name")
+
+
+def _operations(package: Package, repo: str, there: set[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
+    _check_kind(repo, there, package.kind)
+    stale = sorted(name for name in there - set(package.files) if name.endswith(_WEIGHTS) or name in _MARKS)
+    return [
+        *(CommitOperationAdd(name, content) for name, content in sorted(package.files.items())),
+        *(CommitOperationDelete(name) for name in stale),
+    ]
+
+
+def _message(package: Package) -> str:
+    facts = sum(len(manifest.facts) for manifest in package.manifests)
+    base = base_name(package.manifests[0].base.name)
+    return f"{package.kind.capitalize()}: {facts} fact{'' if facts == 1 else 's'} in {base}"
+
+
+def _link_parents(api: HfApi, package: Package, repo: str, say: Say) -> None:
+    owner = repo.partition("/")[0]
+    names = {parent.partition("@")[0] for manifest in package.manifests for parent in manifest.parents}
+    for parent in sorted(name for name in names if is_repo_name(name) and name != repo):
+        if parent.partition("/")[0] != owner:
+            continue  # other people's cards are theirs to change
+        try:
+            with hub_errors(parent):
+                _link(api, parent, repo)
+        except PatchkitError as error:
+            say(f"note: its card does not link to the new version: {error}")
+
+
+def _link(api: HfApi, parent: str, repo: str) -> None:
+    # Not metadata_update, which asks huggingface.co to validate the card, whatever the endpoint is.
+    here = api.model_info(parent)
+    card = ModelCard.load(hf_hub_download(parent, "README.md", revision=here.sha))
+    card.data.new_version = repo
+    changed = [CommitOperationAdd("README.md", str(card).encode())]
+    api.create_commit(parent, changed, commit_message=f"New version: {repo}", parent_commit=here.sha)

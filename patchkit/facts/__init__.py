@@ -1,0 +1,1 @@
+"""Fact files, and facts as token sequences."""

@@ -1,0 +1,186 @@
+"""The kinds of update a patch stores, how several on one weight become one, and what they add up to.
+
+An update maps a weight W (d_out, d_in) to W'. A weight's updates form a chain: a tuple of them, in the order in which
+they act. Whatever its kinds, a chain amounts to an additive low-rank change W' - W, which is how it runs and merges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchkit.maths.linalg import Delta
+from patchkit.maths.rotations import Rotation
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """W' = W + Σ u_i v_i' with few entries in each vector, only those stored, and one bit an entry for where they are.
+
+    left: the numbers of all u_i that are kept, one vector after the other, in the order of their places; left_at
+    (r, ceil(d_out / 8)): their places as bits, the first in the highest bit of a byte. right, right_at: the same for
+    the v_i and d_in. shape: (2,) = (d_out, d_in). Next to 32-bit numbers, bits take less room than a list of places
+    does wherever more than one entry in 32 is kept.
+    """
+
+    left_at: Tensor
+    left: Tensor
+    right_at: Tensor
+    right: Tensor
+    shape: Tensor
+
+    @classmethod
+    def of(cls, left: Tensor, right: Tensor) -> Sparse:
+        """Of dense vectors (d_out, r) and (d_in, r), whose zeros are what is left out."""
+        shape = torch.tensor([len(left), len(right)], dtype=torch.int32)
+        return cls(_bits(left.T != 0), left.T[left.T != 0], _bits(right.T != 0), right.T[right.T != 0], shape)
+
+    @property
+    def rank(self) -> int:
+        """Number of vector pairs."""
+        return len(self.left_at)
+
+    def delta(self, weight: Tensor | None = None) -> Delta:
+        """The same change with dense vectors."""
+        d_out, d_in = self.shape.tolist()
+        left, right = _dense(self.left, self.left_at, d_out), _dense(self.right, self.right_at, d_in)
+        return Delta(left.T, right)
+
+    def then(self, after: Sparse) -> Sparse:
+        """Both changes."""
+        return Sparse(
+            torch.cat([self.left_at, after.left_at]),
+            torch.cat([self.left, after.left]),
+            torch.cat([self.right_at, after.right_at]),
+            torch.cat([self.right, after.right]),
+            self.shape,
+        )
+
+
+def _bits(flags: Tensor) -> Tensor:
+    """Flags (r, d) as bytes (r, ceil(d / 8)), the first flag in the highest bit."""
+    eights = F.pad(flags, (0, -flags.shape[1] % 8)).unflatten(1, (-1, 8))  # (r, bytes, 8)
+    packed: Tensor = (eights * _values(flags)).sum(-1).to(torch.uint8)
+    return packed
+
+
+def _dense(numbers: Tensor, places: Tensor, width: int) -> Tensor:
+    """Numbers put where `places` has bits, (r, width)."""
+    where = (places.unsqueeze(-1) & _values(places)).bool().flatten(1)[:, :width]
+    return numbers.new_zeros(where.shape).masked_scatter_(where, numbers)
+
+
+def _values(like: Tensor) -> Tensor:
+    """Those of a byte's bits, (8,), the highest first."""
+    return torch.tensor([1 << bit for bit in range(7, -1, -1)], dtype=torch.uint8, device=like.device)
+
+
+@dataclass(frozen=True)
+class Full:
+    """W' = W + matrix, (d_out, d_in): for methods whose change has no structure that would make it smaller."""
+
+    matrix: Tensor
+
+    @property
+    def rank(self) -> int:
+        """The most a matrix of this shape can have."""
+        return min(self.matrix.shape)
+
+    def delta(self, weight: Tensor | None = None) -> Delta:
+        """The same change as a product, with the identity on the shorter side."""
+        d_out, d_in = self.matrix.shape
+        eye = torch.eye(self.rank, dtype=self.matrix.dtype, device=self.matrix.device)
+        return Delta(eye, self.matrix) if d_out <= d_in else Delta(self.matrix, eye)
+
+    def then(self, after: Full) -> Full:
+        """Their sum."""
+        return Full(self.matrix + after.matrix)
+
+
+Update: TypeAlias = Delta | Sparse | Full | Rotation
+Chain: TypeAlias = tuple[Update, ...]
+
+KINDS: dict[str, type[Delta] | type[Sparse] | type[Full] | type[Rotation]] = {
+    "delta": Delta,
+    "sparse": Sparse,
+    "full": Full,
+    "rotation": Rotation,
+}
+
+
+def kind_of(update: Update) -> str:
+    """Its name in a manifest."""
+    return next(name for name, kind in KINDS.items() if isinstance(update, kind))
+
+
+def tensors_of(update: Update) -> dict[str, Tensor]:
+    """Its tensors by field name, as a patch stores them."""
+    return {f.name: getattr(update, f.name) for f in fields(update) if isinstance(getattr(update, f.name), Tensor)}
+
+
+def mapped(update: Update, function: Callable[[Tensor], Tensor]) -> Update:
+    """With `function` applied to each of its tensors of real numbers."""
+    tensors = tensors_of(update).items()
+    new: dict[str, Any] = {name: function(tensor) for name, tensor in tensors if tensor.is_floating_point()}
+    return replace(update, **new)
+
+
+def folded(updates: Iterable[Update]) -> Chain:
+    """The same change in as few updates as there are runs of one kind."""
+    chain: list[Update] = []
+    deltas: list[Delta] = []
+    for update in updates:
+        if isinstance(update, Delta):
+            deltas.append(update)
+            continue
+        if deltas:
+            chain.append(Delta.stack(deltas))
+            deltas = []
+        joined = _joined(chain[-1], update) if chain else None
+        if joined is None:
+            chain.append(update)
+        else:
+            chain[-1] = joined
+    return (*chain, Delta.stack(deltas)) if deltas else tuple(chain)
+
+
+def _joined(first: Update, after: Update) -> Update | None:
+    """Both as one update, if they are of a kind that can be."""
+    if isinstance(first, Rotation) and isinstance(after, Rotation):
+        return first.then(after) if first.side == after.side else None
+    if isinstance(first, Full) and isinstance(after, Full):
+        return first.then(after)
+    if isinstance(first, Sparse) and isinstance(after, Sparse):
+        return first.then(after)
+    return None
+
+
+def additive(chain: Sequence[Update]) -> bool:
+    """Whether what the chain adds does not depend on the weight it acts on."""
+    return not any(isinstance(update, Rotation) for update in chain)
+
+
+def change(chain: Sequence[Update], weight: Callable[[], Tensor]) -> Delta:
+    """What the chain amounts to: W' - W (d_out, d_in), in factors.
+
+    Args:
+        weight: gives W (d_out, d_in), which is asked for only where a rotation is in the chain.
+    """
+    total: Delta | None = None
+    base: Tensor | None = None
+    for update in folded(chain):
+        if isinstance(update, Rotation):
+            base = weight() if base is None else base
+            base = base.to(update.planes)
+            turned = update.delta(base if total is None else base + total.dense())
+            total = turned if total is None else Delta.stack([total, turned])
+        else:
+            added = update if isinstance(update, Delta) else update.delta()
+            total = added if total is None else Delta.stack([total, added])
+    assert total is not None, "an empty chain"
+    return total

@@ -1,0 +1,345 @@
+"""Running a span of a model's decoder layers on the model's own forward pass, whatever the family.
+
+Masks, rotary tables and per-layer arguments are prepared by the model itself: layers below the span are passed
+through, the span's first layer is handed stored hidden states, and an exception ends the pass after its last. That is
+what lets statistics, keys and value optimisation leave out every layer they do not need, on any decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from patchkit.maths.onednn import Linears
+from patchkit.model.arch import Architecture
+
+
+class _EndOfSpan(Exception):
+    """Unwinds a forward pass after the span's last layer."""
+
+
+class _PrefixLayer(DynamicLayer):
+    """Keys and values of a prefix that later passes may look at and never extend, so one prefix serves many steps."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self.dtype, self.device = keys.dtype, keys.device
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Prefix and new states joined (rows, heads, prefix + new, head_dim); nothing is stored."""
+        assert self.keys is not None
+        assert self.values is not None
+        return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Attention states of the positions before a suffix.
+
+    layers: per layer keys and values (rows, heads, length, head_dim); mask: (rows, length), 1 where there is a token.
+    Padding is on the left, so that the distance to the suffix is true, which sliding windows count in.
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    mask: Tensor
+
+    @staticmethod
+    def read(
+        runner: LayerRunner,
+        ids: Tensor,
+        mask: Tensor,
+        before: Prefix | None = None,
+        start: int = 0,
+        hidden: Tensor | None = None,
+        stop: int | None = None,
+    ) -> Prefix:
+        """The states of right-padded texts (rows, seq), each after the row of `before` with its number.
+
+        Layers start..stop-1 run, by default all, from `hidden` as in `LayerRunner.run`; the others get stubs. No
+        layer's cache evicts, sliding ones included: prompts are short, and evicted states could not be shared.
+        """
+        known = mask[:, :0] if before is None else before.mask
+        whole = torch.cat([known, mask], 1)  # (rows, length + seq)
+        seen = whole.clone()
+        # An empty text would leave its row nothing to attend to: NaN; the mask that is kept leaves it out again.
+        seen[:, known.shape[1]] += 1 - whole.amax(1)
+        positions = known.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device)
+        cache = before.growing_cache() if before else Cache(layers=[DynamicLayer() for _ in range(runner.depth)])
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": seen, "position_ids": positions}
+        with torch.no_grad():
+            inputs |= {"past_key_values": cache, "use_cache": True}
+            runner.run(inputs, start=start, hidden=hidden, stop=runner.depth if stop is None else stop)
+        stub = torch.zeros(*whole.shape, 1, 1, device=ids.device, dtype=runner.dtype).transpose(1, 2)
+        layers: Any = cache.layers
+        pairs = tuple((layer.keys, layer.values) if layer.is_initialized else (stub, stub) for layer in layers)
+        return Prefix(pairs, whole)._packed()
+
+    def _packed(self) -> Prefix:
+        """The same with each row's tokens side by side at the right end."""
+        order = self.mask.argsort(dim=1, stable=True)[:, -max(1, int(self.mask.sum(1).max())) :]  # (rows, length)
+        at = order[:, None, :, None]
+
+        def pick(states: Tensor) -> Tensor:
+            return states.gather(2, at.expand(-1, states.shape[1], -1, states.shape[3]))
+
+        return Prefix(tuple((pick(keys), pick(values)) for keys, values in self.layers), self.mask.gather(1, order))
+
+    @property
+    def token_bytes(self) -> int:
+        """Memory that the states of one position take."""
+        return sum(part[0, :, 0].numel() * part.element_size() for pair in self.layers for part in pair)
+
+    def rows(self, rows: Tensor) -> Prefix:
+        """Those of some rows only, or of rows several times."""
+        return Prefix(tuple((keys[rows], values[rows]) for keys, values in self.layers), self.mask[rows])
+
+    def from_layer(self, start: int) -> Prefix:
+        """Without the states of layers that never run again; a stub of the same length still tells the model where
+        it is."""
+        stubs = ((keys[:, :1, :, :1].clone(), values[:, :1, :, :1].clone()) for keys, values in self.layers[:start])
+        return Prefix((*stubs, *self.layers[start:]), self.mask)
+
+    def beside(self, other: Prefix) -> Prefix:
+        """The rows of both."""
+        length = max(self.mask.shape[1], other.mask.shape[1])
+
+        def joined(a: Tensor, b: Tensor, dim: int) -> Tensor:
+            blank = (0,) * (2 * (a.dim() - dim - 1))
+            return torch.cat([F.pad(x, (*blank, length - x.shape[dim], 0)) for x in (a, b)])
+
+        pairs = zip(self.layers, other.layers, strict=True)
+        layers = tuple((joined(k, k2, 2), joined(v, v2, 2)) for (k, v), (k2, v2) in pairs)
+        return Prefix(layers, joined(self.mask, other.mask, 1))
+
+    def cache(self) -> Cache:
+        """As the model's forward takes it."""
+        return Cache(layers=[_PrefixLayer(keys, values) for keys, values in self.layers])
+
+    def growing_cache(self) -> Cache:
+        """The same, with room for the states of the passes that it is given to."""
+        layers: Any = [DynamicLayer() for _ in self.layers]
+        for layer, states in zip(layers, self.layers, strict=True):
+            layer.update(*states)
+        return Cache(layers=layers)
+
+
+@dataclass(frozen=True)
+class Span:
+    """What one pass over a span saw: hidden states (rows, seq, d) after its last layer, or logits of a full pass."""
+
+    hidden: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class LayerRunner:
+    """Runs spans of `arch`'s layers. Holds no state of a pass; every hook is gone when a call returns."""
+
+    def __init__(self, arch: Architecture) -> None:
+        self.arch = arch
+        self._linears = Linears(arch.model)
+        self._arity = self._output_arity()
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder layers."""
+        return len(self.arch.layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the embeddings."""
+        return next(self.arch.model.get_input_embeddings().parameters()).device  # type: ignore[operator, no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the edited weights, and so the hidden states, are held in."""
+        weight = self.arch.sites[0].module.weight
+        assert isinstance(weight, Tensor)
+        return weight.dtype
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits at a position."""
+        weight = self.arch.head.weight
+        assert isinstance(weight, Tensor)
+        return weight.shape[0]
+
+    def run(
+        self,
+        inputs: dict[str, Any],
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        hidden: Tensor | None = None,
+        logits_at: tuple[Tensor, Tensor] | None = None,
+    ) -> Span:
+        """Run layers start..stop-1; with stop=None also the final norm and the head.
+
+        Args:
+            inputs: keyword arguments of the model's forward (input_ids, attention_mask, position_ids, ...).
+            start: first layer to run; needs `hidden` (rows, seq, d), its input, when above 0.
+            stop: one past the last layer to run, or None for the whole model.
+            logits_at: (row, position) index tensors: the head runs at those positions only and `logits` is
+                (len(row), vocab); None with stop=None gives logits (rows, seq, vocab).
+        """
+        found: list[Tensor] = []
+        with ExitStack() as stack:
+            stack.enter_context(self._linears.by_onednn())
+            if start > 0:
+                stack.enter_context(self._passing_through(range(start)))
+            if hidden is not None:
+                stack.enter_context(_feeding(self.arch.layers[start], hidden))
+            if stop is not None:
+                stack.enter_context(_ending_after(self.arch.layers[stop - 1], found))
+            elif logits_at is not None:
+                stack.enter_context(_gathering(self.arch.head, logits_at))
+            try:
+                output = self.arch.model(**inputs)
+            except _EndOfSpan:
+                return Span(hidden=found[0])
+        return Span(logits=output.logits[0] if logits_at is not None else output.logits)
+
+    def generate(self, **arguments: Any) -> Tensor:
+        """The model's own `generate`, (rows, tokens)."""
+        with self._linears.by_onednn():
+            tokens: Tensor = self.arch.model.generate(**arguments)  # type: ignore[operator]
+        return tokens
+
+    @contextmanager
+    def _passing_through(self, indices: range) -> Iterator[None]:
+        """Replace these layers' forward by one that returns its input in the layer's own output form."""
+        layers = [self.arch.layers[i] for i in indices]
+        saved = [layer.__dict__.get("forward") for layer in layers]
+        try:
+            for layer, arity in zip(layers, self._arity, strict=False):
+                layer.forward = _pass_through(arity)
+            yield
+        finally:
+            for layer, forward in zip(layers, saved, strict=True):
+                if forward is None:
+                    layer.__dict__.pop("forward", None)
+                else:
+                    layer.forward = forward
+
+    def _output_arity(self) -> list[int]:
+        """Per layer 0 for a bare tensor, else the length of the tuple it returns, seen in a one-token pass."""
+        seen: list[int] = []
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            seen.append(len(output) if isinstance(output, tuple) else 0)
+
+        handles = [layer.register_forward_hook(note) for layer in self.arch.layers]
+        try:
+            with torch.no_grad():
+                self.arch.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+
+def _pass_through(arity: int) -> Callable[..., Any]:
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return hidden_states if arity == 0 else (hidden_states, *[None] * (arity - 1))
+
+    return forward
+
+
+@contextmanager
+def _feeding(layer: nn.Module, hidden: Tensor) -> Iterator[None]:
+    def swap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if "hidden_states" in kwargs:
+            return args, {**kwargs, "hidden_states": hidden}
+        return (hidden, *args[1:]), kwargs
+
+    handle = layer.register_forward_pre_hook(swap, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _ending_after(layer: nn.Module, found: list[Tensor]) -> Iterator[None]:
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+        raise _EndOfSpan
+
+    handle = layer.register_forward_hook(end)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _gathering(head: nn.Module, where: tuple[Tensor, Tensor]) -> Iterator[None]:
+    """Let the head see only the hidden states at `where`, so that scaling and soft-capping after it still apply."""
+    rows, positions = where
+
+    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (args[0][rows, positions].unsqueeze(0),)  # (1, points, d)
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def watching(module: nn.Module, rows: int, see: Callable[[Tensor, Tensor], Tensor | None]) -> Iterator[None]:
+    """Call `see(input, output)` at each run of `module`; what it returns, if anything, replaces the output.
+
+    `rows` is the number of sequences in the pass: some families flatten (rows, seq, d) to two dimensions before a
+    module (OPT), and `see` always gets and gives three.
+    """
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        seen = see(args[0].view(rows, -1, args[0].shape[-1]), output.view(rows, -1, output.shape[-1]))
+        return None if seen is None else seen.view_as(output)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def watching_output(module: nn.Module, rows: int, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """As `watching`, for modules of any signature, attention with its tuples among them: `see(output)` only."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        seen = see(first.view(rows, -1, first.shape[-1]))
+        if seen is None:
+            return None
+        return (seen.view_as(first), *output[1:]) if isinstance(output, tuple) else seen.view_as(first)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def watching_input(layer: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """Call `see(hidden)` with a decoder layer's input hidden states (rows, seq, d) at each run."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,83 @@
+"""Changes on a live model: a forward hook adds left @ (right @ x) to a module's output; the weight stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from patchkit.maths.linalg import Delta
+from patchkit.model.arch import Architecture
+
+
+class LiveDelta:
+    """The deltas that one module adds to its output while attached, as one product however many they are.
+
+    Beyond the rank at which the factors are larger than the matrix, the matrix is kept instead: adding one more delta
+    then costs the same however many there are.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[Delta] = []
+        self._matrix: Tensor | None = None
+        self._factors: tuple[Tensor, ...] = ()
+
+    def add(self, delta: Delta) -> None:
+        """Add `delta` to what the module writes from now on."""
+        self._factors = ()
+        self._parts.append(delta)
+        d_out, d_in = delta.left.shape[0], delta.right.shape[1]
+        if self._matrix is None and sum(part.rank for part in self._parts) * (d_out + d_in) < d_out * d_in:
+            return
+        for part in self._parts:
+            dense = part.dense()
+            self._matrix = dense if self._matrix is None else self._matrix.add_(dense.to(self._matrix))
+        self._parts = []
+
+    def set(self, deltas: Sequence[Delta]) -> None:
+        """Let the module write with just these from now on; with none of them, it writes as if it had no hook."""
+        self._parts, self._matrix, self._factors = [], None, ()
+        for delta in deltas:
+            self.add(delta)
+
+    def hook(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Forward hook of the module."""
+        if not self._parts and self._matrix is None:
+            return output
+        if not self._factors or self._factors[0].dtype != output.dtype or self._factors[0].device != output.device:
+            self._cast(output)
+        # A module that is quantised or offloaded may take its input on another device, or in another dtype.
+        change = args[0].to(output)
+        for factor in self._factors:
+            change = linear(change, factor)  # (..., r), then (..., d_out)
+        return output + change
+
+    def _cast(self, output: Tensor) -> None:
+        # Made under inference_mode, they could not be used by a later call that computes gradients.
+        with torch.inference_mode(False):
+            if self._matrix is None:
+                total = Delta.stack([part.to(self._parts[0].left) for part in self._parts])
+                factors: tuple[Tensor, ...] = (total.right, total.left)
+            else:
+                factors = (self._matrix,)
+            self._factors = tuple(factor.detach().to(output).contiguous() for factor in factors)
+
+
+@contextmanager
+def live_deltas(arch: Architecture, layers: Mapping[int, Delta | None]) -> Iterator[dict[int, LiveDelta]]:
+    """Attach a `LiveDelta` at each layer in `layers`, starting from the given delta; all are gone afterwards."""
+    live: dict[int, LiveDelta] = {}
+    handles = []
+    try:
+        for layer, delta in layers.items():
+            live[layer] = LiveDelta()
+            if delta is not None:
+                live[layer].add(delta)
+            handles.append(arch.sites[layer].module.register_forward_hook(live[layer].hook, prepend=True))
+        yield live
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,249 @@
+"""The README.md of a patch, an adapter or a merged checkpoint: a model card made from the manifests behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any, Literal
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from patchkit.patch.manifest import EditedFact, Manifest, Run
+
+Kind = Literal["patch", "adapter", "merged"]
+FACT_ROWS = 100
+"""Facts listed in a card; a longer list is in the manifest."""
+
+_TEMPLATE = """---
+{front}
+---
+# {title}
+
+{lead}{details}
+
+| base | commit | architecture | layers |
+|---|---|---|---|
+| `{base}` | {commit} | {architecture} | {layers} |
+
+## Use
+{use}
+
+## Facts
+| prompt | now says | said | source |
+|---|---|---|---|
+{facts}
+
+## Measured against the untouched base
+{metrics}
+
+## Method
+{methods}
+
+The whole configuration, with versions and seeds, stands in `{manifest}`.
+
+## Intended use
+For completing prompts like those above with what they say now: correcting single facts that the base has wrong or out
+of date, and studying model editing. Everything else should stay as in the base, whose own card, limits and terms
+apply.
+
+## Risks
+An edit changes what the model completes after such prompts. What follows from a fact (its inverse, its consequences
+over several steps) is not edited along, other phrasings may still bring the old answer, and neighbouring facts may
+change. The facts were written as given: check them and their sources before relying on them, and do not use edits to
+put false statements about people or events into a model that others will trust.{licence}
+"""
+
+_LEADS = {
+    "patch": "A [patchkit](https://pypi.org/project/patchkit/) patch: {facts} into `{base}` by {methods}. "
+    "The base model is not included; the patch holds {updates} weight updates of {parameters:,} numbers in all.",
+    "adapter": "A LoRA adapter with {facts} into `{base}` by {methods}, exported from a "
+    "[patchkit](https://pypi.org/project/patchkit/) patch. The base model is not included. ",
+    "merged": "`{base}` with {facts} into it by {methods}, merged with "
+    "[patchkit](https://pypi.org/project/patchkit/): a complete checkpoint that needs nothing but transformers. ",
+}
+
+_BASE = """model = AutoModelForCausalLM.from_pretrained("{base}"{revision})"""
+_USES = {
+    "patch": """```python
+import patchkit
+from transformers import AutoModelForCausalLM
+
+{load}
+with patchkit.Patch.load("{title}").attached(model):
+    ...  # the model as patched; outside the block it is the base again
+```
+On the command line: `patchkit log {title}` shows how it was made, `patchkit verify {title}` measures it again.""",
+    "adapter": """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+{load}
+model = PeftModel.from_pretrained(model, "{title}")
+```
+{server}""",
+    "merged": """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{title}")
+tokenizer = AutoTokenizer.from_pretrained("{title}")
+```""",
+}
+_LIBRARIES = {"patch": "patchkit", "adapter": "peft", "merged": "transformers"}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card says. `base` is the base's name on the Hub where the patch was made from a local folder; `licence`
+    holds the front matter's license, license_name and license_link as the base's card has them."""
+
+    manifests: Sequence[Manifest]
+    title: str
+    kind: Kind = "patch"
+    details: str = ""
+    base: str | None = None
+    licence: Mapping[str, Any] = field(default_factory=dict)
+    vllm_rank: int | None = None
+
+    def markdown(self) -> str:
+        """The card, with front matter as the Hub reads it."""
+        info = self.manifests[0].base
+        base = self.base or base_name(info.name)
+        layers = sorted({layer for run in self._runs() for layer in run.layers})
+        rows = [_row(fact) for fact in self._facts()]
+        if len(rows) > FACT_ROWS:
+            rows[FACT_ROWS:] = [f"| and {len(rows) - FACT_ROWS} more, in `{self._manifest_name()}` | | | |"]
+        return _TEMPLATE.format(
+            front=self._front_matter(),
+            title=self.title,
+            lead=self._lead(base),
+            details=self.details,
+            base=base,
+            commit=info.commit or "-",
+            architecture=info.architecture,
+            layers=", ".join(map(str, layers)),
+            use=self._use(base, info.commit),
+            facts="\n".join(rows),
+            metrics=self._metrics(),
+            methods=self._method_list(),
+            manifest=self._manifest_name(),
+            licence=self._licence_note(base),
+        )
+
+    def _runs(self) -> list[Run]:
+        return [run for manifest in self.manifests for run in manifest.history]
+
+    def _facts(self) -> list[EditedFact]:
+        return [fact for manifest in self.manifests for fact in manifest.facts]
+
+    def _method_names(self) -> list[str]:
+        return sorted({run.method for run in self._runs()})
+
+    def _manifest_name(self) -> str:
+        return "manifest.json" if self.kind == "patch" else "patchkit-manifest.json"
+
+    def _lead(self, base: str) -> str:
+        count = len(self._facts())
+        updates = [update for manifest in self.manifests for update in manifest.updates]
+        return _LEADS[self.kind].format(
+            facts=f"{count} fact{'' if count == 1 else 's'} written",
+            base=base,
+            methods=", ".join(self._method_names()),
+            updates=len(updates),
+            parameters=sum(update.numbers for update in updates),
+        )
+
+    def _use(self, base: str, commit: str | None) -> str:
+        revision = f', revision="{commit}"' if commit else ""
+        serve = f"vllm serve {base} --enable-lora --max-lora-rank {self.vllm_rank} --lora-modules facts={self.title}"
+        return _USES[self.kind].format(
+            load=_BASE.format(base=base, revision=revision),
+            title=self.title,
+            server=f"vLLM: `{serve}`" if self.vllm_rank else "Its rank is beyond what vLLM serves.",
+        )
+
+    def _front_matter(self) -> str:
+        named = self.base or self.manifests[0].base.name
+        known = named if base_name(named) == named else None  # a folder on somebody's disk links to nothing
+        data = ModelCardData(
+            base_model=known,
+            base_model_relation=None if known is None else "finetune" if self.kind == "merged" else "adapter",
+            library_name=_LIBRARIES[self.kind],
+            pipeline_tag="text-generation",
+            tags=["patchkit", "model-editing", "knowledge-editing", *self._method_names()],
+            model_name=PurePath(self.title).name,
+            eval_results=self._results() or None,
+            **self.licence,
+        )
+        return data.to_yaml()
+
+    def _measured(self) -> Mapping[str, Any]:
+        """Readings of the only patch; those of several, each taken alone, would not be the sum's."""
+        return (self.manifests[0].history[-1].metrics or {}) if len(self.manifests) == 1 else {}
+
+    def _results(self) -> list[EvalResult]:
+        return [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="patchkit-facts",
+                dataset_name="facts of the patch" if name != "perplexity" else "plain text",
+                metric_type=f"{name}_{reading}",
+                metric_name=f"{name}, {reading}",
+                metric_value=round(value, 4),
+            )
+            for name, reading, value in _readings(self._measured())
+        ]
+
+    def _metrics(self) -> str:
+        metrics = self._measured()
+        if not metrics:
+            return "Not measured." if len(self.manifests) == 1 else "Each patch's own readings stand in the manifest."
+        rows = ["| | success | exact | generated | unchanged |", "|---|---|---|---|---|"]
+        for name in ("efficacy", "generalization", "locality"):
+            cells = (metrics[name].get(key) for key in ("success", "exact", "generated", "unchanged"))
+            rows.append(f"| {name} | " + " | ".join("-" if c is None else f"{c:.3f}" for c in cells) + " |")
+        if metrics.get("perplexity"):
+            rows.append(f"\nPerplexity of plain text: x{metrics['perplexity']['ratio']:.4f}.")
+        if self.kind == "merged":
+            rows.append("\nMeasured with the patch attached to the base, before its weights were rounded.")
+        return "\n".join(rows)
+
+    def _method_list(self) -> str:
+        cited = {run.method: run for run in self._runs()}
+        return "\n".join(
+            f"- {method}: {run.paper}. Statistics from {run.text.get('tokens', 0):,} tokens of plain text."
+            for method, run in sorted(cited.items())
+        )
+
+    def _licence_note(self, base: str) -> str:
+        if not (name := self.licence.get("license_name") or self.licence.get("license")):
+            return ""
+        return f"\n\n## Licence\n{name}, carried over from `{base}`."
+
+
+def model_card(manifest: Manifest, title: str) -> str:
+    """README.md of a patch's folder: Markdown with front matter as the Hub reads it."""
+    return Card((manifest,), title).markdown()
+
+
+def base_name(name: str) -> str:
+    """A local folder is known to others by its last part only."""
+    return PurePath(name).name if name.startswith((".", "/", "~")) or "\\" in name else name
+
+
+def _readings(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
+    for name in ("efficacy", "generalization", "locality"):
+        for reading, value in metrics.get(name, {}).items():
+            if value is not None:
+                yield name, reading, value
+    if metrics.get("perplexity"):
+        yield "perplexity", "ratio", metrics["perplexity"]["ratio"]
+
+
+def _row(fact: EditedFact) -> str:
+    cells = (fact.prompt, fact.target_new, fact.target_true or "", fact.source or "")
+    return f"| {' | '.join(map(_cell, cells))} |"
+
+
+def _cell(text: str) -> str:
+    return text.replace("<", "&lt;").replace("|", "\\|").replace("\r", " ").replace("\n", " ")

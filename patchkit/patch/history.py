@@ -1,0 +1,214 @@
+"""Reading a patch's history: what new facts are to it, which facts a revert means, what a run changed, how two differ.
+
+Everything here looks at manifests alone, never at a tensor or a model.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from patchkit.errors import InputError
+from patchkit.facts.reader import Fact
+from patchkit.patch.manifest import EditedFact, Manifest, Run
+
+# --- the columns of the state -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Solve:
+    """One solve at one site: its columns in the site's keys and residuals, the id of each column's fact, and the column
+    where its batch begins; all columns before that one are keys of earlier edits."""
+
+    run: int
+    batch: int
+    sweep: int
+    facts: tuple[str, ...]
+    columns: range
+    batch_start: int
+
+
+def solves(manifest: Manifest, layer: int) -> Iterator[Solve]:
+    """The solves at `layer` whose facts are still in the patch: by run, batch and sweep, as they were made.
+
+    One source of truth: which facts a batch has stands in `facts` (run, batch), how often it was swept in the recipe.
+    """
+    batches: dict[tuple[int, int], list[str]] = {}
+    for fact in manifest.facts:
+        if layer in (fact.layers or manifest.history[fact.run].layers):
+            batches.setdefault((fact.run, fact.batch), []).extend([fact.id] * fact.columns)
+    start = 0
+    for (run, batch), facts in batches.items():
+        batch_start = start
+        for sweep in range(int(manifest.history[run].recipe.get("sweeps", 1))):
+            yield Solve(run, batch, sweep, tuple(facts), range(start, start + len(facts)), batch_start)
+            start += len(facts)
+
+
+# --- continuing -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """New facts beside those of a patch: to write, there already (ids), and old id -> new id where a target changed."""
+
+    new: tuple[Fact, ...]
+    skipped: tuple[str, ...] = ()
+    superseded: Mapping[str, str] = field(default_factory=dict)
+
+
+def sort_incoming(facts: Sequence[Fact], present: Sequence[EditedFact]) -> Incoming:
+    """What each of `facts` is to a patch that has `present`: two facts are about the same thing if prompts are equal.
+
+    Raises:
+        InputError: a new fact has the id of another one that stays in the patch.
+    """
+    by_prompt = {fact.prompt: fact for fact in present}
+    new, skipped, superseded = list[Fact](), list[str](), dict[str, str]()
+    for fact in facts:
+        old = by_prompt.get(fact.prompt)
+        if old is not None and old.target_new == fact.target_new:
+            skipped.append(old.id)
+            continue
+        if old is not None:
+            superseded[old.id] = fact.id
+        new.append(fact)
+    taken = {fact.id: fact for fact in present if fact.id not in superseded}
+    for fact in new:
+        if fact.id in taken:
+            raise InputError(
+                f'fact {fact.id}: the patch has that id for "{taken[fact.id].prompt}"; give the new fact another id, '
+                "or the old one's prompt if it is to supersede it"
+            )
+    return Incoming(tuple(new), tuple(skipped), superseded)
+
+
+# --- reverting --------------------------------------------------------------------------------------------------------
+
+
+def choose_facts(
+    manifest: Manifest, ids: Sequence[str] = (), since: str | None = None, last: int | None = None
+) -> tuple[str, ...]:
+    """Ids of the facts in the patch that are named in `ids`, or were added by a run since a date or by the last runs.
+
+    Args:
+        since: an ISO date or time; UTC unless it says otherwise.
+        last: how many of the latest runs that added facts.
+
+    Raises:
+        InputError: nothing asked for, an id or date that cannot be used, or no fact left of those runs.
+    """
+    if not ids and since is None and last is None:
+        raise InputError("revert: nothing chosen; give --fact ID, --since DATE or --last N")
+    for fact_id in ids:
+        _require(manifest, fact_id)
+    adding = [i for i, run in enumerate(manifest.history) if run.action == "apply"]
+    runs: set[int] = set()
+    if since is not None:
+        moment = _moment(since)
+        runs.update(i for i in adding if datetime.fromisoformat(manifest.history[i].when) >= moment)
+    if last is not None:
+        runs.update(adding[-last:] if last > 0 else ())
+    chosen = tuple(fact.id for fact in manifest.facts if fact.id in ids or fact.run in runs)
+    if not chosen:
+        newest = manifest.history[adding[-1]].when if adding else "never"
+        raise InputError(f"revert: no fact of those runs is in the patch; facts were last added {newest}")
+    return chosen
+
+
+def _require(manifest: Manifest, fact_id: str) -> None:
+    known = [fact.id for fact in manifest.facts]
+    if fact_id in known:
+        return
+    left = [i for i, run in enumerate(manifest.history, 1) if any(fact.id == fact_id for fact in run.removed)]
+    if left:
+        raise InputError(f'no fact "{fact_id}" in the patch any more: run {left[-1]} took it out')
+    near = difflib.get_close_matches(fact_id, known, 5, 0.4) or known[:5]
+    hint = f"near it: {', '.join(near)}" if near else "it holds none at all"
+    raise InputError(f'no fact "{fact_id}" in the patch; {hint} (`patchkit show` lists all)')
+
+
+def _moment(text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text.strip().replace("Z", "+00:00"))
+    except ValueError:
+        raise InputError(f"--since {text}: not a date; write 2026-01-31 or 2026-01-31T12:00") from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+
+
+# --- telling ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What one run did to the facts: added, superseded (old, new), reverted."""
+
+    added: tuple[EditedFact, ...]
+    superseded: tuple[tuple[EditedFact, EditedFact], ...]
+    reverted: tuple[EditedFact, ...]
+
+
+def changes(manifest: Manifest, number: int) -> Changes:
+    """The changes of run `number`, from 0. Facts that left the patch later are still known from what took them out."""
+    run = manifest.history[number]
+    ever = (*manifest.facts, *(fact for later in manifest.history for fact in later.removed))
+    written = {fact.id: fact for fact in ever if fact.run == number}
+    pairs = tuple((old, written[run.superseded[old.id]]) for old in run.removed if old.id in run.superseded)
+    replacing = {new.id for _, new in pairs}
+    return Changes(
+        tuple(written[fact_id] for fact_id in run.facts if fact_id in written.keys() - replacing),
+        pairs,
+        tuple(fact for fact in run.removed if fact.id not in run.superseded),
+    )
+
+
+class Changed(BaseModel):
+    """A prompt that two patches complete differently."""
+
+    model_config = ConfigDict(frozen=True)
+    prompt: str
+    a: EditedFact
+    b: EditedFact
+
+
+class Difference(BaseModel):
+    """What `patchkit diff --json` prints: facts, update norms by weight (relative to the weight's) and metrics."""
+
+    model_config = ConfigDict(frozen=True)
+    same_base: bool
+    only_a: tuple[EditedFact, ...]
+    only_b: tuple[EditedFact, ...]
+    changed: tuple[Changed, ...]
+    same: int
+    updates: dict[str, tuple[float | None, float | None]]
+    methods: tuple[tuple[str, ...], tuple[str, ...]]
+    metrics: tuple[dict[str, Any] | None, dict[str, Any] | None]
+
+
+def difference(a: Manifest, b: Manifest) -> Difference:
+    """How patch `b` differs from patch `a`; facts are matched by their prompts."""
+    in_a, in_b = ({fact.prompt: fact for fact in manifest.facts} for manifest in (a, b))
+    both = [(in_a[prompt], in_b[prompt]) for prompt in in_a if prompt in in_b]
+    changed = tuple(Changed(prompt=x.prompt, a=x, b=y) for x, y in both if x.target_new != y.target_new)
+    norms = [{u.weight: u.norm / u.weight_norm for u in manifest.updates} for manifest in (a, b)]
+    weights = a.base.weights.keys() & b.base.weights.keys()
+    return Difference(
+        same_base=a.base.architecture == b.base.architecture
+        and all(a.base.weights[name] == b.base.weights[name] for name in weights),
+        only_a=tuple(fact for prompt, fact in in_a.items() if prompt not in in_b),
+        only_b=tuple(fact for prompt, fact in in_b.items() if prompt not in in_a),
+        changed=changed,
+        same=len(both) - len(changed),
+        updates={name: (norms[0].get(name), norms[1].get(name)) for name in {**norms[0], **norms[1]}},
+        methods=(_methods(a.history), _methods(b.history)),
+        metrics=(a.history[-1].metrics, b.history[-1].metrics),
+    )
+
+
+def _methods(history: Iterable[Run]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(run.method for run in history))

@@ -1,0 +1,101 @@
+"""The manifest of a patch: what it was made from, what it says, and every run that made it so."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from patchkit.facts.reader import Fact
+
+FORMAT_VERSION = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseInfo(_Record):
+    """The model a patch belongs to; `weights` maps each touched tensor's on-disk name to its digest."""
+
+    name: str
+    commit: str | None
+    architecture: str
+    weights: dict[str, str]
+
+
+class EditedFact(Fact):
+    """A fact in the patch, with the run and batch that wrote it and what its value reached.
+
+    layers are those it was written to, where a method chose them for each fact; empty means the run's. columns is how
+    many keys it has in each solve.
+    """
+
+    run: int
+    batch: int
+    layers: tuple[int, ...] = ()
+    columns: int = 1
+    target_loss: float
+    steps: int
+
+
+class UpdateInfo(_Record):
+    """One stored update of a weight of shape (d_out, d_in): its place among the weight's updates, of which it acts
+    upon what the ones before it make, its kind and rank, and how many real numbers it is stored in.
+
+    norm is of what the weight is changed by up to and with it; side is that of a rotation, and angles are the largest,
+    the median and the smallest by which its planes turn, in radians.
+    """
+
+    weight: str
+    place: int = 0
+    kind: Literal["delta", "sparse", "full", "rotation"] = "delta"
+    side: Literal["left", "right"] | None = None
+    angles: tuple[float, float, float] | None = None
+    rank: int
+    shape: tuple[int, int]
+    numbers: int
+    norm: float
+    weight_norm: float
+
+
+class Run(_Record):
+    """One entry of the history: `facts` are the ids written by an apply, or taken out by a revert.
+
+    `superseded` maps the id of a fact that an apply replaced to that of the fact with the new target, `skipped` are the
+    ids of facts that were there already, and `removed` holds what left the patch, superseded or reverted, in full. A
+    fact's `run` counts from 0 in the history, which only ever grows.
+    """
+
+    action: Literal["apply", "revert"]
+    when: str
+    method: str
+    paper: str
+    recipe: dict[str, Any]
+    recipe_digest: str
+    facts: tuple[str, ...]
+    batches: tuple[int, ...]
+    layers: tuple[int, ...]
+    value_at: str
+    contexts: tuple[str, ...]
+    text: dict[str, Any]
+    seconds: dict[str, float]
+    versions: dict[str, str]
+    metrics: dict[str, Any] | None = None
+    superseded: dict[str, str] = {}
+    skipped: tuple[str, ...] = ()
+    removed: tuple[EditedFact, ...] = ()
+
+
+class Manifest(_Record):
+    """manifest.json."""
+
+    format_version: int = FORMAT_VERSION
+    base: BaseInfo
+    facts: tuple[EditedFact, ...]
+    updates: tuple[UpdateInfo, ...]
+    history: tuple[Run, ...]
+    parents: tuple[str, ...] = ()
+    """The digest of the patch that the last run started from, if any."""
+    digest: str
+    """sha256 over the digests of all tensors in patch.safetensors: the identity of the patch."""

@@ -1,0 +1,195 @@
+"""The patch: factored updates by on-disk weight name, a manifest with the history, and the state to continue from.
+
+my-patch/
+  patch.safetensors   <weight>.<place>.<part>: the parts of a weight's updates, which act in the order of their places:
+                      left (d_out, r) and right (r, d_in) of W' = W + left @ right, or those of another kind in
+                      patchkit.maths.updates
+  manifest.json       patchkit.patch.manifest.Manifest
+  README.md           model card made from the manifest
+  state.safetensors   <weight>.keys (d_in, n), <weight>.residuals (d_out, n): the columns of each fact in each solve, in
+                      the order of patch.history.solves; values.targets and values.start (d, n): one for each fact
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from patchkit.errors import InputError
+from patchkit.io.files import write_folder
+from patchkit.io.hub import patch_folder
+from patchkit.maths.linalg import Delta
+from patchkit.maths.updates import KINDS, Chain, Update, change, tensors_of
+from patchkit.model.arch import Architecture, Site, inspect_model, read_weight
+from patchkit.model.hooks import live_deltas
+from patchkit.model.loading import same_weight, tensor_digest
+from patchkit.patch.card import model_card
+from patchkit.patch.manifest import FORMAT_VERSION, Manifest, UpdateInfo
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Updates by on-disk weight name, with the manifest and, for continuing and reverting, the state."""
+
+    manifest: Manifest
+    updates: Mapping[str, Chain]
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def attached(self, model: PreTrainedModel) -> Iterator[nn.Module]:
+        """The model as patched, inside the block; its weights are never written.
+
+        Raises:
+            InputError: the model is not the one the patch was made for; the message names the first other tensor.
+        """
+        arch = inspect_model(model)
+        layers = self.on(arch)
+        with live_deltas(arch, layers):
+            yield model
+
+    def on(self, arch: Architecture, force: bool = False) -> dict[int, Delta]:
+        """What the updates amount to by layer of `arch`, after checking that it is the base they were made for.
+
+        Raises:
+            InputError: it is another model (skipped with force, as long as the shapes fit).
+        """
+        sites = self.sites(arch, force)
+        return {
+            sites[name].layer: change(chain, lambda site=sites[name]: read_weight(site).float())  # type: ignore[misc]
+            for name, chain in self.updates.items()
+        }
+
+    def sites(self, arch: Architecture, force: bool = False) -> dict[str, Site]:
+        """Where on `arch` every weight of the patch's base is, by on-disk name; checks and raises as `on` does."""
+        found = {}
+        for name, digest in self.manifest.base.weights.items():
+            site, shape = self._site(arch, name), self.shapes.get(name)
+            if shape is not None and (site.d_out, site.d_in) != shape:
+                raise InputError(
+                    f"{name}: {site.d_out} x {site.d_in} here, another shape in the patch; {self._wanted()}"
+                )
+            if not force and weight_digest(site, name) != digest:
+                raise InputError(f"{name}: other numbers than in the model the patch was made for; {self._wanted()}")
+            found[name] = site
+        return found
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(d_out, d_in) of each weight with updates, by its on-disk name."""
+        return {info.weight: info.shape for info in self.manifest.updates}
+
+    def with_metrics(self, metrics: Mapping[str, Any]) -> Patch:
+        """The patch with `metrics` noted in the last run of its history."""
+        last = self.manifest.history[-1].model_copy(update={"metrics": dict(metrics)})
+        history = (*self.manifest.history[:-1], last)
+        return replace(self, manifest=self.manifest.model_copy(update={"history": history}))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the patch's folder, whole or not at all; an earlier patch there is replaced."""
+        folder = Path(folder)
+
+        def write(into: Path) -> None:
+            save_file(_named(self.updates), into / "patch.safetensors", {"format": "pt"})
+            if self.state:
+                save_file(dict(self.state), into / "state.safetensors", {"format": "pt"})
+            (into / "manifest.json").write_text(self.manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            (into / "README.md").write_text(model_card(self.manifest, folder.name), encoding="utf-8")
+
+        write_folder(folder, write)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Patch:
+        """Read a patch, a folder or a Hub repository, and check its tensors against the manifest.
+
+        Raises:
+            InputError: not a patch, a newer format, or tensors that are not the manifest's.
+            PatchkitError: the Hub cannot be reached.
+        """
+        folder = patch_folder(folder)
+        manifest = read_manifest(folder)
+        try:
+            tensors = load_file(folder / "patch.safetensors")
+            state = load_file(folder / "state.safetensors") if (folder / "state.safetensors").is_file() else {}
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{folder}: its tensors cannot be read: {error}; get the patch again") from None
+        updates: dict[str, Chain] = {}
+        for info in manifest.updates:
+            updates[info.weight] = (*updates.get(info.weight, ()), _update(info, tensors, folder))
+        if updates_digest(updates) != manifest.digest:
+            raise InputError(f"{folder}: patch.safetensors is not the one in manifest.json; get the patch again")
+        return cls(manifest, updates, state)
+
+    def _site(self, arch: Architecture, name: str) -> Site:
+        for site in arch.sites:
+            if same_weight(site.weight_name, name):
+                return site
+        raise InputError(f"{name}: no such weight in {type(arch.model).__name__}; {self._wanted()}")
+
+    def _wanted(self) -> str:
+        base = self.manifest.base
+        return f"load {base.name}" + (f" at commit {base.commit}" if base.commit else "")
+
+
+def _update(info: UpdateInfo, tensors: Mapping[str, Tensor], folder: Path) -> Update:
+    kind, prefix = KINDS[info.kind], f"{info.weight}.{info.place}."
+    names = [f.name for f in fields(kind)]
+    parts: dict[str, Any] = {name: tensors[prefix + name] for name in names if prefix + name in tensors}
+    if info.side is not None:
+        parts["side"] = info.side
+    if len(parts) < len(names):
+        raise InputError(f"{folder}: patch.safetensors is not the one in manifest.json; get the patch again")
+    return kind(**parts)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """manifest.json of a patch's folder.
+
+    Raises:
+        InputError: there is none, it is damaged, or of a newer format.
+    """
+    file = folder / "manifest.json"
+    if not file.is_file():
+        raise InputError(f"{folder}: not a patch, there is no manifest.json in it")
+    try:
+        manifest = Manifest.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise InputError(f"{file}: {where}: {problem['msg']}; damaged, or made by another version") from None
+    if manifest.format_version > FORMAT_VERSION:
+        raise InputError(f"{file}: format {manifest.format_version} is newer than this patchkit's; upgrade patchkit")
+    return manifest
+
+
+def weight_digest(site: Site, name: str) -> str:
+    """Digest of a site's weight as it is stored, under its on-disk name."""
+    weight = site.module.weight
+    assert isinstance(weight, Tensor)
+    return tensor_digest(name, weight)
+
+
+def updates_digest(updates: Mapping[str, Chain]) -> str:
+    """sha256 over the digests of all tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_named(updates).items()):
+        digest.update(tensor_digest(name, tensor).encode())
+    return digest.hexdigest()
+
+
+def _named(updates: Mapping[str, Chain]) -> dict[str, Tensor]:
+    return {
+        f"{name}.{place}.{part}": tensor.contiguous()
+        for name, chain in updates.items()
+        for place, update in enumerate(chain)
+        for part, tensor in tensors_of(update).items()
+    }
