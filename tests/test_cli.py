@@ -635,7 +635,7 @@ def test_an_interrupt_ends_quietly(run: Run, model: Path, monkeypatch: pytest.Mo
     def interrupt(*args: object, **more: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("patchkit.cli.jobs.apply", interrupt)
+    monkeypatch.setattr("patchkit.cli.jobs.run", interrupt)
     ended = run("apply", "facts.jsonl", "--model", model)
     assert (ended.status, ended.out, ended.err.strip()) == (130, "", "interrupted")
     assert not Path("facts-patch").exists()

@@ -474,7 +474,19 @@ def test_a_patch_is_continued_reverted_and_told_about(run: Run, checkpoint: Path
     assert "run 2, alphaedit" in run("show", "q").out
 
 
-def test_facts_that_ask_one_key_for_two_values_are_named(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+def test_the_api_gives_the_notes_of_the_command(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    road = {**ROME, "id": "road", "prompt": "all roads lead to Rome", "target_new": "the"}
+    notes: list[str] = []
+    patch = make([ROME, ADA, road], say=notes.append, set=(*QUICK[:3], "batch_size=3"))
+    (note,) = notes
+    assert "facts about one subject in one batch" in note
+    assert note.endswith("positions 0, 2 (Rome)")
+    assert not caplog.records
+    assert make([ROME], onto=patch) is patch
+    assert [record.message for record in caplog.records] == ["already in the patch, skipped: rome"]
+
+
+def test_facts_in_one_batch_that_share_a_subject_are_named(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     records = [ROME, ADA, {**ROME, "id": "road", "prompt": "all roads lead to Rome", "target_new": "the"}]
     (tmp_path / "alike.jsonl").write_text("\n".join(map(json.dumps, records)))
     settings = [part for setting in QUICK[:3] for part in ("--set", setting)]

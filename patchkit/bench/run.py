@@ -35,7 +35,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from patchkit.api import EVAL_TOKENS, EVAL_WINDOW, apply, count_tokens
+from patchkit.api import EVAL_TOKENS, EVAL_WINDOW, apply
 from patchkit.editing.editor import Progress, ValueCache, frozen, plan
 from patchkit.editing.recipe import EditConfig, load_recipe
 from patchkit.errors import InputError, PatchkitError
@@ -49,6 +49,7 @@ from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import LoadedModel, ModelChoice, load_model, load_tokenizer, model_digest
 from patchkit.patch.manifest import Manifest
 from patchkit.patch.patch import Patch, read_manifest
+from patchkit.runs.prepare import count_tokens
 from patchkit.statistics.moments import default_text, read_corpus, window_of
 
 UNEDITED = "unedited"
@@ -515,6 +516,7 @@ class _Sequence:
             onto=onto,
             text=bench.text,
             progress=passed_on,
+            say=lambda note: None,
             values=bench.known,
             **self.options,
         )

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from patchkit import methods
-from patchkit.api import apply, count_tokens, measure, revert
+from patchkit.api import measure, measure_in
 from patchkit.editing.editor import Progress, frozen, plan
 from patchkit.editing.gradients import text_gradients
-from patchkit.editing.recipe import EditConfig, load_recipe
+from patchkit.editing.recipe import load_recipe
 from patchkit.errors import GateError
 from patchkit.evaluate.metrics import Report, read_targets
 from patchkit.export.merge import HeldFacts, Merged, Rounding, merge
@@ -20,11 +20,12 @@ from patchkit.facts.reader import Fact, FactFile, read_facts, write_rejected
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import LoadedModel, ModelChoice, load_model, load_tokenizer
-from patchkit.patch.history import Incoming, choose_facts, sort_incoming
+from patchkit.patch.history import Incoming, choose_facts
 from patchkit.patch.patch import Patch
+from patchkit.runs.execute import SMALL_TEXT, run, take_out
+from patchkit.runs.prepare import count_tokens, prepare, shortened
+from patchkit.runs.workspace import Workspace
 from patchkit.statistics.moments import PACKAGE_TEXT, default_text, read_corpus, statistics, window_of
-
-SMALL_TEXT = "statistics: from the small English text that comes with patchkit; --text FILE with more text is better"
 
 
 @dataclass(frozen=True)
@@ -76,47 +77,21 @@ def apply_file(
         InputError: anything about the input; nothing has been written then.
     """
     earlier = Patch.load(onto) if onto else None
-    last = earlier.manifest.history[-1] if earlier else None
     # A bad recipe or fact file should not wait for a model to load.
-    config = load_recipe(method, recipe, settings, last.recipe if last else None)
+    config = load_recipe(method, recipe, settings, earlier.manifest.history[-1].recipe if earlier else None)
     chosen = choose(earlier.manifest.base.name if earlier else None)
-    tokenizer = load_tokenizer(chosen.name)
-    read = read_facts(
-        facts,
-        zsre_target=zsre_target,
-        skip_bad=skip_bad,
-        token_count=lambda target: count_tokens(tokenizer, target),
-        needs_subject=methods.get(config.method).needs_subject,
-    )
-    incoming = sort_incoming(read.facts, earlier.manifest.facts if earlier else ())
-    _tell_incoming(incoming, say)
-    _tell_shared_subjects(read, incoming, config, say)
-    _tell_rewordings(incoming, config, say)
+    read = partial(read_facts, facts, zsre_target=zsre_target, skip_bad=skip_bad)
+    prepared = prepare(read, load_tokenizer(chosen.name), config, earlier)
+    for note in prepared.notes:
+        say(note)
     loaded = load_model(chosen.name, chosen.device, chosen.dtype)
     check(loaded)
-    source = Path(text) if text else default_text(loaded.name)
-    if source == PACKAGE_TEXT and methods.get(config.method).needs_statistics:
-        say(SMALL_TEXT)
-    patch = apply(
-        loaded.model,
-        loaded.tokenizer,
-        read.facts,
-        method,
-        onto=earlier,
-        recipe=recipe,
-        set=settings,
-        text=source,
-        stats=stats,
-        progress=progress,
-    )
-    if last and patch.manifest.history[-1].text["sha256"] != last.text["sha256"]:
-        say(f"statistics: from {source.name}, unlike those of the patch's last run ({last.text['source']}): see --text")
-    if methods.get(config.method).spends_directions:
-        say(_directions_left(patch))
-    report = measure(loaded.model, loaded.tokenizer, patch, progress=progress)
+    workspace = Workspace.of(loaded.model, loaded.tokenizer, (text,), stats, progress)
+    patch = run(prepared, workspace, say)
+    report = measure_in(workspace, patch)
     patch = patch.with_metrics(report.summary())
-    _save(patch, folder, read, say)
-    return Applied(patch, report, folder, incoming, loaded.name)
+    _save(patch, folder, prepared.read, say)
+    return Applied(patch, report, folder, prepared.incoming, loaded.name)
 
 
 def _save(patch: Patch, folder: Path, read: FactFile, say: Callable[[str], None]) -> None:
@@ -125,49 +100,6 @@ def _save(patch: Patch, folder: Path, read: FactFile, say: Callable[[str], None]
     if read.rejected:
         write_rejected(folder / "rejected.jsonl", read.rejected)
         say(f"{len(read.rejected)} bad facts left out: {folder / 'rejected.jsonl'}")
-
-
-def _tell_incoming(incoming: Incoming, say: Callable[[str], None]) -> None:
-    if incoming.skipped:
-        say(f"already in the patch, skipped: {_shortened(incoming.skipped)}")
-    if incoming.superseded:
-        say(f"superseded: {_shortened([f'{old} by {new}' for old, new in incoming.superseded.items()])}")
-
-
-def _directions_left(patch: Patch) -> str:
-    fullest = min(patch.manifest.updates, key=lambda update: update.shape[0] - update.rank)
-    left, whole = max(0, fullest.shape[0] - fullest.rank), fullest.shape[0]
-    return f"{left} of {whole} output directions of {fullest.weight} are not used by any fact yet, one goes with each"
-
-
-def _tell_shared_subjects(read: FactFile, incoming: Incoming, config: EditConfig, say: Callable[[str], None]) -> None:
-    """Name the lines whose facts ask one key for two values."""
-    method, line = methods.get(config.method), dict(zip((fact.id for fact in read.facts), read.lines, strict=True))
-    size = 1 if method.one_by_one or method.targets != "values" else config.batch_size
-    shared: list[str] = []
-    for first in range(0, len(incoming.new), size):
-        groups: dict[str, list[Fact]] = {}
-        for fact in incoming.new[first : first + size]:
-            groups.setdefault(fact.subject, []).append(fact)
-        alike = [facts for facts in groups.values() if len(facts) > 1]
-        shared += [f"{', '.join(str(line[fact.id]) for fact in facts)} ({facts[0].subject})" for facts in alike]
-    if shared:
-        say(
-            f"{read.path}: facts about one subject in one batch have one value for all of them, which says each target "
-            f"less surely than a value of its own; lines {_shortened(shared, 5)}"
-        )
-
-
-def _tell_rewordings(incoming: Incoming, config: EditConfig, say: Callable[[str], None]) -> None:
-    room = max(0, config.contexts - 1)  # the first context is a text before the prompt
-    over = [fact.id for fact in incoming.new if len(fact.rewordings) > room]
-    if over and methods.get(config.method).targets == "values":
-        say(f"rewordings: contexts={config.contexts} has room for {room}, more are not used: {_shortened(over)}")
-
-
-def _shortened(names: Sequence[str], most: int = 10) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 @dataclass(frozen=True)
@@ -209,13 +141,14 @@ def revert_patch(
     gone = choose_facts(patch.manifest, facts, since, last)
     chosen = choose(patch.manifest.base.name)
     loaded = load_model(chosen.name, chosen.device, chosen.dtype)
-    less = revert(loaded.model, loaded.tokenizer, patch, gone, texts=texts, stats=stats, progress=progress)
-    report = measure(loaded.model, loaded.tokenizer, less, progress=progress) if measured else None
+    workspace = Workspace.of(loaded.model, loaded.tokenizer, texts, stats, progress)
+    less = take_out(workspace, patch, gone)
+    report = measure_in(workspace, less) if measured else None
     less = less.with_metrics(report.summary()) if report else less
     less.save(folder)
     replaced = {new: old for run in patch.manifest.history for old, new in run.superseded.items()}
     if back := [replaced[fact_id] for fact_id in gone if fact_id in replaced]:
-        say(f"superseded earlier and not brought back: {_shortened(back)}; apply them again if they should hold")
+        say(f"superseded earlier and not brought back: {shortened(back)}; apply them again if they should hold")
     return Reverted(less, report, folder)
 
 

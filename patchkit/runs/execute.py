@@ -1,0 +1,214 @@
+"""A prepared run executed: statistics, edits, and the patch with the run in its history; and facts taken out again."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from patchkit import methods
+from patchkit.editing.editor import EditState, Plan, ValueCache, edit, frozen, plan
+from patchkit.editing.recipe import EditConfig
+from patchkit.model.loading import disk_name, model_name
+from patchkit.patch.history import choose_facts
+from patchkit.patch.manifest import BaseInfo, EditedFact, Run
+from patchkit.patch.patch import Patch, weight_digest
+from patchkit.patch.resolve import Sites, assemble, state_of, with_run
+from patchkit.runs.prepare import Prepared
+from patchkit.runs.workspace import Workspace
+from patchkit.statistics.moments import PACKAGE_TEXT, Corpus
+
+SMALL_TEXT = "statistics: from the small English text that comes with patchkit; --text FILE with more text is better"
+
+
+def run(
+    prepared: Prepared,
+    workspace: Workspace,
+    say: Callable[[str], None] = lambda note: None,
+    values: ValueCache | None = None,
+) -> Patch:
+    """Edit the new facts of `prepared`. The model is left bit for bit as it was.
+
+    Args:
+        say: told what the user should know, one sentence at a time.
+        values: value targets found on the untouched model, to share between methods.
+
+    Returns:
+        A new patch with the earlier facts and history and this run, or `prepared.onto` itself if it has all the facts.
+
+    Raises:
+        InputError: the text, the model or the earlier patch cannot be used, or the edit is not finite.
+    """
+    runner, config, onto = workspace.runner, prepared.config, prepared.onto
+    method = methods.get(config.method)
+    with frozen(workspace.model):
+        sites = onto.sites(runner.arch) if onto else {}
+        if onto and not prepared.incoming.new:
+            return onto
+        earlier = workspace.without(onto, prepared.incoming.superseded, sites) if onto else None
+        start = _start(earlier, sites, config) if earlier else None
+        how, corpus = plan(runner.arch, config), workspace.corpus(workspace.texts[0])
+        for note in _about_text(workspace.texts[0], corpus, prepared):
+            say(note)
+        covariances, gradients = workspace.statistics(method, how.sites, corpus)
+        state = edit(
+            runner,
+            workspace.tokenizer,
+            prepared.incoming.new,
+            config,
+            covariances,
+            workspace.progress,
+            start,
+            gradients,
+            values,
+        )
+    patch = _RunResult(workspace, prepared, how, corpus, state).patch(earlier, sites)
+    if method.spends_directions:
+        say(_directions_left(patch))
+    return patch
+
+
+def take_out(workspace: Workspace, patch: Patch, facts: Sequence[str]) -> Patch:
+    """`patch` without the facts with these ids, and with a run of its own in the history that says so.
+
+    Raises:
+        InputError: an unknown id, another model, no state in the patch, or a text that is not there.
+    """
+    began, manifest = time.perf_counter(), patch.manifest
+    gone = choose_facts(manifest, facts)
+    with frozen(workspace.model):
+        less = workspace.without(patch, gone, patch.sites(workspace.runner.arch))
+    record = manifest.history[-1].model_copy(
+        update={
+            **_stamp(workspace),
+            "action": "revert",
+            "facts": gone,
+            "batches": (),
+            "seconds": {"solve": round(time.perf_counter() - began, 3)},
+            "metrics": None,
+            "superseded": {},
+            "skipped": (),
+            "removed": tuple(fact for fact in manifest.facts if fact.id in gone),
+        }
+    )
+    return with_run(less, record, manifest.digest)
+
+
+def _about_text(text: Path, corpus: Corpus, prepared: Prepared) -> Iterator[str]:
+    if text == PACKAGE_TEXT and methods.get(prepared.config.method).needs_statistics:
+        yield SMALL_TEXT
+    if prepared.onto:
+        last = prepared.onto.manifest.history[-1].text
+        if corpus.digest != last["sha256"]:
+            yield f"statistics: from {text.name}, unlike those of the patch's last run ({last['source']}): see --text"
+
+
+def _directions_left(patch: Patch) -> str:
+    fullest = min(patch.manifest.updates, key=lambda update: update.shape[0] - update.rank)
+    left, whole = max(0, fullest.shape[0] - fullest.rank), fullest.shape[0]
+    return f"{left} of {whole} output directions of {fullest.weight} are not used by any fact yet, one goes with each"
+
+
+def _start(earlier: Patch, sites: Sites, config: EditConfig) -> EditState:
+    """The state to start from. Contexts are the last run's, unless the recipe asks for other ones."""
+    last = earlier.manifest.history[-1]
+    alike = all(last.recipe.get(key) == getattr(config, key) for key in ("seed", "contexts", "context_length"))
+    return state_of(earlier, sites).onward(last.contexts if alike else ())
+
+
+@dataclass(frozen=True)
+class _RunResult:
+    """What a run has when it ends, from which its patch is made."""
+
+    workspace: Workspace
+    prepared: Prepared
+    plan: Plan
+    corpus: Corpus
+    state: EditState
+
+    def patch(self, earlier: Patch | None, sites: Sites) -> Patch:
+        """The patch, `earlier` being the one continued without the superseded facts, and `sites` those of its base."""
+        model, onto = self.workspace.model, self.prepared.onto
+        named = {site.layer for site in sites.values()}
+        new = {disk_name(model, site.weight_name): site for site in self.plan.sites if site.layer not in named}
+        base = BaseInfo(
+            name=model_name(model),
+            commit=getattr(model.config, "_commit_hash", None),
+            architecture=type(model).__name__,
+            weights={},
+        )
+        base = onto.manifest.base if onto else base
+        weights = base.weights | {name: weight_digest(site, name) for name, site in new.items()}
+        facts = earlier.manifest.facts if earlier else ()
+        history = onto.manifest.history if onto else ()
+        return assemble(
+            base.model_copy(update={"weights": weights}),
+            (*facts, *self._edited(len(history), len(facts))),
+            (*history, self._record()),
+            {**sites, **new},
+            self.state,
+            (onto.manifest.digest,) if onto else (),
+        )
+
+    def _edited(self, run: int, skip: int) -> Iterator[EditedFact]:
+        batches = [i for i, size in enumerate(self.state.batches) for _ in range(size)]
+        losses = torch.cat([v.loss.cpu() for v in self.state.values]).tolist()[skip:]
+        steps = torch.cat([v.steps.cpu() for v in self.state.values]).tolist()[skip:]
+        for place, layers, columns, batch, loss, count in zip(
+            self.state.order, self.state.layers, self.state.columns, batches, losses, steps, strict=True
+        ):
+            own = () if layers == tuple(self.plan.layers) else layers
+            yield EditedFact(
+                **self.prepared.incoming.new[place].model_dump(),
+                run=run,
+                batch=batch,
+                layers=own,
+                columns=columns,
+                target_loss=loss,
+                steps=count,
+            )
+
+    def _record(self) -> Run:
+        """The run as an entry of the history."""
+        config, incoming, onto = self.prepared.config, self.prepared.incoming, self.prepared.onto
+        return Run(
+            action="apply",
+            method=config.method,
+            paper=methods.get(config.method).paper,
+            recipe=config.model_dump(),
+            recipe_digest=config.digest(),
+            facts=tuple(fact.id for fact in incoming.new),
+            batches=tuple(self.state.batches),
+            layers=tuple(self.plan.layers),
+            value_at=self.plan.value_at,
+            contexts=tuple(self.state.contexts),
+            text=self.corpus.origin,
+            seconds={phase: round(spent, 3) for phase, spent in self.state.seconds.items()},
+            superseded=dict(incoming.superseded),
+            skipped=incoming.skipped,
+            removed=tuple(fact for fact in onto.manifest.facts if fact.id in incoming.superseded) if onto else (),
+            **_stamp(self.workspace),
+        )
+
+
+def _stamp(workspace: Workspace) -> dict[str, Any]:
+    """When and with what a run was made."""
+    return {
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {
+            "patchkit": version("patchkit"),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            "device": str(workspace.runner.device),
+            "dtype": str(next(workspace.model.parameters()).dtype).removeprefix("torch."),
+        },
+    }

@@ -1,0 +1,103 @@
+"""What a run will do, settled before anything costly: its recipe, its new facts, and what the user should know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from patchkit import methods
+from patchkit.editing.recipe import EditConfig
+from patchkit.facts.reader import Fact, FactFile
+from patchkit.facts.requests import build_request
+from patchkit.patch.history import Incoming, sort_incoming
+from patchkit.patch.patch import Patch
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can start.
+
+    Attributes:
+        config: the recipe, with all overrides.
+        read: the facts as read, with their places in the file and those that were refused.
+        incoming: which of them are new, which `onto` has already, and which earlier facts they supersede.
+        onto: the patch that the run continues, if any.
+        notes: what the user should know before it starts, one sentence each.
+    """
+
+    config: EditConfig
+    read: FactFile
+    incoming: Incoming
+    onto: Patch | None
+    notes: tuple[str, ...]
+
+
+def prepare(
+    read: Callable[..., FactFile], tokenizer: Any, config: EditConfig, onto: Patch | None = None, *, unit: str = "lines"
+) -> Prepared:
+    """Read the facts, sort them against the patch that is continued, and tokenize each of them once.
+
+    Args:
+        read: `read_facts` or `parse_facts` with everything but what the tokenizer and the method decide.
+        unit: what `FactFile.lines` counts, for the notes.
+
+    Raises:
+        InputError: a fact cannot be used, cannot be tokenized, or has the id of another one in `onto`.
+    """
+    facts = read(
+        token_count=lambda target: count_tokens(tokenizer, target),
+        needs_subject=methods.get(config.method).needs_subject,
+    )
+    incoming = sort_incoming(facts.facts, onto.manifest.facts if onto else ())
+    for fact in incoming.new:  # what cannot be tokenized should be known before minutes of statistics
+        build_request(fact, tokenizer)
+    notes = (
+        *_about_incoming(incoming),
+        *_about_shared_subjects(facts, incoming, config, unit),
+        *_about_rewordings(incoming, config),
+    )
+    return Prepared(config, facts, incoming, onto, notes)
+
+
+def count_tokens(tokenizer: Any, text: str) -> int:
+    """Tokens of `text` alone, without special ones."""
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def shortened(names: Sequence[str], most: int = 10) -> str:
+    """The names in one line, at most `most` of them."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _about_incoming(incoming: Incoming) -> Iterator[str]:
+    if incoming.skipped:
+        yield f"already in the patch, skipped: {shortened(incoming.skipped)}"
+    if incoming.superseded:
+        yield f"superseded: {shortened([f'{old} by {new}' for old, new in incoming.superseded.items()])}"
+
+
+def _about_shared_subjects(read: FactFile, incoming: Incoming, config: EditConfig, unit: str) -> Iterator[str]:
+    """Facts in one batch share a subject, and so a key, but have different targets."""
+    method, place = methods.get(config.method), dict(zip((fact.id for fact in read.facts), read.lines, strict=True))
+    size = 1 if method.one_by_one or method.targets != "values" else config.batch_size
+    shared: list[str] = []
+    for first in range(0, len(incoming.new), size):
+        groups: dict[str, list[Fact]] = {}
+        for fact in incoming.new[first : first + size]:
+            groups.setdefault(fact.subject, []).append(fact)
+        alike = [facts for facts in groups.values() if len(facts) > 1]
+        shared += [f"{', '.join(str(place[fact.id]) for fact in facts)} ({facts[0].subject})" for facts in alike]
+    if shared:
+        yield (
+            f"{read.path}: facts about one subject in one batch get one value for all of them, which predicts each "
+            f"target less surely than a value of its own; {unit} {shortened(shared, 5)}"
+        )
+
+
+def _about_rewordings(incoming: Incoming, config: EditConfig) -> Iterator[str]:
+    room = max(0, config.contexts - 1)  # the first context is a text before the prompt
+    over = [fact.id for fact in incoming.new if len(fact.rewordings) > room]
+    if over and methods.get(config.method).targets == "values":
+        yield f"rewordings: contexts={config.contexts} has room for {room}, more are not used: {shortened(over)}"

@@ -1,0 +1,117 @@
+"""What runs work with: an inspected model, its tokenizer, and plain text with its statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from patchkit import methods
+from patchkit.editing.editor import Progress
+from patchkit.editing.gradients import text_gradients
+from patchkit.errors import InputError
+from patchkit.maths.linalg import Covariance
+from patchkit.methods import Method
+from patchkit.model.arch import Site, inspect_model
+from patchkit.model.forward import LayerRunner
+from patchkit.patch.patch import Patch
+from patchkit.patch.resolve import Sites, without
+from patchkit.statistics.moments import Corpus, default_text, read_corpus, statistics, window_of
+
+LayerStatistics = tuple[dict[int, Covariance], dict[int, Tensor]]
+"""By layer: covariances of the keys of plain text, and left singular vectors (d_out, q) of its loss's gradient."""
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A model that was inspected once, for everything that is done with it.
+
+    Attributes:
+        runner: runs the model; `runner.arch` says where its sites are.
+        texts: plain texts for statistics, the one to use for new runs first, the model's default one last.
+        stats: folder of the statistics instead of the user's cache.
+        progress: called with (phase, done, total).
+    """
+
+    runner: LayerRunner
+    tokenizer: Any
+    texts: Sequence[Path]
+    stats: Path | None
+    progress: Progress
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        texts: Sequence[str | Path | None] = (),
+        stats: str | Path | None = None,
+        progress: Progress = lambda phase, done, total: None,
+    ) -> Workspace:
+        """Inspect `model`.
+
+        Raises:
+            InputError: a model that cannot be edited.
+        """
+        known = [Path(text) for text in (*texts, default_text(str(model.config._name_or_path))) if text]
+        return cls(LayerRunner(inspect_model(model)), tokenizer, known, Path(stats) if stats else None, progress)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model itself."""
+        model = self.runner.arch.model
+        assert isinstance(model, PreTrainedModel)
+        return model
+
+    def corpus(self, text: Path) -> Corpus:
+        """The text, tokenized."""
+        return read_corpus(text, self.tokenizer, window=window_of(self.model))
+
+    def statistics(self, method: Method, sites: Sequence[Site], corpus: Corpus) -> LayerStatistics:
+        """Those statistics of the text that `method` needs, stored ones where there are any."""
+        covariances, gradients = dict[int, Covariance](), dict[int, Tensor]()
+        if method.needs_statistics:
+            covariances = statistics(self.runner, sites, corpus, self.stats, self._reporter("statistics"))
+        if method.needs_gradients:
+            found = text_gradients(self.runner, sites, corpus, self.stats, self._reporter("gradients"))
+            gradients = {layer: each.left for layer, each in found.items()}
+        return covariances, gradients
+
+    def without(self, patch: Patch, gone: Collection[str], sites: Sites) -> Patch:
+        """The patch without the facts in `gone`, solved again with the statistics that its runs had.
+
+        Raises:
+            InputError: the text that a run took its statistics from is not among the texts.
+        """
+
+        @cache  # finding statistics takes a digest of the weights below: once for all sites, and for runs alike
+        def of_text(digest: str, window: int, method: str, layers: tuple[int, ...]) -> LayerStatistics | None:
+            origin = {"sha256": digest, "window": window}
+            found = next((c for c in map(self.corpus, self.texts) if c.is_from(origin)), None)
+            edited = [site for site in sites.values() if site.layer in layers]
+            return None if found is None else self.statistics(methods.get(method), edited, found)
+
+        def find(number: int, site: Site) -> tuple[Covariance | None, Tensor | None]:
+            run = patch.manifest.history[number]
+            method = methods.get(run.method)
+            if not method.needs_statistics and not method.needs_gradients:
+                return None, None
+            found = of_text(run.text["sha256"], run.text.get("window", 0), run.method, run.layers)
+            if found is None:
+                read = f"sha256 {run.text['sha256'][:16]}..., in windows of {run.text.get('window', 256)} tokens"
+                raise InputError(
+                    f"run {number + 1} took its statistics from the text {run.text['source']} "
+                    f"({read}), which is not here; give it with --text"
+                )
+            covariances, gradients = found
+            return covariances.get(site.layer), gradients.get(site.layer)
+
+        return without(patch, gone, sites, find) if gone else patch
+
+    def _reporter(self, phase: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.progress(phase, done, total)
