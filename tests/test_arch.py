@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import LlamaForSequenceClassification, PreTrainedModel
 
 from patchkit.errors import InputError
-from patchkit.model.arch import Architecture, inspect_model, read_weight, write_weight
+from patchkit.model.arch import Architecture, inspect_model
+from patchkit.model.weights import is_transposed, read_weight, write_weight
 from tests import zoo
 
 WEIGHTS = {
@@ -93,7 +94,7 @@ def test_read_weight_maps_inputs_to_outputs(family: str) -> None:
     for site in arch.sites:
         weight = read_weight(site)
         assert weight.shape == (site.d_out, site.d_in) == (zoo.HIDDEN, zoo.INNER)
-        assert site.transposed == (family == "gpt2")
+        assert is_transposed(site.module) == (family == "gpt2")
         bias = 0 if site.module.bias is None else site.module.bias
         torch.testing.assert_close(site.module(inputs), inputs @ weight.T + bias)
 

@@ -21,8 +21,9 @@ from patchkit.errors import InputError
 from patchkit.evaluate import metrics as verify_module
 from patchkit.evaluate.metrics import Report
 from patchkit.maths.linalg import Delta
-from patchkit.model.arch import inspect_model, read_weight, write_weight
+from patchkit.model.arch import inspect_model
 from patchkit.model.loading import LoadedModel, ModelChoice, load_model
+from patchkit.model.weights import read_weight, write_weight
 from tests import zoo
 from tests.benchmarks import sequential_oracle
 

@@ -19,9 +19,9 @@ from patchkit.cli import cli
 from patchkit.export.peft import export_peft, low_rank
 from patchkit.maths.linalg import Delta
 from patchkit.model.arch import inspect_model
-from patchkit.model.loading import disk_name
+from patchkit.model.weights import disk_name, weight_digest
 from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
-from patchkit.patch.patch import updates_digest, weight_digest
+from patchkit.patch.patch import updates_digest
 from tests import zoo
 
 RANKS = {1: 3, 2: 5}  # by layer: other ranks, and layers 0 and 3 untouched

@@ -29,8 +29,9 @@ from patchkit.maths.updates import Full
 from patchkit.methods import LayerProblem
 from patchkit.methods.ft import FTConfig, ft
 from patchkit.methods.ultraedit import UltraEditConfig, normalised, ultraedit
-from patchkit.model.arch import inspect_model, read_weight
+from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
+from patchkit.model.weights import oriented, read_weight
 from patchkit.patch.patch import Patch
 from patchkit.statistics import moments as stats
 from patchkit.statistics.moments import PACKAGE_TEXT, Corpus, read_corpus
@@ -68,7 +69,7 @@ def weight_gradient(model: PreTrainedModel, layer: int, loss: Callable[[], Tenso
     """dL/dW of the layer's site by autograd, (d_out, d_in)."""
     site = inspect_model(model).sites[layer]
     (found,) = torch.autograd.grad(loss(), [next(p for n, p in site.module.named_parameters() if n == "weight")])
-    return found.T if site.transposed else found
+    return oriented(site.module, found)
 
 
 # --- facts ------------------------------------------------------------------------------------------------------------

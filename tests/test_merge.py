@@ -25,9 +25,9 @@ from patchkit.maths.linalg import Delta
 from patchkit.maths.rotations import Rotation
 from patchkit.maths.rounding import Feedback, Metric
 from patchkit.model.arch import inspect_model
-from patchkit.model.loading import disk_name, tensor_digest
+from patchkit.model.weights import disk_name, tensor_digest, weight_digest
 from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
-from patchkit.patch.patch import Patch, updates_digest, weight_digest
+from patchkit.patch.patch import Patch, updates_digest
 from tests.benchmarks import merge as benchmark
 from tests.zoo import FAMILIES, tiny_tokenizer
 

@@ -11,15 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from patchkit.errors import InputError
 from patchkit.model.arch import inspect_model
-from patchkit.model.loading import (
-    choose_model,
-    disk_name,
-    embedded_model,
-    load_model,
-    model_digest,
-    same_weight,
-    tensor_digest,
-)
+from patchkit.model.loading import choose_model, embedded_model, load_model
+from patchkit.model.weights import disk_name, model_digest, same_weight, tensor_digest
 from tests import zoo
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from patchkit.maths.onednn import FEWEST_ROWS, Linears, available, linear
+from patchkit.maths.onednn import FEWEST_ROWS, available, linear
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
+from patchkit.model.linears import Linears
 from tests.zoo import FAMILIES
 
 
@@ -64,7 +65,7 @@ def test_a_models_layers_use_it_within_the_block_alone(family: str, monkeypatch:
         plain = model(ids).logits
     used = []
     monkeypatch.setattr(
-        "patchkit.maths.onednn.linear", lambda x, w, b=None: used.append(w) or nn.functional.linear(x, w, b)
+        "patchkit.model.linears.linear", lambda x, w, b=None: used.append(w) or nn.functional.linear(x, w, b)
     )
     linears = Linears(model)
     with linears.by_onednn(), linears.by_onednn(), torch.no_grad():
@@ -79,7 +80,7 @@ def test_it_can_be_turned_off_and_leaves_wrapped_layers_alone(monkeypatch: pytes
     runner = LayerRunner(inspect_model(model))
     used = []
     monkeypatch.setattr(
-        "patchkit.maths.onednn.linear", lambda x, w, b=None: used.append(w) or nn.functional.linear(x, w, b)
+        "patchkit.model.linears.linear", lambda x, w, b=None: used.append(w) or nn.functional.linear(x, w, b)
     )
     inputs = {"input_ids": torch.arange(24).view(2, 12)}
     with monkeypatch.context() as turned_off:

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 import patchkit
 from patchkit import InputError, Patch
-from patchkit.model.arch import inspect_model, read_weight
-from patchkit.patch.patch import weight_digest
+from patchkit.model.arch import inspect_model
+from patchkit.model.weights import read_weight, weight_digest
 from patchkit.statistics.moments import PACKAGE_TEXT
 from tests import zoo
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import patchkit
 from patchkit import InputError, Patch
-from patchkit.model.arch import inspect_model, read_weight
+from patchkit.model.arch import inspect_model
+from patchkit.model.weights import read_weight
 from patchkit.patch.stack import PatchStack
 from tests import zoo
 from tests.benchmarks.attach_overhead import random_patch
@@ -305,7 +306,7 @@ def test_quantised_models(kind: type[nn.Module]) -> None:
         stack = patchkit.load(model, patch)
     assert said[0].filename == __file__
     assert close(logits(model), with_weights_changed(dequantised, patch))
-    with pytest.raises(InputError, match="quantised, so that nothing can be merged"):
+    with pytest.raises(InputError, match="quantized, so that nothing can be merged"):
         stack.merge()
     stack.unload()
     assert trace(model) == before

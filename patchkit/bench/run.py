@@ -44,9 +44,10 @@ from patchkit.facts.reader import Fact, FactFile, read_facts
 from patchkit.facts.requests import build_request
 from patchkit.io.files import write_atomically
 from patchkit.maths.updates import Chain, change, mapped
-from patchkit.model.arch import Site, inspect_model, read_weight
+from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
-from patchkit.model.loading import LoadedModel, ModelChoice, load_model, load_tokenizer, model_digest
+from patchkit.model.loading import LoadedModel, ModelChoice, load_model, load_tokenizer
+from patchkit.model.weights import Site, model_digest, read_weight
 from patchkit.patch.manifest import Manifest
 from patchkit.patch.patch import Patch, read_manifest
 from patchkit.runs.prepare import count_tokens

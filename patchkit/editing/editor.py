@@ -28,9 +28,10 @@ from patchkit.maths.linalg import Covariance, Delta, PriorKeys
 from patchkit.maths.rotations import Rotation
 from patchkit.maths.updates import Chain, Full, Update, change, folded, mapped, tensors_of
 from patchkit.methods import LayerProblem
-from patchkit.model.arch import Architecture, Site, read_weight
+from patchkit.model.arch import Architecture
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import LiveDelta, live_deltas
+from patchkit.model.weights import Site, read_weight
 
 ValueCache = dict[Hashable, Values]
 """Values found on one untouched model, by everything that decides them: methods that ask for the same share them."""

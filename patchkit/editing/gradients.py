@@ -27,9 +27,8 @@ from patchkit.editing.values import widen
 from patchkit.errors import InputError
 from patchkit.facts.requests import EditRequest, pad
 from patchkit.io.files import write_atomically
-from patchkit.model.arch import Site
 from patchkit.model.forward import LayerRunner, watching
-from patchkit.model.loading import model_digest
+from patchkit.model.weights import Site, model_digest
 from patchkit.statistics.moments import Corpus, Progress, Sums, cache_folder, folder_of, summed, window_of
 
 TEXT_TOKENS = 8192

@@ -11,8 +11,8 @@ from torch import Tensor
 from patchkit.editing.suffixes import common_start
 from patchkit.editing.values import ValueAt
 from patchkit.facts.requests import EditRequest, pad
-from patchkit.model.arch import Site
 from patchkit.model.forward import LayerRunner, Prefix, watching, watching_input
+from patchkit.model.weights import Site
 
 
 class SubjectStates:

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from patchkit.editing.suffixes import Bucket, Suffixes, in_parts
 from patchkit.facts.requests import EditRequest
-from patchkit.model.arch import Site, attention_of
+from patchkit.model.arch import attention_of
 from patchkit.model.forward import LayerRunner, watching_output
+from patchkit.model.weights import Site
 
 ValueAt = Literal["layer_out", "module_out"]
 

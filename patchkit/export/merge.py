@@ -21,9 +21,7 @@ from typing import Literal, TypedDict
 import torch
 from huggingface_hub import ModelCardData
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from patchkit.errors import InputError
 from patchkit.io.checkpoint import (
@@ -41,7 +39,7 @@ from patchkit.maths.linalg import Delta
 from patchkit.maths.onednn import linear
 from patchkit.maths.rounding import TEXT_DIRECTIONS, Feedback, Metric, Spectrum
 from patchkit.maths.updates import change
-from patchkit.model.loading import same_weight, tensor_digest
+from patchkit.model.weights import find_module, find_weight, is_transposed, same_weight, skeleton, tensor_digest
 from patchkit.patch.manifest import Manifest
 from patchkit.patch.patch import Patch
 from patchkit.statistics.moments import cache_folder
@@ -53,6 +51,7 @@ _MEASURED_ROWS = 128
 _CHUNK, _ROWS = 1 << 21, 128
 _COPIERS = 1  # beside the thread that rounds; more of them got in its way on two cores
 _BASES_OWN = {"README.md": "README.base.md", MANIFEST: "patchkit-manifest.base.json"}  # what this writes itself
+_OTHER_MODEL = "the patch was made for another model"
 _WITHOUT_STATISTICS = "rounding minds the edited keys but not plain text's; `patchkit stats --out DIR`, --stats DIR"
 _OTHER_WEIGHTS = ("pytorch_model*.bin", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.safetensors")
 
@@ -314,7 +313,7 @@ def _collect(patches: Sequence[Patch], checkpoint: Mapping[str, StoredTensor], s
     for patch in patches:
         shapes = {info.weight: info.shape for info in patch.manifest.updates}
         for weight, chain in patch.updates.items():
-            name = _disk_name(weight, checkpoint, source)
+            name = find_weight(weight, checkpoint, str(source), _OTHER_MODEL)
             stored = checkpoint[name]
             lies = _lies_transposed(name, stored, shapes[weight], source)
             delta = change(chain, partial(_oriented, stored, lies))
@@ -329,15 +328,6 @@ def _oriented(stored: StoredTensor, transposed: bool) -> Tensor:
     return stored.read().T if transposed else stored.read()
 
 
-def _disk_name(weight: str, checkpoint: Mapping[str, StoredTensor], source: Path) -> str:
-    if weight in checkpoint:
-        return weight
-    found = [name for name in checkpoint if same_weight(weight, name)]
-    if len(found) != 1:
-        raise InputError(f"{source}: no tensor {weight}; the patch was made for another model")
-    return found[0]
-
-
 def _lies_transposed(name: str, stored: StoredTensor, shape: tuple[int, int], source: Path) -> bool:
     """Whether the tensor lies as (d_in, d_out). Its shape tells, unless it is square; then its module's class does."""
     if stored.dtype not in DTYPES:
@@ -346,10 +336,8 @@ def _lies_transposed(name: str, stored: StoredTensor, shape: tuple[int, int], so
         raise InputError(f"{stored.file}: {name} is {stored.shape}, the patch is for {shape}: it is another model's")
     if shape[0] != shape[1]:
         return stored.shape != shape
-    found = [module for at, module in _skeleton(source, name).named_modules() if same_weight(f"{at}.weight", name)]
-    if len(found) != 1:
-        raise InputError(f"{source}: {name} is square, and the model has no module for it that tells how it lies")
-    return isinstance(found[0], Conv1D)
+    _, module = find_module(skeleton(source), name, _OTHER_MODEL)
+    return is_transposed(module)
 
 
 def _check(edit: _Edit, tensor: Tensor) -> None:
@@ -358,17 +346,6 @@ def _check(edit: _Edit, tensor: Tensor) -> None:
             f"{edit.stored.file}: {edit.weight} holds other numbers than in the model the patch was made for; "
             "merge into that one, or use --force if you know that the two are close"
         )
-
-
-def _skeleton(source: Path, name: str) -> nn.Module:
-    """The model of the checkpoint's config without any weights."""
-    try:
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{source}: {name} is square, and its config does not tell how it lies: {reason}") from None
-    return model
 
 
 # --- the new numbers --------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +23,6 @@ from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from patchkit.errors import InputError
 from patchkit.export.merge import MANIFEST
@@ -31,7 +30,8 @@ from patchkit.io.checkpoint import find_checkpoint, stored_tensors
 from patchkit.io.files import write_folder
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import change
-from patchkit.model.loading import DTYPES, same_weight
+from patchkit.model.loading import DTYPES
+from patchkit.model.weights import find_module, find_weight, is_transposed, oriented, shape_of, skeleton
 from patchkit.patch.card import Card
 from patchkit.patch.manifest import Manifest
 from patchkit.patch.patch import Patch
@@ -108,15 +108,16 @@ def export_peft(
     inside = [folder] if folder.is_file() else list(folder.glob("*"))
     if inside and not (folder / "adapter_config.json").is_file():
         raise InputError(f"--out {folder}: it is there and is no adapter; choose another folder")
-    skeleton = _skeleton(patch.manifest, base)
+    name, commit = _base_of(patch.manifest, base)
+    tree = skeleton(name, commit)  # says what PEFT calls the modules, which the checkpoint's names may not
     factors, weights = {}, []
-    for name, chain in patch.updates.items():
-        module = _module_of(skeleton, name, patch.shapes[name])
-        delta = change(chain, lambda: _weight(patch.manifest, base, skeleton, module))  # noqa: B023
+    for weight, chain in patch.updates.items():
+        module = _module_of(tree, weight, patch.shapes[weight])
+        delta = change(chain, partial(_weight_on_disk, name, commit, module, tree.get_submodule(module)))
         factors[module] = low_rank(delta, rank).to(DTYPES[dtype])
         error = _error(factors[module], delta)
-        weights.append(ExportedWeight(weight=name, module=module, rank=factors[module].rank, error=error))
-    zeros = _untouched(skeleton, factors, DTYPES[dtype]) if all_layers else {}
+        weights.append(ExportedWeight(weight=weight, module=module, rank=factors[module].rank, error=error))
+    zeros = _untouched(tree, factors, DTYPES[dtype]) if all_layers else {}
     exported = Exported(
         rank=max([1, *(delta.rank for delta in factors.values())]),
         dtype=dtype,
@@ -125,7 +126,7 @@ def export_peft(
         parents=(patch.manifest,),
         patchkit=version("patchkit"),
     )
-    transposed = any(isinstance(skeleton.get_submodule(module), Conv1D) for module in factors)
+    transposed = any(is_transposed(tree.get_submodule(module)) for module in factors)
     config = _lora_config(patch.manifest, exported, transposed, base)
     write_folder(folder, lambda into: _write(into, exported, config, factors | zeros, folder.name))
     return exported
@@ -159,73 +160,50 @@ def _norm(delta: Delta) -> float:
     return float((left @ right.T).norm())
 
 
-def _skeleton(manifest: Manifest, base: str | None) -> nn.Module:
-    """The model without weights: its tree says what PEFT calls the modules, which the checkpoint's names may not."""
+def _base_of(manifest: Manifest, base: str | None) -> tuple[str, str | None]:
+    """Name and commit of the base: the patch's own unless `base` says otherwise."""
     name = base or manifest.base.name
-    commit = manifest.base.commit if name == manifest.base.name else None
-    try:
-        config = AutoConfig.from_pretrained(name, revision=commit or "main")
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(
-            f"base {name}: its config.json is needed and cannot be used: {reason}; name the base with --model"
-        ) from None
-    assert isinstance(model, nn.Module)
-    return model
+    return name, manifest.base.commit if name == manifest.base.name else None
 
 
-def _weight(manifest: Manifest, base: str | None, skeleton: nn.Module, module: str) -> Tensor:
-    """W (d_out, d_in) from the base's files, which a rotation is turned into a LoRA with."""
-    name = base or manifest.base.name
-    folder = find_checkpoint(name, manifest.base.commit if name == manifest.base.name else None)
-    stored = [each for weight, each in stored_tensors(folder).items() if same_weight(weight, f"{module}.weight")]
-    if len(stored) != 1:
-        raise InputError(f"{folder}: no one tensor for {module}.weight, which a rotation needs; name the patch's base")
-    weight = stored[0].read().float()
-    return weight.T if isinstance(skeleton.get_submodule(module), Conv1D) else weight
+def _weight_on_disk(name: str, commit: str | None, module_name: str, module: nn.Module) -> Tensor:
+    """W (d_out, d_in) from the base's files, which it takes to make a LoRA of a rotation."""
+    folder = find_checkpoint(name, commit)
+    stored = stored_tensors(folder)
+    advice = "which a rotation needs; name the patch's base with --model"
+    found = find_weight(f"{module_name}.weight", stored, str(folder), advice)
+    return oriented(module, stored[found].read()).float()
 
 
-def _module_of(skeleton: nn.Module, weight: str, shape: tuple[int, int]) -> str:
-    fitting = [name for name, _ in skeleton.named_parameters() if same_weight(name, weight)]
-    if len(fitting) != 1:
-        found = "no such weight" if not fitting else f"it may be {' or '.join(fitting)}"
-        raise InputError(f"{weight}: {found} in {type(skeleton).__name__}; name the patch's own base with --model")
-    module = fitting[0].removesuffix(".weight")
-    if (there := _shape(skeleton.get_submodule(module))) != shape:
-        raise InputError(f"{weight}: {there} in {type(skeleton).__name__}, {shape} in the patch; it is another model")
-    return module
+def _module_of(tree: nn.Module, weight: str, shape: tuple[int, int]) -> str:
+    name, module = find_module(tree, weight, "name the patch's own base with --model")
+    if (there := shape_of(module)) != shape:
+        raise InputError(f"{weight}: {there} in {type(tree).__name__}, {shape} in the patch; it is another model")
+    return name
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
-    """(d_out, d_in) of a projection."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    first, second = weight.shape
-    return (second, first) if isinstance(module, Conv1D) else (first, second)
-
-
-def _untouched(skeleton: nn.Module, touched: Mapping[str, Delta], dtype: torch.dtype) -> dict[str, Delta]:
+def _untouched(tree: nn.Module, touched: Mapping[str, Delta], dtype: torch.dtype) -> dict[str, Delta]:
     """Empty updates for the modules that are in the other layers what the touched ones are in theirs."""
     found: dict[str, Delta] = {}
     for module in touched:
-        before, layers, after = _around_layer(skeleton, module)
+        before, layers, after = _around_layer(tree, module)
         for name in (f"{before}.{index}.{after}" for index in range(layers)):
             if name not in touched:
-                d_out, d_in = _shape(skeleton.get_submodule(name))
+                shape = shape_of(tree.get_submodule(name))
+                assert shape is not None
+                d_out, d_in = shape
                 found[name] = Delta(torch.zeros(d_out, 0, dtype=dtype), torch.zeros(0, d_in, dtype=dtype))
     return found
 
 
-def _around_layer(skeleton: nn.Module, module: str) -> tuple[str, int, str]:
+def _around_layer(tree: nn.Module, module: str) -> tuple[str, int, str]:
     """The longest list of layers on the way to a module: its name, its length, and the module's name in the layer."""
     parts = module.split(".")
     ways = [(".".join(parts[:i]), ".".join(parts[i + 1 :])) for i in range(1, len(parts) - 1)]
     lists = [
         (before, len(layers), after)
         for before, after in ways
-        if isinstance(layers := skeleton.get_submodule(before), nn.ModuleList)
+        if isinstance(layers := tree.get_submodule(before), nn.ModuleList)
     ]
     return max(lists, key=lambda found: found[1])
 

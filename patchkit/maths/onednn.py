@@ -1,4 +1,4 @@
-"""A model's linear layers computed by oneDNN on x86 processors, in float32.
+"""Linear layers computed by oneDNN on x86 processors, in float32.
 
 torch gives float32 products to MKL, which on AMD's processors keeps to half of their vector width; oneDNN, which torch
 brings along as well, uses all of it: on a Zen 5 core 200 to 230 GFLOP/s where MKL has 100, in both directions and from
@@ -9,15 +9,11 @@ brings along as well, uses all of it: on a Zen 5 core 200 to 230 GFLOP/s where M
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 FEWEST_ROWS = 8
 """Fewer are bound by reading the weights, which is all the same."""
@@ -63,33 +59,3 @@ def available() -> bool:
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     built_in = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return on_x86 and built_in and bool(torch.backends.mkldnn.enabled)
-
-
-class Linears:
-    """The linear layers of `model` whose forward is torch's own; what wraps or quantises one is left alone."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._plain = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
-        self._nested = False
-
-    @contextmanager
-    def by_onednn(self) -> Iterator[None]:
-        """Within the block they are computed by `linear`."""
-        chosen = [] if self._nested or not available() else [m for m in self._plain if "forward" not in m.__dict__]
-        nested, self._nested = self._nested, True
-        try:
-            for module in chosen:
-                module.forward = partial(_transposed if isinstance(module, Conv1D) else _forward, module)
-            yield
-        finally:
-            self._nested = nested
-            for module in chosen:
-                del module.forward
-
-
-def _forward(module: Any, input: Tensor) -> Tensor:
-    return linear(input, module.weight, module.bias)
-
-
-def _transposed(module: Any, x: Tensor) -> Tensor:
-    return linear(x, module.weight.T, module.bias)

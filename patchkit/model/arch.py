@@ -1,7 +1,7 @@
 """Model -> edit sites: the output projection of the feed-forward in every decoder layer.
 
-The only module that knows how models are built. It reads the module tree and watches a short forward; it never asks for
-a model's name, so a family that is laid out like the known ones works without being added here.
+It reads the module tree and watches a short forward; it never asks for a model's name, so a family that is laid out
+like the known ones works without being added here.
 """
 
 from __future__ import annotations
@@ -13,25 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from patchkit.errors import InputError
-
-_EDITABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True)
-class Site:
-    """An editable weight: what the feed-forward of layer `layer` writes with."""
-
-    layer: int
-    weight_name: str  # as in the state dict
-    module_name: str
-    module: nn.Module
-    d_in: int
-    d_out: int
-    transposed: bool  # stored (d_in, d_out)
-    direct: bool  # what the module writes is what the residual stream receives: no norm or scale in between
+from patchkit.model.weights import EDITABLE_DTYPES, Site, is_linear, shape_of, weight_of
 
 
 @dataclass(frozen=True)
@@ -67,22 +51,6 @@ def inspect_model(model: PreTrainedModel) -> Architecture:
     return Architecture(model, layers, layers_name, sites, hidden_size, head)
 
 
-def read_weight(site: Site) -> Tensor:
-    """The site's weight W as a detached view in its stored dtype, (d_out, d_in)."""
-    stored = _weight(site.module).detach()
-    return stored.T if site.transposed else stored  # (d_out, d_in)
-
-
-def write_weight(site: Site, weight: Tensor) -> None:
-    """Overwrite the site's weight in place from `weight`, (d_out, d_in), of any float dtype and device.
-
-    Raises ValueError for another shape, which a copy would broadcast without a word.
-    """
-    if weight.shape != (site.d_out, site.d_in):
-        raise ValueError(f"{site.weight_name} is {(site.d_out, site.d_in)}, not {tuple(weight.shape)}")
-    read_weight(site).copy_(weight)
-
-
 def attention_of(layer: nn.Module) -> nn.Module:
     """The attention module of one of `Architecture.layers`.
 
@@ -96,12 +64,6 @@ def attention_of(layer: nn.Module) -> nn.Module:
 
 def _refusal(model: nn.Module, looked_for: str, found: str, advice: str) -> InputError:
     return InputError(f"{type(model).__name__}: looked for {looked_for}, found {found}; {advice}")
-
-
-def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def _causal_head(model: PreTrainedModel) -> nn.Module:
@@ -166,7 +128,7 @@ def _output_projection(model: nn.Module, block_name: str, block: nn.Module, hidd
     for name, module in parts:
         _refuse_experts(model, f"{block_name}.{name}", module)
         _refuse_quantised(model, f"{block_name}.{name}", module)
-    widths = {name: _widths(module) for name, module in parts if isinstance(module, (nn.Linear, Conv1D))}
+    widths = {name: _widths(module) for name, module in parts if is_linear(module)}
     outputs = [name for name in widths if _closes_feed_forward(name, widths, hidden_size)]
     # The factors of adapters and small side branches fit together like a feed-forward; it is wider than they are.
     inner = max((widths[name][0] for name in outputs), default=0)
@@ -179,9 +141,10 @@ def _output_projection(model: nn.Module, block_name: str, block: nn.Module, hidd
     return widest[0]
 
 
-def _widths(module: nn.Linear | Conv1D) -> tuple[int, int]:
-    d_first, d_second = _weight(module).shape
-    return (d_first, d_second) if isinstance(module, Conv1D) else (d_second, d_first)  # (d_in, d_out)
+def _widths(module: nn.Module) -> tuple[int, int]:
+    shape = shape_of(module)
+    assert shape is not None
+    return shape[1], shape[0]  # (d_in, d_out)
 
 
 def _closes_feed_forward(name: str, widths: dict[str, tuple[int, int]], hidden_size: int) -> bool:
@@ -204,7 +167,7 @@ def _refuse_quantised(model: nn.Module, name: str, module: nn.Module) -> None:
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     for tensor_name, tensor in tensors:
         # Quantisers that keep a float dtype on the outside do so with a tensor subclass.
-        plain = type(tensor.data) is Tensor and tensor.dtype in _EDITABLE_DTYPES
+        plain = type(tensor.data) is Tensor and tensor.dtype in EDITABLE_DTYPES
         if tensor.ndim >= 2 and not plain:
             found = f"{name}.{tensor_name} in {tensor.dtype} ({type(module).__name__})"
             advice = "the weights are quantised; edit the unquantised checkpoint and quantise the result"
@@ -216,13 +179,11 @@ def _sites(model: PreTrainedModel, layers: Sequence[nn.Module], names: Sequence[
     known: dict[tuple[object, ...], bool] = {}  # layers built alike are probed once
     for index, (layer, name) in enumerate(zip(layers, names, strict=True)):
         module = model.get_submodule(name)
-        assert isinstance(module, (nn.Linear, Conv1D))
         structure = (type(layer), tuple(child for child, _ in layer.named_modules()))
         if structure not in known:
             known[structure] = _is_direct(model, layer, module, name)
         d_in, d_out = _widths(module)
-        transposed = isinstance(module, Conv1D)
-        sites.append(Site(index, f"{name}.weight", name, module, d_in, d_out, transposed, known[structure]))
+        sites.append(Site(index, f"{name}.weight", name, module, d_in, d_out, known[structure]))
     return tuple(sites)
 
 
@@ -259,7 +220,7 @@ def _last_state(model: PreTrainedModel, layer: nn.Module, module: nn.Module, pus
         hidden = output if isinstance(output, Tensor) else output[0]  # (1, 4, hidden)
         raise _Reached(hidden[0, -1].clone())
 
-    tokens = torch.arange(4, device=_weight(model.get_input_embeddings()).device)[None]  # (1, 4)
+    tokens = torch.arange(4, device=weight_of(model.get_input_embeddings()).device)[None]  # (1, 4)
     with module.register_forward_hook(add_push), layer.register_forward_hook(stop):
         try:
             model(input_ids=tokens, use_cache=False)

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from patchkit.maths.onednn import Linears
 from patchkit.model.arch import Architecture
+from patchkit.model.linears import Linears
+from patchkit.model.weights import weight_of
 
 
 class _EndOfSpan(Exception):
@@ -160,16 +161,12 @@ class LayerRunner:
     @property
     def dtype(self) -> torch.dtype:
         """What the edited weights, and so the hidden states, are held in."""
-        weight = self.arch.sites[0].module.weight
-        assert isinstance(weight, Tensor)
-        return weight.dtype
+        return weight_of(self.arch.sites[0].module).dtype
 
     @property
     def vocabulary(self) -> int:
         """Number of logits at a position."""
-        weight = self.arch.head.weight
-        assert isinstance(weight, Tensor)
-        return weight.shape[0]
+        return weight_of(self.arch.head).shape[0]
 
     def run(
         self,

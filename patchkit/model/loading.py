@@ -1,27 +1,20 @@
-"""Loading models and tokenizers, and telling two models apart by their weights."""
+"""Loading models and tokenizers."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from safetensors import safe_open
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from patchkit.errors import InputError
 from patchkit.io.places import shipped
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-_CHUNK = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -145,74 +138,7 @@ def check_tokenizer(tokenizer: Any, name: str) -> None:
         raise InputError(f"model {name}: its tokenizer reports no character offsets; use one with a tokenizer.json")
 
 
-def tensor_digest(name: str, tensor: Tensor) -> str:
-    """sha256 over name, dtype, shape and bytes, the same whatever dtype the weights were loaded in.
-
-    A bf16 checkpoint loaded in float32 holds the same numbers; so they are hashed in the first of bfloat16, float16,
-    float32 and their own dtype that holds them exactly.
-    """
-    chunks = tensor.detach().cpu().contiguous().view(-1).split(_CHUNK)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, tensor.dtype):
-        if dtype == tensor.dtype or all(torch.equal(chunk.to(dtype).to(tensor.dtype), chunk) for chunk in chunks):
-            break
-    digest = hashlib.sha256(f"{name}|{str(dtype).removeprefix('torch.')}|{list(tensor.shape)}|".encode())
-    for chunk in chunks:  # a second tensor as large as the first would be too much where merging counts them
-        digest.update(chunk.to(dtype).view(torch.uint8).numpy().data if chunk.numel() else b"")
-    return digest.hexdigest()
-
-
-def model_digest(named: Iterable[tuple[str, Tensor]]) -> str:
-    """One sha256 over the digests of many tensors, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(named, key=lambda pair: pair[0]):
-        digest.update(tensor_digest(name, tensor).encode())
-    return digest.hexdigest()
-
-
 def model_name(model: PreTrainedModel) -> str:
     """What the model was loaded from: a Hub name, or a folder in full, so that it is found from other folders too."""
     name = str(model.config._name_or_path)
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
-
-
-def disk_name(model: PreTrainedModel, state_name: str) -> str:
-    """The name a tensor has in the checkpoint's files, which need not be its name in the module tree (GPT-2's is not).
-
-    Without safetensors files to look at (a model made in memory), the state-dict name is the only one there is.
-    """
-    stored = _stored_names(str(model.config._name_or_path), getattr(model.config, "_commit_hash", None))
-    if state_name in stored:
-        return state_name
-    endings = [name for name in stored if same_weight(state_name, name)]
-    return endings[0] if len(endings) == 1 else state_name
-
-
-def same_weight(state_name: str, disk: str) -> bool:
-    """Whether an on-disk name and a state-dict name mean one tensor: equal but for the wrappers in front.
-
-    One may have some that the other lacks (GPT-2's "transformer."), or both have them in another order (Gemma 3's
-    "model.language_model." and "language_model.model.").
-    """
-    ours, theirs = state_name.split("."), disk.split(".")
-    shared = 0
-    while ours and theirs and ours[-1] == theirs[-1]:
-        ours.pop()
-        theirs.pop()
-        shared += 1
-    fewer, more = sorted((Counter(ours), Counter(theirs)), key=Counter.total)
-    # A wrapper has no number: what differs in a layer's is another tensor.
-    return shared > 0 and fewer <= more and not any(part.isdigit() for part in more)
-
-
-def _stored_names(name: str, commit: str | None) -> set[str]:
-    folder = Path(name)
-    if not name or not folder.is_dir():
-        found = try_to_load_from_cache(name, "config.json", revision=commit) if name.count("/") <= 1 and name else None
-        if not isinstance(found, str):
-            return set()
-        folder = Path(found).parent
-    names: set[str] = set()
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            names.update(tensors.keys())
-    return names

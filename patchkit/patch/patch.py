@@ -30,9 +30,9 @@ from patchkit.io.files import write_folder
 from patchkit.io.hub import patch_folder
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import KINDS, Chain, Update, change, tensors_of
-from patchkit.model.arch import Architecture, Site, inspect_model, read_weight
+from patchkit.model.arch import Architecture, inspect_model
 from patchkit.model.hooks import live_deltas
-from patchkit.model.loading import same_weight, tensor_digest
+from patchkit.model.weights import Site, find_weight, read_weight, tensor_digest, weight_digest
 from patchkit.patch.card import model_card
 from patchkit.patch.manifest import FORMAT_VERSION, Manifest, UpdateInfo
 
@@ -130,10 +130,8 @@ class Patch:
         return cls(manifest, updates, state)
 
     def _site(self, arch: Architecture, name: str) -> Site:
-        for site in arch.sites:
-            if same_weight(site.weight_name, name):
-                return site
-        raise InputError(f"{name}: no such weight in {type(arch.model).__name__}; {self._wanted()}")
+        sites = {site.weight_name: site for site in arch.sites}
+        return sites[find_weight(name, sites, type(arch.model).__name__, self._wanted())]
 
     def _wanted(self) -> str:
         base = self.manifest.base
@@ -169,13 +167,6 @@ def read_manifest(folder: Path) -> Manifest:
     if manifest.format_version > FORMAT_VERSION:
         raise InputError(f"{file}: format {manifest.format_version} is newer than this patchkit's; upgrade patchkit")
     return manifest
-
-
-def weight_digest(site: Site, name: str) -> str:
-    """Digest of a site's weight as it is stored, under its on-disk name."""
-    weight = site.module.weight
-    assert isinstance(weight, Tensor)
-    return tensor_digest(name, weight)
 
 
 def updates_digest(updates: Mapping[str, Chain]) -> str:

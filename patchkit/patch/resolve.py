@@ -25,7 +25,7 @@ from patchkit.errors import InputError
 from patchkit.maths.linalg import Covariance, PriorKeys
 from patchkit.maths.rotations import Rotation
 from patchkit.maths.updates import Chain, Update, change, kind_of, mapped, tensors_of
-from patchkit.model.arch import Site, read_weight
+from patchkit.model.weights import Site, read_weight
 from patchkit.patch.history import Solve, solves
 from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
 from patchkit.patch.patch import Patch, updates_digest

@@ -14,14 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from patchkit.errors import InputError
 from patchkit.io.hub import is_repo_name, patch_folder
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import Chain, Update, change
 from patchkit.model.hooks import LiveDelta
-from patchkit.model.loading import same_weight, tensor_digest
+from patchkit.model.weights import (
+    find_module,
+    is_quantized,
+    loaded_weight,
+    oriented,
+    shape_of,
+    tensor_digest,
+    weight_of,
+)
 from patchkit.patch.manifest import BaseInfo, Manifest
 from patchkit.patch.patch import Patch
 
@@ -146,7 +153,7 @@ class PatchStack:
         if name in self._attached:
             raise InputError(f'patch "{name}": the model has one of that name; give this one another, name="..."')
         read = _read(patch)
-        modules = {weight: _find(self._model, weight, read.manifest.base) for weight in read.updates}
+        modules = {weight: find_module(self._model, weight, _wanted(read.manifest.base)) for weight in read.updates}
         touched = {key: self._touched.get(key) or _Touched(key, module) for key, module in modules.values()}
         chains = {modules[weight][0]: chain for weight, chain in read.updates.items()}
         for weight, (key, _) in modules.items():
@@ -292,43 +299,28 @@ class _Touched:
 
     def check_shape(self, weight: str, wanted: tuple[int, int], base: BaseInfo) -> None:
         """Raises InputError where an update of a weight of shape `wanted` does not fit the module."""
-        shape = _shape(self.module)
+        shape = shape_of(self.module)
         if shape != wanted:
             found = f"{shape[0]} x {shape[1]}" if shape else f"a {type(self.module).__name__}"
             raise InputError(f"{weight}: {found} here, another shape in the patch; {_wanted(base)}")
 
     def check_writable(self) -> None:
         """Raises InputError where nothing can be written into the weight."""
-        weight = self.module.weight if _is_plain(self.module) else None
-        if not isinstance(weight, Tensor) or weight.is_meta:
-            why = "quantised" if weight is None else "offloaded"
+        if is_quantized(self.module) or weight_of(self.module).is_meta:
+            why = "quantized" if is_quantized(self.module) else "offloaded"
             raise InputError(f"{self.name}.weight: {why}, so that nothing can be merged into it; attach without merged")
 
     def base_weight(self) -> Tensor | None:
-        """The weight without patches, as it is stored, also if offloaded; None if it is quantised."""
-        if self._original is not None:
-            return self._original
-        if not _is_plain(self.module):
-            return None
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        if not weight.is_meta:
-            return weight.detach()
-        # Whatever is offloaded was so by accelerate.
-        from accelerate.utils import align_module_device  # type: ignore[import-untyped]
-
-        with align_module_device(self.module):
-            weight = self.module.weight
-            assert isinstance(weight, Tensor)
-            return weight.detach().clone()
+        """The weight without patches, as it is stored, also if offloaded; None if it is quantized."""
+        return loaded_weight(self.module) if self._original is None else self._original
 
     @torch.no_grad()
     def _rotatable(self) -> Tensor:
         """W (d_out, d_in) without patches, in float32; of a quantised module, what it multiplies with."""
         weight = self.base_weight()
         if weight is not None:
-            return (weight.T if isinstance(self.module, Conv1D) else weight).float()
-        shape = _shape(self.module)
+            return oriented(self.module, weight).float()
+        shape = shape_of(self.module)
         assert shape is not None
         eye = torch.eye(shape[1], device=next(self.module.buffers(), torch.empty(0)).device)  # (d_in, d_in)
         self._live.set([])
@@ -338,19 +330,15 @@ class _Touched:
 
     @torch.no_grad()
     def _write(self, total: Delta) -> None:
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
+        weight = weight_of(self.module)
         self._original = weight.detach().to("cpu", copy=True)
-        change = total.to(device=weight.device).dense()  # (d_out, d_in)
-        change = change.T if isinstance(self.module, Conv1D) else change
+        change = oriented(self.module, total.to(device=weight.device).dense())  # as the weight lies
         weight.copy_(weight.to(torch.promote_types(weight.dtype, torch.float32)) + change)
 
     @torch.no_grad()
     def _restore(self) -> None:
         if self._original is not None:
-            weight = self.module.weight
-            assert isinstance(weight, Tensor)
-            weight.copy_(self._original)
+            weight_of(self.module).copy_(self._original)
             self._original = None
 
 
@@ -364,33 +352,6 @@ def _name_of(patch: str | Path | Patch) -> str:
 
 def _wanted(base: BaseInfo) -> str:
     return f"load {base.name}{f' at commit {base.commit}' if base.commit else ''}"
-
-
-def _find(model: nn.Module, weight: str, base: BaseInfo) -> tuple[str, nn.Module]:
-    """The module with the weight of that on-disk name. It may be quantised and have no tensor `weight` at all."""
-    found = [(name, module) for name, module in model.named_modules() if same_weight(f"{name}.weight", weight)]
-    found = [pair for pair in found if f"{pair[0]}.weight" == weight] or found
-    if len(found) != 1:
-        how_many = f"{len(found)} weights that may be meant" if found else "no such weight"
-        raise InputError(f"{weight}: {how_many} in {type(model).__name__}; {_wanted(base)}")
-    return found[0]
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether the weight is a matrix of numbers. Quantisers pack it, or wrap it in a tensor type of their own."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or type(weight.data) is not Tensor:
-        return False
-    return weight.ndim == 2 and weight.is_floating_point() and weight.element_size() > 1
-
-
-def _shape(module: nn.Module) -> tuple[int, int] | None:
-    """(d_out, d_in) of a linear layer, also where its weight is packed."""
-    if isinstance(module, Conv1D):
-        rows, columns = module.weight.shape
-        return columns, rows
-    d_out, d_in = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    return (d_out, d_in) if isinstance(d_out, int) and isinstance(d_in, int) else None
 
 
 def _check_numbers(touched: Mapping[str, _Touched], base: BaseInfo) -> None:

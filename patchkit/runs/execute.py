@@ -17,10 +17,11 @@ import transformers
 from patchkit import methods
 from patchkit.editing.editor import EditState, Plan, ValueCache, edit, frozen, plan
 from patchkit.editing.recipe import EditConfig
-from patchkit.model.loading import disk_name, model_name
+from patchkit.model.loading import model_name
+from patchkit.model.weights import disk_name, weight_digest
 from patchkit.patch.history import choose_facts
 from patchkit.patch.manifest import BaseInfo, EditedFact, Run
-from patchkit.patch.patch import Patch, weight_digest
+from patchkit.patch.patch import Patch
 from patchkit.patch.resolve import Sites, assemble, state_of, with_run
 from patchkit.runs.prepare import Prepared
 from patchkit.runs.workspace import Workspace

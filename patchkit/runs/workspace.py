@@ -17,8 +17,9 @@ from patchkit.editing.gradients import text_gradients
 from patchkit.errors import InputError
 from patchkit.maths.linalg import Covariance
 from patchkit.methods import Method
-from patchkit.model.arch import Site, inspect_model
+from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
+from patchkit.model.weights import Site
 from patchkit.patch.patch import Patch
 from patchkit.patch.resolve import Sites, without
 from patchkit.statistics.moments import Corpus, default_text, read_corpus, statistics, window_of

@@ -31,9 +31,8 @@ from patchkit.io.files import write_atomically
 from patchkit.io.places import shipped
 from patchkit.maths.linalg import Covariance
 from patchkit.maths.onednn import linear
-from patchkit.model.arch import Site
 from patchkit.model.forward import LayerRunner, watching
-from patchkit.model.loading import model_digest
+from patchkit.model.weights import Site, model_digest
 
 # Tokens a window holds. Short, since most of what an edited model is asked is short, and the keys at the beginning of a
 # text are unlike those in the middle of one: what is counted here is what edits leave alone (docs/statistics.md).

@@ -23,8 +23,9 @@ import patchkit
 from patchkit import Patch
 from patchkit.maths.linalg import Delta
 from patchkit.model.arch import inspect_model
+from patchkit.model.weights import weight_digest
 from patchkit.patch.manifest import BaseInfo, Manifest, UpdateInfo
-from patchkit.patch.patch import updates_digest, weight_digest
+from patchkit.patch.patch import updates_digest
 
 ROOT = Path(__file__).parents[2]
 LEAST_RATIO = 0.95

@@ -32,7 +32,7 @@ from torch import Tensor
 from patchkit.export.merge import Rounding, merge
 from patchkit.maths.linalg import Delta
 from patchkit.maths.rounding import TEXT_DIRECTIONS, Feedback, Metric, Spectrum
-from patchkit.model.loading import tensor_digest
+from patchkit.model.weights import tensor_digest
 from patchkit.patch.manifest import BaseInfo, Manifest, Run, UpdateInfo
 from patchkit.patch.patch import Patch, updates_digest
 

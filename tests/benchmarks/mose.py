@@ -24,10 +24,11 @@ from patchkit.facts.reader import read_facts
 from patchkit.maths.linalg import Delta
 from patchkit.maths.rotations import Rotation
 from patchkit.maths.updates import change
-from patchkit.model.arch import inspect_model, read_weight
+from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import live_deltas
 from patchkit.model.loading import load_model
+from patchkit.model.weights import read_weight
 from patchkit.statistics.moments import read_corpus, statistics
 
 TOLERANCES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1)

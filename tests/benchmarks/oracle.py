@@ -27,7 +27,8 @@ from patchkit.maths.linalg import Covariance
 from patchkit.methods.alphaedit import AlphaEditConfig
 from patchkit.methods.memit import MemitConfig
 from patchkit.methods.rome import RomeConfig
-from patchkit.model.arch import Architecture, Site, inspect_model, read_weight, write_weight
+from patchkit.model.arch import Architecture, inspect_model
+from patchkit.model.weights import Site, read_weight, write_weight
 
 from .common import clock
 

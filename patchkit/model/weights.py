@@ -1,0 +1,242 @@
+"""Finding a weight by its name, on disk or in a module tree; reading it, writing it, and telling two apart by digest.
+
+A weight has up to three names: in the checkpoint's files, in the state dict, and in a model without its head. They
+differ in the wrappers in front. It may also lie as (d_out, d_in) or, in a Conv1D, transposed. Both are decided here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeGuard
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from patchkit.errors import InputError
+
+LINEAR = (nn.Linear, Conv1D)
+"""The layers that multiply with a weight that patches can change; GPT-2's are Conv1Ds."""
+EDITABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_CHUNK = 1 << 21
+
+
+@dataclass(frozen=True)
+class Site:
+    """An editable weight: what the feed-forward of layer `layer` writes with."""
+
+    layer: int
+    weight_name: str  # as in the state dict
+    module_name: str
+    module: nn.Module
+    d_in: int
+    d_out: int
+    direct: bool  # what the module writes is what the residual stream receives: no norm or scale in between
+
+
+# --- finding ----------------------------------------------------------------------------------------------------------
+
+
+def same_weight(one: str, other: str) -> bool:
+    """Whether two names, such as one on disk and one in a state dict, mean one tensor: equal but for wrappers in front.
+
+    One may have some that the other lacks (GPT-2's "transformer."), or both have them in another order (Gemma 3's
+    "model.language_model." and "language_model.model.").
+    """
+    ours, theirs = one.split("."), other.split(".")
+    shared = 0
+    while ours and theirs and ours[-1] == theirs[-1]:
+        ours.pop()
+        theirs.pop()
+        shared += 1
+    fewer, more = sorted((Counter(ours), Counter(theirs)), key=Counter.total)
+    # A wrapper has no number: what differs in a layer's is another tensor.
+    return shared > 0 and fewer <= more and not any(part.isdigit() for part in more)
+
+
+def matching(name: str, among: Iterable[str]) -> list[str]:
+    """The names in `among` that mean the weight `name`: that very name where it is there, else all `same_weight`s."""
+    found = [other for other in among if same_weight(name, other)]
+    return [name] if name in found else found
+
+
+def find_weight(name: str, among: Iterable[str], where: str, advice: str) -> str:
+    """The one name in `among` that means the weight `name`.
+
+    Raises:
+        InputError: there is none, or there are several; `where` says in what, `advice` what to do.
+    """
+    found = matching(name, among)
+    if len(found) != 1:
+        what = f"it may be {' or '.join(found)}" if found else "no such weight"
+        raise InputError(f"{name}: {what} in {where}; {advice}")
+    return found[0]
+
+
+def find_module(model: nn.Module, weight: str, advice: str) -> tuple[str, nn.Module]:
+    """Name and module of the weight `weight`. The module may be quantized and have no tensor `weight` at all.
+
+    Raises:
+        InputError: as `find_weight`.
+    """
+    modules = dict(model.named_modules())
+    found = find_weight(weight, (f"{name}.weight" for name in modules), type(model).__name__, advice)
+    name = found.removesuffix(".weight")
+    return name, modules[name]
+
+
+def disk_name(model: PreTrainedModel, state_name: str) -> str:
+    """The name a tensor has in the checkpoint's files, which need not be its name in the module tree (GPT-2's is not).
+
+    Without safetensors files to look at (a model made in memory), the state-dict name is the only one there is.
+    """
+    stored = _stored_names(str(model.config._name_or_path), getattr(model.config, "_commit_hash", None))
+    found = matching(state_name, stored)
+    return found[0] if len(found) == 1 else state_name
+
+
+def _stored_names(name: str, commit: str | None) -> set[str]:
+    folder = Path(name)
+    if not name or not folder.is_dir():
+        found = try_to_load_from_cache(name, "config.json", revision=commit) if name.count("/") <= 1 and name else None
+        if not isinstance(found, str):
+            return set()
+        folder = Path(found).parent
+    names: set[str] = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names.update(tensors.keys())
+    return names
+
+
+def skeleton(name: str | Path, commit: str | None = None) -> PreTrainedModel:
+    """The model of a checkpoint's config without any weights: names, classes and shapes of its modules.
+
+    Args:
+        name: a folder, or a repository on the Hub, of which only config.json is read.
+
+    Raises:
+        InputError: its config.json is not at hand or cannot be used.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, revision=commit or "main")
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(
+            f"base {name}: its config.json is needed and cannot be used: {reason}; name the base with --model"
+        ) from None
+    return model
+
+
+# --- modules ----------------------------------------------------------------------------------------------------------
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
+    """Whether it is one of `LINEAR`, or made from one."""
+    return isinstance(module, LINEAR)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether its weight lies as (d_in, d_out)."""
+    return isinstance(module, Conv1D)
+
+
+def oriented(module: nn.Module, tensor: Tensor) -> Tensor:
+    """A tensor that lies as the module's weight does as a (d_out, d_in) view, and the other way round."""
+    return tensor.T if is_transposed(module) else tensor
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """Its parameter `weight` as it is stored."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def shape_of(module: nn.Module) -> tuple[int, int] | None:
+    """(d_out, d_in) of a linear layer, also where its weight is packed; None of anything else."""
+    if is_linear(module) and not is_quantized(module):
+        first, second = weight_of(module).shape
+        return (second, first) if is_transposed(module) else (first, second)
+    d_out, d_in = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    return (d_out, d_in) if isinstance(d_out, int) and isinstance(d_in, int) else None
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether its weight is no plain float matrix. Quantizers pack it, or wrap it in a tensor type of their own."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or type(weight.data) is not Tensor:
+        return True
+    return weight.ndim != 2 or weight.dtype not in EDITABLE_DTYPES
+
+
+# --- reading and writing ----------------------------------------------------------------------------------------------
+
+
+def read_weight(site: Site) -> Tensor:
+    """The site's weight W as a detached view in its stored dtype, (d_out, d_in)."""
+    return oriented(site.module, weight_of(site.module).detach())
+
+
+def write_weight(site: Site, weight: Tensor) -> None:
+    """Overwrite the site's weight in place from `weight`, (d_out, d_in), of any float dtype and device.
+
+    Raises ValueError for another shape, which a copy would broadcast without a word.
+    """
+    if weight.shape != (site.d_out, site.d_in):
+        raise ValueError(f"{site.weight_name} is {(site.d_out, site.d_in)}, not {tuple(weight.shape)}")
+    read_weight(site).copy_(weight)
+
+
+def loaded_weight(module: nn.Module) -> Tensor | None:
+    """The module's weight as it is stored, also if it is offloaded to CPU or disk; None if it is quantized."""
+    if is_quantized(module):
+        return None
+    if not weight_of(module).is_meta:
+        return weight_of(module).detach()
+    # Whatever is offloaded was so by accelerate.
+    from accelerate.utils import align_module_device  # type: ignore[import-untyped]
+
+    with align_module_device(module):
+        return weight_of(module).detach().clone()
+
+
+# --- digests ----------------------------------------------------------------------------------------------------------
+
+
+def tensor_digest(name: str, tensor: Tensor) -> str:
+    """sha256 over name, dtype, shape and bytes, the same whatever dtype the weights were loaded in.
+
+    A bf16 checkpoint loaded in float32 holds the same numbers; so they are hashed in the first of bfloat16, float16,
+    float32 and their own dtype that holds them exactly.
+    """
+    chunks = tensor.detach().cpu().contiguous().view(-1).split(_CHUNK)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, tensor.dtype):
+        if dtype == tensor.dtype or all(torch.equal(chunk.to(dtype).to(tensor.dtype), chunk) for chunk in chunks):
+            break
+    digest = hashlib.sha256(f"{name}|{str(dtype).removeprefix('torch.')}|{list(tensor.shape)}|".encode())
+    for chunk in chunks:  # a second tensor as large as the first would be too much where merging counts them
+        digest.update(chunk.to(dtype).view(torch.uint8).numpy().data if chunk.numel() else b"")
+    return digest.hexdigest()
+
+
+def model_digest(named: Iterable[tuple[str, Tensor]]) -> str:
+    """One sha256 over the digests of many tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(named, key=lambda pair: pair[0]):
+        digest.update(tensor_digest(name, tensor).encode())
+    return digest.hexdigest()
+
+
+def weight_digest(site: Site, name: str) -> str:
+    """Digest of a site's weight as it is stored, under its on-disk name."""
+    return tensor_digest(name, weight_of(site.module))
