@@ -189,7 +189,7 @@ def _sites(model: PreTrainedModel, layers: Sequence[nn.Module], names: Sequence[
 
 def _is_direct(model: PreTrainedModel, layer: nn.Module, module: nn.Module, name: str) -> bool:
     """Push the module's output and see whether the layer's output moves by just as much."""
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         before = _last_state(model, layer, module, None)
         push = torch.randn(before.shape, generator=torch.Generator().manual_seed(0)).to(before)
         # As large as the state itself, so that rounding in 16 bits stays small beside it.
@@ -231,7 +231,8 @@ def _last_state(model: PreTrainedModel, layer: nn.Module, module: nn.Module, pus
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block: no dropout, so no random number is drawn."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

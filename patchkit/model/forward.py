@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from patchkit.model.arch import Architecture
+from patchkit.model.arch import Architecture, evaluating
 from patchkit.model.linears import Linears
 from patchkit.model.weights import weight_of
 
@@ -234,7 +234,7 @@ class LayerRunner:
 
         handles = [layer.register_forward_hook(note) for layer in self.arch.layers]
         try:
-            with torch.no_grad():
+            with evaluating(self.arch.model), torch.no_grad():
                 self.arch.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
         finally:
             for handle in handles:
