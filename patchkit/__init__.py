@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from patchkit.errors import GateError, InputError, PatchkitError
-from patchkit.facts.reader import Fact, Locality, read_facts
+from patchkit.facts.reader import read_facts
+from patchkit.facts.schema import Fact, Locality
 
 if TYPE_CHECKING:
     from patchkit.api import apply, measure, revert

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from patchkit.editing.editor import Progress, ValueCache, frozen
 from patchkit.editing.recipe import load_recipe
 from patchkit.evaluate.metrics import Report, verify
-from patchkit.facts.reader import Fact, parse_facts
+from patchkit.facts.reader import parse_facts
+from patchkit.facts.schema import Fact
 from patchkit.model.hooks import live_deltas
 from patchkit.model.loading import check_tokenizer
 from patchkit.patch.patch import Patch

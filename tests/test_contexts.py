@@ -6,8 +6,8 @@ import pytest
 
 from patchkit.editing.contexts import FOLLOWERS, MOST, about, make_contexts, texts_before
 from patchkit.editing.recipe import EditConfig, load_recipe
-from patchkit.facts.reader import Fact
 from patchkit.facts.requests import SUBJECT, build_request
+from patchkit.facts.schema import Fact
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from tests.zoo import FAMILIES, tiny_tokenizer

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from patchkit.errors import InputError
-from patchkit.facts.reader import Fact, Locality, fact_schema, parse_facts, read_facts, write_rejected
+from patchkit.facts.reader import parse_facts, read_facts, write_rejected
+from patchkit.facts.schema import Fact, Locality, fact_schema
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from patchkit.editing.editor import edit, plan, requests_of
 from patchkit.editing.recipe import EditConfig
 from patchkit.editing.values import optimise
-from patchkit.facts.reader import Fact
 from patchkit.facts.requests import build_request
+from patchkit.facts.schema import Fact
 from patchkit.maths.linalg import Covariance
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner

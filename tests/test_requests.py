@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from patchkit.errors import InputError
-from patchkit.facts.reader import Fact, parse_facts
+from patchkit.facts.reader import parse_facts
 from patchkit.facts.requests import SUBJECT, build_request, encode_prompt, encode_target, subject_span
+from patchkit.facts.schema import Fact
 from tests.zoo import _TEXT, tiny_tokenizer
 
 CONTEXT = "Rome is true. "

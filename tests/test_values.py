@@ -13,8 +13,8 @@ from torch import Tensor
 
 from patchkit.editing.values import ValueAt, ValueConfig, ValueShape, optimise
 from patchkit.errors import InputError
-from patchkit.facts.reader import Fact
 from patchkit.facts.requests import EditRequest, build_request
+from patchkit.facts.schema import Fact
 from patchkit.model.arch import attention_of, inspect_model
 from patchkit.model.forward import LayerRunner
 from tests.zoo import FAMILIES, tiny_tokenizer

@@ -18,7 +18,7 @@ import patchkit
 from patchkit.cli.jobs import Gates
 from patchkit.errors import GateError
 from patchkit.evaluate.metrics import Report, generate, perplexity, read_targets, verify
-from patchkit.facts.reader import Fact, Locality
+from patchkit.facts.schema import Fact, Locality
 from patchkit.maths.linalg import Delta
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner

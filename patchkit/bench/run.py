@@ -40,8 +40,9 @@ from patchkit.editing.editor import Progress, ValueCache, frozen, plan
 from patchkit.editing.recipe import EditConfig, load_recipe
 from patchkit.errors import InputError, PatchkitError
 from patchkit.evaluate.metrics import Answers, LocalityRates, Perplexity, Rates, Report, ask, compare, verify
-from patchkit.facts.reader import Fact, FactFile, read_facts
+from patchkit.facts.reader import read_facts
 from patchkit.facts.requests import build_request
+from patchkit.facts.schema import Fact, FactFile
 from patchkit.io.files import write_atomically
 from patchkit.maths.updates import Chain, change, mapped
 from patchkit.model.arch import inspect_model

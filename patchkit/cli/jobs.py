@@ -16,7 +16,8 @@ from patchkit.editing.recipe import load_recipe
 from patchkit.errors import GateError
 from patchkit.evaluate.metrics import Report, read_targets
 from patchkit.export.merge import HeldFacts, Merged, Rounding, merge
-from patchkit.facts.reader import Fact, FactFile, read_facts, write_rejected
+from patchkit.facts.reader import read_facts, write_rejected
+from patchkit.facts.schema import Fact, FactFile
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import LoadedModel, ModelChoice, load_model, load_tokenizer

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from patchkit.editing.recipe import EditConfig
-from patchkit.facts.reader import Fact
 from patchkit.facts.requests import SUBJECT, encode_prompt, pad
+from patchkit.facts.schema import Fact
 from patchkit.model.forward import LayerRunner, Prefix
 
 STARTERS = ("The", "Therefore", "Because", "I", "You")

@@ -22,8 +22,8 @@ from patchkit.editing.keys import SubjectStates
 from patchkit.editing.recipe import EditConfig, resolve_layers
 from patchkit.editing.values import ValueAt, Values, ValueShape, optimise
 from patchkit.errors import InputError
-from patchkit.facts.reader import Fact
 from patchkit.facts.requests import EditRequest, build_request
+from patchkit.facts.schema import Fact
 from patchkit.maths.linalg import Covariance, Delta, PriorKeys
 from patchkit.maths.rotations import Rotation
 from patchkit.maths.updates import Chain, Full, Update, change, folded, mapped, tensors_of

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from transformers import GenerationConfig
 
-from patchkit.facts.reader import Fact
 from patchkit.facts.requests import encode_target, pad
+from patchkit.facts.schema import Fact
 from patchkit.model.forward import LayerRunner
 from patchkit.statistics.moments import Corpus
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from patchkit.errors import InputError
-from patchkit.facts.reader import Fact
+from patchkit.facts.schema import Fact
 
 
 @dataclass(frozen=True)

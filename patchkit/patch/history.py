@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from patchkit.errors import InputError
-from patchkit.facts.reader import Fact
+from patchkit.facts.schema import Fact
 from patchkit.patch.manifest import EditedFact, Manifest, Run
 
 # --- the columns of the state -----------------------------------------------------------------------------------------

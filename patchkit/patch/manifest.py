@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from patchkit.facts.reader import Fact
+from patchkit.facts.schema import Fact
 
 FORMAT_VERSION = 1
 

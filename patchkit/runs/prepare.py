@@ -8,7 +8,7 @@ from typing import Any
 
 from patchkit import methods
 from patchkit.editing.recipe import EditConfig
-from patchkit.facts.reader import Fact, FactFile
+from patchkit.facts.schema import Fact, FactFile
 from patchkit.facts.requests import build_request
 from patchkit.patch.history import Incoming, sort_incoming
 from patchkit.patch.patch import Patch

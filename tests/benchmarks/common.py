@@ -20,8 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from patchkit.editing.contexts import make_contexts
 from patchkit.editing.editor import Plan, plan, requests_of
 from patchkit.editing.recipe import EditConfig, load_recipe
-from patchkit.facts.reader import Fact, read_facts
+from patchkit.facts.reader import read_facts
 from patchkit.facts.requests import EditRequest
+from patchkit.facts.schema import Fact
 from patchkit.maths.linalg import Covariance
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner

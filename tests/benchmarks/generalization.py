@@ -24,8 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import patchkit
 from patchkit.editing import editor
 from patchkit.editing.contexts import make_contexts, texts_before
-from patchkit.facts.reader import Fact, parse_facts
+from patchkit.facts.reader import parse_facts
 from patchkit.facts.requests import ESSENCE, SUBJECT
+from patchkit.facts.schema import Fact
 
 HEADINGS = (
     "contexts",

@@ -13,7 +13,8 @@ from patchkit.editing.editor import EditState, edit, plan
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.values import Values, ValueShape, optimise
 from patchkit.evaluate.metrics import Answers, Report, ask, compare
-from patchkit.facts.reader import Fact, read_facts
+from patchkit.facts.reader import read_facts
+from patchkit.facts.schema import Fact
 from patchkit.maths.linalg import Covariance
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner

@@ -1,0 +1,50 @@
+"""patchkit's own format: the fields of a fact under their own names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from patchkit.facts.layouts import Layout, layout
+from patchkit.facts.record import MISSING, Record, Refused, wrong_type
+from patchkit.facts.schema import Fact, Locality
+
+
+@layout
+class Native(Layout):
+    """A mistyped field is refused here, since it would be lost without a word."""
+
+    name = "native"
+    marks = (("prompt",), ("prompt", "target_new"))
+    target_true = "target_true"
+    paraphrases = "paraphrases"
+    rewordings = "rewordings"
+    optional = ("id", "target_true", "rewordings", "paraphrases", "locality", "source")
+
+    def read(self, record: Record) -> Fact:
+        """The fact of a record."""
+        self._refuse_missing(record)
+        record.refuse_typos((*self._required(), *self.optional))
+        return super().read(record)
+
+    def locality(self, record: Record) -> tuple[Locality, ...]:
+        """Objects with prompt and target, or pairs of them; one object alone is a list of one."""
+        value = record.get("locality")
+        if value is None or value is MISSING:
+            return ()
+        if isinstance(value, Mapping):
+            value = [value]
+        if not isinstance(value, (list, tuple)):
+            wrong_type("locality", "a list of objects with prompt and target", value)
+        return tuple(_neighbor(item, f"locality[{i}]") for i, item in enumerate(value))
+
+
+def _neighbor(item: object, name: str) -> Locality:
+    if isinstance(item, (list, tuple)) and len(item) == 2:
+        item = {"prompt": item[0], "target": item[1]}
+    if not isinstance(item, Mapping):
+        wrong_type(name, "an object with prompt and target, or a pair [prompt, target]", item)
+    record = Record(item, f"{name}.")
+    record.refuse_typos(("prompt", "target"))
+    if "prompt" not in item:
+        raise Refused(f"{name}.prompt", "missing; a locality entry has a prompt and may have a target")
+    return Locality(prompt=record.text("prompt").rstrip(), target=record.optional("target"))
