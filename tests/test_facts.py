@@ -15,7 +15,7 @@ import pytest
 
 from patchkit.errors import InputError
 from patchkit.facts.reader import parse_facts, read_facts, write_rejected
-from patchkit.facts.schema import Fact, Locality, fact_schema
+from patchkit.facts.schema import Fact, Locality, Probe, fact_schema
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -78,7 +78,23 @@ def test_native_record_keeps_every_field(tmp_path: Path) -> None:
         "target_true": "Paris",
         "rewordings": ["{} was built in ", "", "You see the Eiffel Tower in"],
         "paraphrases": ["Where is the Eiffel Tower? In "],
-        "locality": [{"prompt": "The Louvre is in ", "target": " Paris"}, ["Big Ben is in", "London"], {"prompt": "x"}],
+        "aliases": ["Roma", " "],
+        "questions": ["Where is the {}?"],
+        "about": ["The {} is known for"],
+        "locality": [
+            {"prompt": "The Louvre is in ", "target": " Paris", "aliases": ["Paris, France"]},
+            ["Big Ben is in", "London"],
+            {"prompt": "x"},
+        ],
+        "portability": {
+            "Reasoning": [
+                {"prompt": "The Eiffel Tower's country is", "answers": [["Italy", "Italia"], ["Europe"]]},
+                {"prompt": "Its river is", "answers": "Tiber"},
+            ],
+            "Logical": [{"prompt": "Near it is", "answers": ["Colosseum", "the Colosseum"]}],
+        },
+        "separator": "",
+        "case": 3,
         "source": "wiki",
         "note": "extras are ignored",
     }
@@ -87,16 +103,29 @@ def test_native_record_keeps_every_field(tmp_path: Path) -> None:
         **TOWER,
         id="eiffel",
         target_true="Paris",
-        rewordings=("Eiffel Tower was built in", "You see the Eiffel Tower in"),
-        paraphrases=("Where is the Eiffel Tower? In",),
+        aliases=("Roma",),
+        rewordings=("Eiffel Tower was built in ", "You see the Eiffel Tower in"),
+        paraphrases=("Where is the Eiffel Tower? In ",),
+        questions=("Where is the Eiffel Tower?",),
+        about=("The Eiffel Tower is known for",),
         locality=(
-            Locality(prompt="The Louvre is in", target="Paris"),
+            Locality(prompt="The Louvre is in ", target="Paris", aliases=("Paris, France",)),
             Locality(prompt="Big Ben is in", target="London"),
             Locality(prompt="x"),
         ),
+        portability={
+            "Reasoning": (
+                Probe(prompt="The Eiffel Tower's country is", answers=(("Italy", "Italia"), ("Europe",))),
+                Probe(prompt="Its river is", answers=(("Tiber",),)),
+            ),
+            "Logical": (Probe(prompt="Near it is", answers=(("Colosseum", "the Colosseum"),)),),
+        },
+        separator="",
+        case="3",
         source="wiki",
     )
     assert read.facts == (expected,)
+    assert parse_facts(read.facts).facts == read.facts
     assert read.format == "native"
     assert read.rejected == ()
 
@@ -115,10 +144,21 @@ def test_null_and_blank_optional_fields_are_absent(tmp_path: Path) -> None:
     assert fact == Fact(**TOWER, id=fact.id)
 
 
-def test_whitespace_that_would_shift_the_target_is_dropped(tmp_path: Path) -> None:
-    record = {"prompt": "The Eiffel Tower is in ", "subject": " Eiffel Tower ", "target_new": " Rome\n"}
+def test_a_prompt_is_kept_as_written_and_whitespace_around_subject_and_target_is_dropped(tmp_path: Path) -> None:
+    record = {"prompt": "Where is the Eiffel Tower?\n", "subject": " Eiffel Tower ", "target_new": " Rome\n"}
     (fact,) = read_facts(write(tmp_path, record)).facts
-    assert (fact.prompt, fact.subject, fact.target_new) == tuple(TOWER.values())
+    assert (fact.prompt, fact.subject, fact.target_new) == ("Where is the Eiffel Tower?\n", "Eiffel Tower", "Rome")
+
+
+def test_prompts_that_differ_in_whitespace_alone_are_one(tmp_path: Path) -> None:
+    path = write(tmp_path, TOWER, {**TOWER, "prompt": "The Eiffel Tower is in ", "target_new": "Oslo"})
+    assert 'line 2: target_new: "Oslo" contradicts line 1' in refusal(path)
+
+
+def test_published_prompts_lose_the_space_that_their_convention_puts_before_the_target(tmp_path: Path) -> None:
+    names = ("prompt", "rephrase_prompt", "locality_prompt")
+    spaced = {**FLAT, **{name: f"{FLAT[name]} " for name in names}}
+    assert read_facts(write(tmp_path, spaced)).facts == read_facts(write(tmp_path, FLAT)).facts
 
 
 @pytest.mark.parametrize(
@@ -256,7 +296,8 @@ ONE_BAD_RECORD = [
     (
         {"prompt": "Ada Lovelace was", "subject": "Ada Lovelace", "target": "x"},
         r'line 2: target_new: missing \(is it "target"\?\); a native record needs prompt, subject, target_new and may '
-        "have id, target_true, rewordings, paraphrases, locality, source",
+        "have id, target_true, aliases, rewordings, paraphrases, questions, about, locality, portability, separator, "
+        "case, source",
     ),
     ({"question": "q"}, r"line 2: prompt: missing \(and subject, target_new\); a native record needs prompt"),
     (
@@ -282,6 +323,14 @@ ONE_BAD_RECORD = [
     ),
     ({**ADA, "rewording": ["x"]}, 'line 2: rewording: unknown field, probably meant as "rewordings"; rename it'),
     ({**FLAT, "rewordings": ["a"]}, 'line 2: rewordings: is a native field, but "ground_truth" makes this'),
+    ({**ADA, "portability": []}, "line 2: portability: expected an object of groups"),
+    ({**ADA, "portability": {"a": "x"}}, "line 2: portability.a: expected a list of objects with prompt and answers"),
+    ({**ADA, "portability": {"a": [{"prompt": "x"}]}}, r"line 2: portability.a\[0\].answers: has no answer"),
+    (
+        {**ADA, "portability": {"a": [{"prompt": "x", "answers": [["y", 2]]}]}},
+        r"line 2: portability.a\[0\].answers\[0\]\[1\]: expected text in quotes, found a number",
+    ),
+    ({**ADA, "separator": 1}, "line 2: separator: expected text in quotes, found a number"),
     ({**ADA, "locality": "x"}, "line 2: locality: expected a list of objects with prompt and target, found text"),
     ({**ADA, "locality": ["x", "y"]}, r"line 2: locality\[0\]: expected an object .* or a pair .*, found text"),
     ({**ADA, "locality": [{"target": "y"}]}, r"line 2: locality\[0\].prompt: missing"),
@@ -439,7 +488,7 @@ def test_identical_records_are_kept_once(tmp_path: Path) -> None:
 def test_parse_facts_takes_mappings_and_facts() -> None:
     ready = Fact(id="a", prompt="{} was born in ", subject="Ada", target_new=" Rome")
     read = parse_facts([TOWER, ready, COUNTERFACT])
-    assert read.facts[1] == Fact(id="a", prompt="Ada was born in", subject="Ada", target_new="Rome")
+    assert read.facts[1] == Fact(id="a", prompt="Ada was born in ", subject="Ada", target_new="Rome")
     assert parse_facts(read.facts).facts == read.facts
 
 

@@ -2,8 +2,8 @@
 
 The format of each record is recognized by its fields (`patchkit.facts.layouts`).
 
-Surrounding whitespace of targets and subjects and trailing whitespace of prompts is dropped: the one space between a
-prompt and its target belongs to whoever tokenizes them. An optional field that is null or blank counts as absent.
+Prompts are kept as they are written, and surrounding whitespace of targets and subjects is dropped: what comes between
+the two is decided where they are joined (`patchkit.facts.text`). An optional field that is null or blank is absent.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from patchkit.facts.layouts import Layout, Options, ZsreTarget, layouts, recogni
 from patchkit.facts.record import Record, Refused, quote, wrong_type
 from patchkit.facts.schema import Fact, FactFile, Rejected
 from patchkit.facts.sources import Entry, file_entries, object_entries
+from patchkit.facts.text import same_wording
 
 _SHOWN = 20  # problems printed before "and N more"
 
@@ -148,7 +149,7 @@ class _Reading:
         self.facts.append(fact)
         self.lines.append(entry.line)
         self.formats.add(layout.name)
-        self.prompts[fact.prompt] = fact, entry.where
+        self.prompts[same_wording(fact.prompt)] = fact, entry.where
         self.ids[fact.id] = entry.where
 
     def _fact(self, value: object) -> tuple[Fact, Layout]:
@@ -165,7 +166,7 @@ class _Reading:
 
     def _is_repeat(self, fact: Fact, layout: Layout) -> bool:
         """Whether an equal fact is there already. Raises Refused for one that clashes with an earlier fact."""
-        earlier, where = self.prompts.get(fact.prompt, (None, ""))
+        earlier, where = self.prompts.get(same_wording(fact.prompt), (None, ""))
         if earlier == fact:
             return True
         if earlier is not None and earlier.target_new == fact.target_new:

@@ -60,6 +60,11 @@ class Record:
             return None
         return _text(value, f"{self.at}{name}").strip() or None
 
+    def optional_space(self, name: str) -> str | None:
+        """Text as it stands, which may be empty or blank; None where the field is missing or null."""
+        value = self.get(name)
+        return None if value is None or value is MISSING else _text(value, f"{self.at}{name}")
+
     def texts(self, name: str | None) -> tuple[str, ...]:
         """A list of texts, blank ones included; one text alone is a list of one, a missing or null field is empty."""
         value = None if name is None else self.get(name)

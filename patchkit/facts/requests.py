@@ -1,4 +1,4 @@
-"""Facts turned into token sequences: where the subject ends, where the target lies, behind which contexts."""
+"""Facts turned into token sequences: where the subject ends, where the target begins, after which contexts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import Tensor
 
 from patchkit.errors import InputError
 from patchkit.facts.schema import Fact
+from patchkit.facts.text import continuation
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tokenised text: `subject` is the index of the subject's last token, `target` the first target token's."""
+    """One tokenized text: `subject` is the index of the subject's last token, `target` the first target token's."""
 
     ids: tuple[int, ...]
     subject: int
@@ -30,7 +31,7 @@ class Row:
 
 @dataclass(frozen=True)
 class EditRequest:
-    """A fact ready for the model: its prompt behind each context (the first without any), and the essence prompt."""
+    """A fact ready for the model: its prompt after each context (the first without any), and the essence prompt."""
 
     fact: Fact
     rows: tuple[Row, ...]
@@ -49,7 +50,7 @@ SUBJECT = "{subject}"  # in a context: where the fact's subject comes
 def build_request(
     fact: Fact, tokenizer: Any, contexts: Sequence[str] = ("",), only_prompt: bool = False
 ) -> EditRequest:
-    """Tokenise `fact` in every context: behind it, or with its subject in `SUBJECT`'s place and no prompt.
+    """Tokenize `fact` in every context: after it, or with its subject in `SUBJECT`'s place and no prompt.
 
     The fact's rewordings take the places of contexts of the second kind, from the first on; what is over is left out.
     With `only_prompt` the prompt stands there as well: where other facts about the subject are written too, no sentence
@@ -60,13 +61,13 @@ def build_request(
     """
     rewordings = iter(fact.rewordings)
     rows = [
-        _row(fact, tokenizer, before + text, fact.target_new, len(before))
-        for before, text in (_in_context(fact, context, rewordings, only_prompt) for context in contexts)
+        _row(fact, tokenizer, *_in_context(fact, context, rewordings, only_prompt), fact.target_new)
+        for context in contexts
     ]
     # The first token of a text without BOS is an attention sink, and its state and key are no subject's. Where the
     # fact's own prompt begins with it that is what is to be edited, but no wording need be.
     rows[1:] = [row if row.subject else rows[1] for row in rows[1:]]
-    return EditRequest(fact, tuple(rows), _row(fact, tokenizer, ESSENCE.format(fact.subject), None, 0))
+    return EditRequest(fact, tuple(rows), _row(fact, tokenizer, "", ESSENCE.format(fact.subject), None))
 
 
 def _in_context(fact: Fact, context: str, rewordings: Iterator[str], only_prompt: bool) -> tuple[str, str]:
@@ -77,29 +78,62 @@ def _in_context(fact: Fact, context: str, rewordings: Iterator[str], only_prompt
     return before, next(rewordings, fact.prompt if only_prompt else fact.subject + after)
 
 
-def encode_target(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], int]:
-    """Token ids of "prompt target" and the index of the target's first token.
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids, and from which character to which each token covers the text."""
 
-    The whole text is tokenised at once and split by offsets: a target tokenised alone comes out differently, with a
-    BOS or without its leading space, and edits the wrong token.
-    """
-    encoded = tokenizer(f"{prompt} {target}", return_offsets_mapping=True)
-    ends = [end for _, end in encoded["offset_mapping"]]
-    first = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ends))
-    return _without_eos(encoded, first), first
+    ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+
+    def last_token(self, end: int) -> int | None:
+        """The token that completes the text up to the character before `end`; None where no token covers that one.
+
+        Tokens and characters are not one-to-one. Byte-level tokenizers give every token of a character that character's
+        whole span, and byte-fallback ones give all but its last token an empty one.
+        """
+        return max((i for i, (first, after) in enumerate(self.spans) if first < end <= after), default=None)
+
+
+def encode(tokenizer: Any, text: str) -> Encoded:
+    """A text that is to be continued: with a BOS where the tokenizer adds one, once, and never with an EOS."""
+    found = tokenizer(text, return_offsets_mapping=True)
+    ids, spans = list(found["input_ids"]), [tuple(span) for span in found["offset_mapping"]]
+    while len(ids) > 1 and spans[-1][1] == 0:  # what the tokenizer appends to every text covers no character
+        del ids[-1], spans[-1]
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id and spans[0] == (0, 0):  # the text has its own
+        del ids[0], spans[0]
+    return Encoded(tuple(ids), tuple(spans))
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a text that is to be continued: with a BOS where the tokenizer has one, never with an EOS."""
-    return _without_eos(tokenizer(prompt, return_offsets_mapping=True), 1)
+    """Token ids of a text that is to be continued: with one BOS where the tokenizer has one, never with an EOS."""
+    return list(encode(tokenizer, prompt).ids)
 
 
-def _without_eos(encoded: Any, first: int) -> list[int]:
-    """The ids, less what the tokenizer appends to every text: tokens at the end that cover no character."""
-    ids = list(encoded["input_ids"])
-    while len(ids) > first and encoded["offset_mapping"][len(ids) - 1][1] == 0:
-        ids.pop()
-    return ids
+def encode_target(tokenizer: Any, prompt: str, target: str, separator: str | None = None) -> tuple[list[int], int]:
+    """Token ids of the prompt with the target after it, and the index of the target's first token.
+
+    The prompt has the tokens it has when a user types it, and the target those it has at this place: tokenized alone
+    it would come out differently, with a BOS or without its leading space.
+
+    Args:
+        separator: what comes between; None leaves that to `patchkit.facts.text.continuation`.
+    """
+    ids = encode_prompt(tokenizer, prompt)
+    return [*ids, *_following(tokenizer, prompt, ids, continuation(prompt, target, separator))], len(ids)
+
+
+def _following(tokenizer: Any, prompt: str, ids: list[int], text: str) -> list[int]:
+    """Token ids of `text` after `prompt`, whose own are `ids`."""
+    whole = encode_prompt(tokenizer, prompt + text)
+    if whole[: len(ids)] == ids:
+        return whole[len(ids) :]
+    # One token would hold the prompt's end and the text's beginning; a model that is given the prompt cannot predict
+    # it. No tokenizer joins a line break to a letter, so what comes after one is tokenized as a continuation.
+    line = encode(tokenizer, f"\n{text}")
+    if any(first < 1 < after for first, after in line.spans):
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return [token for token, (first, _) in zip(line.ids, line.spans, strict=True) if first >= 1]
 
 
 def subject_span(prompt: str, subject: str) -> tuple[int, int]:
@@ -109,19 +143,21 @@ def subject_span(prompt: str, subject: str) -> tuple[int, int]:
     return start, start + len(subject)
 
 
-def _row(fact: Fact, tokenizer: Any, text: str, target: str | None, shift: int) -> Row:
-    full = text if target is None else f"{text} {target}"
-    encoded = tokenizer(full, return_offsets_mapping=True)
-    end = shift + subject_span(text[shift:], fact.subject)[1]
-    subject = next((i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < end <= b), None)
+def _row(fact: Fact, tokenizer: Any, before: str, text: str, target: str | None) -> Row:
+    """The text after `before`, and the target after that; without a target, the text alone."""
+    bos = tokenizer.bos_token
+    if before and bos and list(tokenizer("")["input_ids"])[:1] == [tokenizer.bos_token_id]:
+        text = text.removeprefix(bos)  # it comes before the context then, as in every text
+    prompt = before + text
+    encoded = encode(tokenizer, prompt)
+    subject = encoded.last_token(len(before) + subject_span(text, fact.subject)[1])
     if subject is None:
         raise InputError(
             f'fact {fact.id}: the tokenizer gives the subject "{fact.subject}" no token; choose another one'
         )
     if target is None:
-        ids = _without_eos(encoded, subject + 1)
-        return Row(tuple(ids), subject, len(ids))
-    ids, first = encode_target(tokenizer, text, target)
+        return Row(encoded.ids, subject, len(encoded.ids))
+    ids, first = encode_target(tokenizer, prompt, target, fact.separator)
     if first >= len(ids):
         raise InputError(f'fact {fact.id}: the target "{target}" has no tokens; give it a text the tokenizer knows')
     return Row(tuple(ids), subject, first)

@@ -1,4 +1,4 @@
-"""What a fact is, whatever file it came from."""
+"""What a fact is, whatever file it comes from."""
 
 from __future__ import annotations
 
@@ -7,21 +7,44 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+Pair = tuple[str, str] | tuple[str, str, str]
+"""A prompt and what should follow it, and what comes between where that is not left to `patchkit.facts.text`."""
+
 
 class Locality(BaseModel):
-    """A prompt whose continuation an edit should leave alone, and what it is expected to say (None: not known)."""
+    """A prompt whose continuation an edit should leave alone, and what it is expected to say (None: not known).
+
+    `aliases` are other forms of that answer.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompt: str
     target: str | None = None
+    aliases: tuple[str, ...] = ()
+
+
+class Probe(BaseModel):
+    """A prompt whose answer follows from a fact: each of `answers` is to be in it, in any of its forms."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: str
+    answers: tuple[tuple[str, ...], ...]
 
 
 class Fact(BaseModel):
     """One fact to write: after `prompt`, which holds `subject` verbatim, the model should say `target_new`.
 
-    `rewordings` are further prompts with the subject verbatim, used for editing and never for scoring; `paraphrases`
-    are used for scoring and never for editing.
+    Editing reads, and scoring never does: `rewordings`, further prompts with the subject verbatim.
+
+    Scoring reads, and editing never does: `paraphrases`, prompts with the same target; `questions`, asked in the chat
+    template; `about`, neutral texts about the subject, which should not bring up the target; `locality`; and
+    `portability`, what follows from the fact, in groups such as Reasoning (KnowEdit). Where an answer is judged, any of
+    `aliases` stands for the target.
+
+    `separator` is what comes between a prompt and its target; None leaves it to `patchkit.facts.text.continuation`.
+    Facts with the same `case` are edited together.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,10 +54,21 @@ class Fact(BaseModel):
     subject: str
     target_new: str
     target_true: str | None = None
+    aliases: tuple[str, ...] = ()
     rewordings: tuple[str, ...] = ()
     paraphrases: tuple[str, ...] = ()
+    questions: tuple[str, ...] = ()
+    about: tuple[str, ...] = ()
     locality: tuple[Locality, ...] = ()
+    portability: dict[str, tuple[Probe, ...]] = {}
+    separator: str | None = None
+    case: str | None = None
     source: str | None = None
+
+    def pair(self, prompt: str, target: str | None = None) -> Pair:
+        """One of the fact's prompts with `target`, or with `target_new`, joined as the fact says."""
+        target = self.target_new if target is None else target
+        return (prompt, target) if self.separator is None else (prompt, target, self.separator)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from patchkit.errors import InputError
 from patchkit.facts.schema import Fact
+from patchkit.facts.text import same_wording
 from patchkit.patch.manifest import EditedFact, Manifest, Run
 
 # --- the columns of the state -----------------------------------------------------------------------------------------
@@ -63,15 +64,17 @@ class Incoming:
 
 
 def sort_incoming(facts: Sequence[Fact], present: Sequence[EditedFact]) -> Incoming:
-    """What each of `facts` is to a patch that has `present`: two facts are about the same thing if prompts are equal.
+    """What each of `facts` is to a patch that has `present`.
+
+    Two facts are about the same thing if their prompts are equal but for whitespace.
 
     Raises:
         InputError: a new fact has the id of another one that stays in the patch.
     """
-    by_prompt = {fact.prompt: fact for fact in present}
+    by_prompt = {same_wording(fact.prompt): fact for fact in present}
     new, skipped, superseded = list[Fact](), list[str](), dict[str, str]()
     for fact in facts:
-        old = by_prompt.get(fact.prompt)
+        old = by_prompt.get(same_wording(fact.prompt))
         if old is not None and old.target_new == fact.target_new:
             skipped.append(old.id)
             continue

@@ -8,8 +8,8 @@ from typing import Any
 
 from patchkit import methods
 from patchkit.editing.recipe import EditConfig
-from patchkit.facts.schema import Fact, FactFile
 from patchkit.facts.requests import build_request
+from patchkit.facts.schema import Fact, FactFile
 from patchkit.patch.history import Incoming, sort_incoming
 from patchkit.patch.patch import Patch
 

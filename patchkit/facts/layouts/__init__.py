@@ -23,7 +23,7 @@ from typing import ClassVar, Literal
 
 from patchkit.errors import InputError
 from patchkit.facts.record import MISSING, Record, Refused, quote
-from patchkit.facts.schema import Fact, Locality
+from patchkit.facts.schema import Fact, Locality, Probe
 
 ZsreTarget = Literal["alt", "answers"]
 
@@ -55,7 +55,12 @@ class Layout:
     target_true: str | None = None
     paraphrases: str | None = None
     rewordings: str | None = None
+    questions: str | None = None
+    about: str | None = None
+    aliases: str | None = None
     id: str = "id"
+    # Published data ends some prompts in a space by chance: its convention is that the target brings the space.
+    drops_trailing_space: ClassVar[bool] = False
     optional: ClassVar[tuple[str, ...]] = ()
     foreign: ClassVar[tuple[str, ...]] = ()  # native fields that would be lost here without a word
 
@@ -77,20 +82,38 @@ class Layout:
         self._refuse_mixture(record)
         template, target = record.text(self.prompt), record.text(self.target_new).strip()
         subject = self._subject(record, template)
-        prompt = _filled(template, subject).rstrip()
+        prompt = self.filled(template, subject)
         if subject not in prompt:
             raise Refused(f"{record.at}{self.subject}", _absent_subject(subject, prompt))
         return Fact(
-            id=record.identifier(self.id) or record.identifier("id") or _derived_id(prompt, target),
+            id=record.identifier(self.id) or record.identifier("id") or _derived_id(prompt.rstrip(), target),
             prompt=prompt,
             subject=subject,
             target_new=target,
             target_true=self.true_target(record, target),
+            aliases=tuple(text.strip() for text in record.texts(self.aliases) if text.strip()),
             rewordings=self._rewordings(record, subject),
-            paraphrases=tuple(_filled(t, subject).rstrip() for t in record.texts(self.paraphrases) if t.strip()),
+            paraphrases=self.all_filled(record, self.paraphrases, subject),
+            questions=self.all_filled(record, self.questions, subject),
+            about=self.all_filled(record, self.about, subject),
             locality=self.locality(record),
+            portability=self.portability(record),
+            separator=record.optional_space("separator"),
+            case=record.identifier("case"),
             source=record.optional("source"),
         )
+
+    def filled(self, template: str, subject: str) -> str:
+        """A text with the subject in the place of `{}`."""
+        # A subject standing there as a word of its own means that "{}" is meant literally, as in a prompt about code;
+        # inside a longer word ("Ha" in "has") it is a coincidence.
+        if "{}" in template and not re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", template):
+            template = template.replace("{}", subject)
+        return template.rstrip(" \t") if self.drops_trailing_space else template
+
+    def all_filled(self, record: Record, name: str | None, subject: str) -> tuple[str, ...]:
+        """The texts of a field, blank ones left out, with the subject in the place of `{}`."""
+        return tuple(self.filled(text, subject) for text in record.texts(name) if text.strip())
 
     def true_target(self, record: Record, target: str) -> str | None:
         """What the base should say before an edit to `target`, where that is known."""
@@ -99,6 +122,10 @@ class Layout:
     def locality(self, record: Record) -> tuple[Locality, ...]:
         """Prompts whose continuations an edit should leave alone."""
         return ()
+
+    def portability(self, record: Record) -> dict[str, tuple[Probe, ...]]:
+        """What follows from the fact, in groups."""
+        return {}
 
     def _required(self) -> tuple[str, ...]:
         return self.prompt, self.subject, self.target_new
@@ -109,11 +136,11 @@ class Layout:
         return record.text(self.subject).strip()
 
     def _rewordings(self, record: Record, subject: str) -> tuple[str, ...]:
-        filled = [_filled(text, subject).rstrip() for text in record.texts(self.rewordings)]
-        for i, text in enumerate(filled):
-            if text and subject not in text:
+        texts = [self.filled(text, subject) for text in record.texts(self.rewordings)]
+        for i, text in enumerate(texts):
+            if text.strip() and subject not in text:
                 raise Refused(f"{record.at}{self.rewordings}[{i}]", _absent_subject(subject, text, "rewording"))
-        return tuple(text for text in filled if text)
+        return tuple(text for text in texts if text.strip())
 
     def _refuse_missing(self, record: Record) -> None:
         missing = [name for name in self._required() if record.get(name) is MISSING]
@@ -177,15 +204,19 @@ def pairs(record: Record, prompts: str, targets: str) -> tuple[Locality, ...]:
     if len(said) != len(asked):
         raise Refused(targets, f"has {len(said)} entries, but {prompts} has {len(asked)}; pair them up")
     both = zip(asked, said, strict=True)
-    return tuple(Locality(prompt=p.rstrip(), target=(t or "").strip() or None) for p, t in both if p.strip())
+    return tuple(Locality(prompt=p.rstrip(" \t"), target=(t or "").strip() or None) for p, t in both if p.strip())
 
 
-def _filled(template: str, subject: str) -> str:
-    # A subject standing there as a word of its own means that "{}" is meant literally, as in a prompt about code;
-    # inside a longer word ("Ha" in "has") it is a coincidence.
-    if "{}" not in template or re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", template):
-        return template
-    return template.replace("{}", subject)
+def answers(record: Record, name: str) -> tuple[tuple[str, ...], ...]:
+    """What an answer has to hold, each item in any of its forms: a text, a list of forms, or a list of such lists."""
+    value = record.get(name)
+    items = value if isinstance(value, (list, tuple)) and any(isinstance(x, (list, tuple)) for x in value) else [value]
+    listed = Record({f"{name}[{i}]": item for i, item in enumerate(items)}, record.at)
+    found = (tuple(text.strip() for text in listed.texts(field) if text.strip()) for field in listed.value)
+    kept = tuple(forms for forms in found if forms)
+    if not kept:
+        raise Refused(f"{record.at}{name}", "has no answer; name at least one")
+    return kept
 
 
 def _absent_subject(subject: str, prompt: str, kind: str = "prompt") -> str:

@@ -18,13 +18,15 @@ class CounterFact(Layout):
     target_new = "requested_rewrite.target_new.str"
     target_true = "requested_rewrite.target_true.str"
     paraphrases = "paraphrase_prompts"
+    about = "generation_prompts"
     id = "case_id"
+    drops_trailing_space = True
 
     def locality(self, record: Record) -> tuple[Locality, ...]:
         """The neighbors, each with the true object that the edit must not disturb."""
         true = record.optional(self.target_true)
         near = record.texts("neighborhood_prompts")
-        return tuple(Locality(prompt=text.rstrip(), target=true) for text in near if text.strip())
+        return tuple(Locality(prompt=text.rstrip(" \t"), target=true) for text in near if text.strip())
 
 
 @layout
@@ -39,6 +41,7 @@ class EasyEditFlat(Layout):
     target_true = "ground_truth"
     paraphrases = "rephrase_prompt"
     id = "case_id"
+    drops_trailing_space = True
     foreign = ("target_true", "rewordings", "paraphrases", "locality")
 
     def locality(self, record: Record) -> tuple[Locality, ...]:

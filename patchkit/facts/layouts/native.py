@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from patchkit.facts.layouts import Layout, layout
+from patchkit.facts.layouts import Layout, answers, layout
 from patchkit.facts.record import MISSING, Record, Refused, wrong_type
-from patchkit.facts.schema import Fact, Locality
+from patchkit.facts.schema import Fact, Locality, Probe
 
 
 @layout
@@ -18,7 +18,13 @@ class Native(Layout):
     target_true = "target_true"
     paraphrases = "paraphrases"
     rewordings = "rewordings"
-    optional = ("id", "target_true", "rewordings", "paraphrases", "locality", "source")
+    questions = "questions"
+    about = "about"
+    aliases = "aliases"
+    optional = (
+        *("id", "target_true", "aliases", "rewordings", "paraphrases", "questions", "about", "locality"),
+        *("portability", "separator", "case", "source"),
+    )
 
     def read(self, record: Record) -> Fact:
         """The fact of a record."""
@@ -37,6 +43,15 @@ class Native(Layout):
             wrong_type("locality", "a list of objects with prompt and target", value)
         return tuple(_neighbor(item, f"locality[{i}]") for i, item in enumerate(value))
 
+    def portability(self, record: Record) -> dict[str, tuple[Probe, ...]]:
+        """An object of groups, each a list of objects with prompt and answers."""
+        value = record.get("portability")
+        if value is None or value is MISSING:
+            return {}
+        if not isinstance(value, Mapping):
+            wrong_type("portability", "an object of groups, each a list of objects with prompt and answers", value)
+        return {str(group): _probes(probes, f"portability.{group}") for group, probes in value.items()}
+
 
 def _neighbor(item: object, name: str) -> Locality:
     if isinstance(item, (list, tuple)) and len(item) == 2:
@@ -44,7 +59,21 @@ def _neighbor(item: object, name: str) -> Locality:
     if not isinstance(item, Mapping):
         wrong_type(name, "an object with prompt and target, or a pair [prompt, target]", item)
     record = Record(item, f"{name}.")
-    record.refuse_typos(("prompt", "target"))
+    record.refuse_typos(("prompt", "target", "aliases"))
     if "prompt" not in item:
         raise Refused(f"{name}.prompt", "missing; a locality entry has a prompt and may have a target")
-    return Locality(prompt=record.text("prompt").rstrip(), target=record.optional("target"))
+    return Locality(prompt=record.text("prompt"), target=record.optional("target"), aliases=record.texts("aliases"))
+
+
+def _probes(value: object, name: str) -> tuple[Probe, ...]:
+    if not isinstance(value, (list, tuple)):
+        wrong_type(name, "a list of objects with prompt and answers", value)
+    return tuple(_probe(item, f"{name}[{i}]") for i, item in enumerate(value))
+
+
+def _probe(item: object, name: str) -> Probe:
+    if not isinstance(item, Mapping):
+        wrong_type(name, "an object with prompt and answers", item)
+    record = Record(item, f"{name}.")
+    record.refuse_typos(("prompt", "answers"))
+    return Probe(prompt=record.text("prompt"), answers=answers(record, "answers"))

@@ -21,6 +21,7 @@ class ZsRE(Layout):
     target_true: str | None = "pred"
     paraphrases = "rephrase"
     id = "case_id"
+    drops_trailing_space = True
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
