@@ -15,7 +15,6 @@ from patchkit.editing.recipe import load_recipe
 from patchkit.evaluate.metrics import Report, verify
 from patchkit.facts.reader import parse_facts
 from patchkit.facts.schema import Fact
-from patchkit.model.hooks import live_deltas
 from patchkit.model.loading import check_tokenizer
 from patchkit.patch.patch import Patch
 from patchkit.runs.execute import run, take_out
@@ -130,7 +129,7 @@ def measure_in(
     text: str | Path | None = None,
 ) -> Report:
     """`measure` with a model that has been inspected already."""
-    model, arch = workspace.model, workspace.runner.arch
+    model = workspace.model
     known = patch.manifest.facts if facts is None else parse_facts(facts).facts
     source = text or default_text(str(model.config._name_or_path), "eval")
     with frozen(model):
@@ -138,7 +137,7 @@ def measure_in(
             workspace.runner,
             workspace.tokenizer,
             known,
-            lambda: live_deltas(arch, patch.on(arch)),
+            lambda: patch.attached(model),
             read_corpus(source, workspace.tokenizer, EVAL_TOKENS, window_of(model, EVAL_WINDOW)),
             lambda done, total: workspace.progress("measuring", done, total),
         )

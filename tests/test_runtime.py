@@ -189,6 +189,39 @@ def test_a_patch_for_another_architecture_is_refused() -> None:
         patchkit.load(smaller, patch_for(tiny()), force=True)
 
 
+def test_a_patch_acts_only_once() -> None:
+    """Whatever it is called, and whether it is loaded or attached for a block."""
+    model = tiny()
+    patch, wanted = patch_for(model), with_weights_changed(model, patch_for(model))
+    with patch.attached(model):
+        for again in (lambda: patchkit.load(model, patch, "again"), lambda: patch.attached(model).__enter__()):
+            with pytest.raises(InputError, match=r"the model has it already, as .*; it can act only once"):
+                again()
+        assert close(logits(model), wanted)
+    stack = patchkit.load(model, patch, "capitals")
+    for again in (lambda: stack.load(patch, "again"), lambda: patch.attached(model).__enter__()):
+        with pytest.raises(InputError, match=r'the model has it already, as "capitals"'):
+            again()
+    assert close(logits(model), wanted)
+    with stack.disable(), pytest.raises(InputError, match="patches are disabled"):
+        patch_for(model, seed=1).attached(model).__enter__()
+
+
+def test_attached_for_a_block_acts_on_top_of_what_is_loaded() -> None:
+    model, first, second = tiny(), patch_for(tiny()), patch_for(tiny(), seed=1, layers=(2, 3))
+    stack = patchkit.load(model, first, "first")
+    alone, before = logits(model), trace(model)["tensors"]
+    with second.attached(model):
+        assert close(logits(model), with_weights_changed(tiny(), first, second))
+        assert [len(site.module._forward_hooks) for site in inspect_model(model).sites] == [0, 1, 1, 1]
+    assert torch.equal(logits(model), alone)
+    assert stack.active == ("first",)
+    with second.attached(model):
+        stack.unload()
+    assert trace(model)["tensors"] == before
+    assert not hasattr(model, "patchkit")
+
+
 def test_names() -> None:
     model = tiny()
     stack = patchkit.load(model, patch_for(model), "capitals")
@@ -258,6 +291,9 @@ def test_offloaded_models(how: str, tmp_path: Path) -> None:
     stack.unload()
     assert torch.equal(logits(model), base)
     assert trace(model) == before
+    with patch.attached(model):
+        assert close(logits(model), with_weights_changed(tiny(), patch))
+    assert trace(model) == before
 
     other = tiny()
     other_base(other)
@@ -267,7 +303,7 @@ def test_offloaded_models(how: str, tmp_path: Path) -> None:
 
 
 class Packed(nn.Module):
-    """A linear layer quantised to 8 bits, with no float weight, the way the usual quantisers lay it out."""
+    """A linear layer quantized to 8 bits, with no float weight, the way the usual quantizers lay it out."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -295,20 +331,24 @@ class PackedParameter(nn.Linear):
 
 
 @pytest.mark.parametrize("kind", [Packed, PackedParameter])
-def test_quantised_models(kind: type[nn.Module]) -> None:
-    model, dequantised, patch = tiny(), tiny(), patch_for(tiny())
-    for quantised, dense in zip(model.model.layers, dequantised.model.layers, strict=True):
+def test_quantized_models(kind: type[nn.Module]) -> None:
+    model, dequantized, patch = tiny(), tiny(), patch_for(tiny())
+    for quantized, dense in zip(model.model.layers, dequantized.model.layers, strict=True):
         packed = Packed(dense.mlp.down_proj)
-        quantised.mlp.down_proj = kind(quantised.mlp.down_proj)
+        quantized.mlp.down_proj = kind(quantized.mlp.down_proj)
         dense.mlp.down_proj.weight.data = packed.qweight.float() * packed.scale
     before = trace(model)
-    with pytest.warns(UserWarning, match="2 of 2 touched weights are quantised") as said:
+    with pytest.warns(UserWarning, match="2 of 2 touched weights are quantized") as said:
         stack = patchkit.load(model, patch)
     assert said[0].filename == __file__
-    assert close(logits(model), with_weights_changed(dequantised, patch))
+    assert close(logits(model), with_weights_changed(dequantized, patch))
     with pytest.raises(InputError, match="quantized, so that nothing can be merged"):
         stack.merge()
     stack.unload()
+    assert trace(model) == before
+    with pytest.warns(UserWarning, match="2 of 2 touched weights are quantized") as said, patch.attached(model):
+        assert close(logits(model), with_weights_changed(dequantized, patch))
+    assert said[0].filename == __file__
     assert trace(model) == before
     model.model.layers[1].mlp.down_proj.in_features = 40
     with pytest.raises(InputError, match="another shape in the patch"):

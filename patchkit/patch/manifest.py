@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from patchkit.errors import InputError
 from patchkit.facts.schema import Fact
 
 FORMAT_VERSION = 1
@@ -16,12 +17,28 @@ class _Record(BaseModel):
 
 
 class BaseInfo(_Record):
-    """The model a patch belongs to; `weights` maps each touched tensor's on-disk name to its digest."""
+    """The model a patch belongs to; `weights` maps the on-disk name of each edited weight to its digest."""
 
     name: str
     commit: str | None
     architecture: str
     weights: dict[str, str]
+
+    @property
+    def advice(self) -> str:
+        """What to do where another model than this one was given."""
+        return f"load {self.name}{f' at commit {self.commit}' if self.commit else ''}"
+
+    def wrong_shape(self, weight: str, found: str) -> InputError:
+        """The error where a weight of another shape was given, `found` saying which."""
+        return InputError(f"{weight}: {found} here, another shape in the patch; {self.advice}")
+
+    def wrong_numbers(self, weight: str) -> InputError:
+        """The error where a weight of the right shape has another digest."""
+        return InputError(
+            f"{weight}: other numbers than in the model the patch was made for; {self.advice}, "
+            "in the dtype of its files or a wider one"
+        )
 
 
 class EditedFact(Fact):

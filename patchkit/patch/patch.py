@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from patchkit.errors import InputError
@@ -30,8 +30,7 @@ from patchkit.io.files import write_folder
 from patchkit.io.hub import patch_folder
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import KINDS, Chain, Update, change, tensors_of
-from patchkit.model.arch import Architecture, inspect_model
-from patchkit.model.hooks import live_deltas
+from patchkit.model.arch import Architecture
 from patchkit.model.weights import Site, find_weight, read_weight, tensor_digest, weight_digest
 from patchkit.patch.card import model_card
 from patchkit.patch.manifest import FORMAT_VERSION, Manifest, UpdateInfo
@@ -46,19 +45,23 @@ class Patch:
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
     @contextmanager
-    def attached(self, model: PreTrainedModel) -> Iterator[nn.Module]:
-        """The model as patched, inside the block; its weights are never written.
+    def attached(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+        """`model` with the patch attached, inside the block; its weights are never written.
+
+        The same as `patchkit.load` before the block and `delete` after it: quantized and offloaded models take the
+        patch as well, and it acts on top of the patches that are attached already.
 
         Raises:
-            InputError: the model is not the one the patch was made for; the message names the first other tensor.
+            InputError: the model is not the one the patch was made for (the message names the first weight that
+                differs), or it has this patch already.
         """
-        arch = inspect_model(model)
-        layers = self.on(arch)
-        with live_deltas(arch, layers):
+        from patchkit.patch.stack import PatchStack  # which is made of patches
+
+        with PatchStack.of(model).attached(self):
             yield model
 
     def on(self, arch: Architecture, force: bool = False) -> dict[int, Delta]:
-        """What the updates amount to by layer of `arch`, after checking that it is the base they were made for.
+        """The updates as one low-rank delta by layer of `arch`, after checking that it is the patch's base.
 
         Raises:
             InputError: it is another model (skipped with force, as long as the shapes fit).
@@ -71,15 +74,15 @@ class Patch:
 
     def sites(self, arch: Architecture, force: bool = False) -> dict[str, Site]:
         """Where on `arch` every weight of the patch's base is, by on-disk name; checks and raises as `on` does."""
-        found = {}
-        for name, digest in self.manifest.base.weights.items():
-            site, shape = self._site(arch, name), self.shapes.get(name)
+        base, found = self.manifest.base, {}
+        sites = {site.weight_name: site for site in arch.sites}
+        for name, digest in base.weights.items():
+            site = sites[find_weight(name, sites, type(arch.model).__name__, base.advice)]
+            shape = self.shapes.get(name)
             if shape is not None and (site.d_out, site.d_in) != shape:
-                raise InputError(
-                    f"{name}: {site.d_out} x {site.d_in} here, another shape in the patch; {self._wanted()}"
-                )
+                raise base.wrong_shape(name, f"{site.d_out} x {site.d_in}")
             if not force and weight_digest(site, name) != digest:
-                raise InputError(f"{name}: other numbers than in the model the patch was made for; {self._wanted()}")
+                raise base.wrong_numbers(name)
             found[name] = site
         return found
 
@@ -128,14 +131,6 @@ class Patch:
         if updates_digest(updates) != manifest.digest:
             raise InputError(f"{folder}: patch.safetensors is not the one in manifest.json; get the patch again")
         return cls(manifest, updates, state)
-
-    def _site(self, arch: Architecture, name: str) -> Site:
-        sites = {site.weight_name: site for site in arch.sites}
-        return sites[find_weight(name, sites, type(arch.model).__name__, self._wanted())]
-
-    def _wanted(self) -> str:
-        base = self.manifest.base
-        return f"load {base.name}" + (f" at commit {base.commit}" if base.commit else "")
 
 
 def _update(info: UpdateInfo, tensors: Mapping[str, Tensor], folder: Path) -> Update:

@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from patchkit.errors import InputError
-from patchkit.io.hub import is_repo_name, patch_folder
-from patchkit.maths.linalg import Delta
-from patchkit.maths.updates import Chain, Update, change
-from patchkit.model.hooks import LiveDelta
-from patchkit.model.weights import (
-    find_module,
-    is_quantized,
-    loaded_weight,
-    oriented,
-    shape_of,
-    tensor_digest,
-    weight_of,
-)
-from patchkit.patch.manifest import BaseInfo, Manifest
+from patchkit.io.hub import is_repo_name
+from patchkit.maths.updates import Chain
+from patchkit.model.weights import find_module, tensor_digest
+from patchkit.patch.manifest import Manifest
 from patchkit.patch.patch import Patch
+from patchkit.patch.patched import PatchedModule
 
 _ATTRIBUTE = "patchkit"
 
@@ -61,10 +51,7 @@ def load(
     Raises:
         InputError: no such patch, a patch for another base, a name that is taken, or weights that cannot be merged.
     """
-    owner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    assert isinstance(owner, nn.Module)
-    stack = getattr(owner, _ATTRIBUTE, None) or PatchStack(owner)
-    assert isinstance(stack, PatchStack)
+    stack = PatchStack.of(model)
     stack.load(patch, name, merged=merged, force=force)
     return stack
 
@@ -121,10 +108,19 @@ class PatchStack:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._attached: dict[str, _Attached] = {}
-        self._touched: dict[str, _Touched] = {}
+        self._touched: dict[str, PatchedModule] = {}
         self._active: tuple[str, ...] = ()
         self._merged = False
         self._disabled = 0
+
+    @classmethod
+    def of(cls, model: nn.Module) -> PatchStack:
+        """The model's patches: those in `model.patchkit`, or a new stack without any."""
+        owner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+        assert isinstance(owner, nn.Module)
+        stack = getattr(owner, _ATTRIBUTE, None) or cls(owner)
+        assert isinstance(stack, PatchStack)
+        return stack
 
     @property
     def manifests(self) -> dict[str, Manifest]:
@@ -149,17 +145,18 @@ class PatchStack:
         self, patch: str | Path | Patch, name: str | None = None, *, merged: bool = False, force: bool = False
     ) -> None:
         """Add a patch on top of the active ones; arguments and errors as in `patchkit.load`."""
-        name = name or _name_of(patch)
+        name, read = name or _name_of(patch), _read(patch)
+        for other, attached in self._attached.items():
+            if attached.manifest.digest == read.manifest.digest:
+                raise InputError(f'patch "{name}": the model has it already, as "{other}"; it can act only once')
         if name in self._attached:
             raise InputError(f'patch "{name}": the model has one of that name; give this one another, name="..."')
-        read = _read(patch)
-        modules = {weight: find_module(self._model, weight, _wanted(read.manifest.base)) for weight in read.updates}
-        touched = {key: self._touched.get(key) or _Touched(key, module) for key, module in modules.values()}
-        chains = {modules[weight][0]: chain for weight, chain in read.updates.items()}
-        for weight, (key, _) in modules.items():
-            touched[key].check_shape(weight, read.shapes[weight], read.manifest.base)
-        if not force:
-            _check_numbers({weight: touched[key] for weight, (key, _) in modules.items()}, read.manifest.base)
+        base = read.manifest.base
+        found = {weight: find_module(self._model, weight, base.advice) for weight in {**base.weights, **read.updates}}
+        modules = {weight: self._touched.get(key) or PatchedModule(key, each) for weight, (key, each) in found.items()}
+        _check(read, modules, numbers=not force)
+        touched = {modules[weight].name: modules[weight] for weight in read.updates}
+        chains = {modules[weight].name: chain for weight, chain in read.updates.items()}
         if merged or self._merged:
             for place in touched.values():
                 place.check_writable()
@@ -167,6 +164,23 @@ class PatchStack:
         self._touched |= touched
         self._active, self._merged = (*self._active, name), merged or self._merged
         self._update()
+
+    @contextmanager
+    def attached(self, patch: Patch) -> Iterator[nn.Module]:
+        """Inside the block, `patch` acts on top of the active ones.
+
+        Raises:
+            InputError: as in `patchkit.load`, or inside `disable`, where it would not act.
+        """
+        if self._disabled:
+            raise InputError("the model's patches are disabled, and one attached now would be, too; attach it before")
+        name = f"attached {patch.manifest.digest[:12]}"
+        self.load(patch, name)
+        try:
+            yield self._model
+        finally:
+            if name in self._attached:  # unless the block took all patches off
+                self.delete(name)
 
     def set_active(self, names: str | Iterable[str]) -> None:
         """Let just these patches act, in this order; the others stay at hand.
@@ -263,112 +277,39 @@ class PatchStack:
             torch.compiler.reset()  # compiled code does not notice hooks that come and go; what they add, it does
 
 
-class _Touched:
-    """A module whose weight patches change, by a hook or in place."""
-
-    def __init__(self, name: str, module: nn.Module) -> None:
-        self.name, self.module = name, module
-        self._live = LiveDelta()
-        self._handle: RemovableHandle | None = None
-        self._original: Tensor | None = None
-
-    @property
-    def hooked(self) -> bool:
-        return self._handle is not None
-
-    def show(self, updates: Sequence[Update], merged: bool) -> None:
-        """Act with `updates`, in their order, and with nothing else."""
-        self._restore()
-        total = change(updates, self._rotatable) if updates else None
-        self._live.set([total] if total is not None and not merged else [])
-        if self._handle is None:
-            # First, so that a hook of the user's sees what the patched module puts out.
-            self._handle = self.module.register_forward_hook(self._live.hook, prepend=True)
-        if merged and total is not None:
-            self._write(total)
-
-    def release(self) -> None:
-        """Leave the module as it was found."""
-        self._restore()
-        if self._handle is not None:
-            self._handle.remove()
-
-    def keep(self) -> None:
-        """Forget the original of what was written."""
-        self._original = None
-
-    def check_shape(self, weight: str, wanted: tuple[int, int], base: BaseInfo) -> None:
-        """Raises InputError where an update of a weight of shape `wanted` does not fit the module."""
-        shape = shape_of(self.module)
-        if shape != wanted:
-            found = f"{shape[0]} x {shape[1]}" if shape else f"a {type(self.module).__name__}"
-            raise InputError(f"{weight}: {found} here, another shape in the patch; {_wanted(base)}")
-
-    def check_writable(self) -> None:
-        """Raises InputError where nothing can be written into the weight."""
-        if is_quantized(self.module) or weight_of(self.module).is_meta:
-            why = "quantized" if is_quantized(self.module) else "offloaded"
-            raise InputError(f"{self.name}.weight: {why}, so that nothing can be merged into it; attach without merged")
-
-    def base_weight(self) -> Tensor | None:
-        """The weight without patches, as it is stored, also if offloaded; None if it is quantized."""
-        return loaded_weight(self.module) if self._original is None else self._original
-
-    @torch.no_grad()
-    def _rotatable(self) -> Tensor:
-        """W (d_out, d_in) without patches, in float32; of a quantised module, what it multiplies with."""
-        weight = self.base_weight()
-        if weight is not None:
-            return oriented(self.module, weight).float()
-        shape = shape_of(self.module)
-        assert shape is not None
-        eye = torch.eye(shape[1], device=next(self.module.buffers(), torch.empty(0)).device)  # (d_in, d_in)
-        self._live.set([])
-        output = self.module(torch.cat([eye, 0 * eye[:1]]))  # (d_in + 1, d_out), the last row being the bias
-        assert isinstance(output, Tensor)
-        return (output[:-1] - output[-1:]).T.float()
-
-    @torch.no_grad()
-    def _write(self, total: Delta) -> None:
-        weight = weight_of(self.module)
-        self._original = weight.detach().to("cpu", copy=True)
-        change = oriented(self.module, total.to(device=weight.device).dense())  # as the weight lies
-        weight.copy_(weight.to(torch.promote_types(weight.dtype, torch.float32)) + change)
-
-    @torch.no_grad()
-    def _restore(self) -> None:
-        if self._original is not None:
-            weight_of(self.module).copy_(self._original)
-            self._original = None
-
-
 def _read(patch: str | Path | Patch) -> Patch:
-    return patch if isinstance(patch, Patch) else Patch.load(patch_folder(patch))
+    return patch if isinstance(patch, Patch) else Patch.load(patch)
 
 
 def _name_of(patch: str | Path | Patch) -> str:
     return "patch" if isinstance(patch, Patch) else Path(patch).absolute().name
 
 
-def _wanted(base: BaseInfo) -> str:
-    return f"load {base.name}{f' at commit {base.commit}' if base.commit else ''}"
+def _check(patch: Patch, modules: Mapping[str, PatchedModule], numbers: bool) -> None:
+    """Raises InputError where a module's weight has not the shape, or with `numbers` the digest, that is the base's.
 
-
-def _check_numbers(touched: Mapping[str, _Touched], base: BaseInfo) -> None:
-    """Raises InputError where a weight is not the base's; what is quantised cannot be compared, which is said."""
-    unknown = []
-    for name, place in touched.items():
-        weight = place.base_weight()
-        if weight is None:
-            unknown.append(name)
-        elif tensor_digest(name, weight) != base.weights[name]:
-            raise InputError(
-                f"{name}: other numbers than in the model the patch was made for; {_wanted(base)}, "
-                "in the dtype of its files or a wider one"
-            )
-    if unknown:
+    What is quantized cannot be compared by its numbers, which a warning says.
+    """
+    base, unknown = patch.manifest.base, []
+    for weight, module in modules.items():
+        if weight in patch.shapes and module.shape != patch.shapes[weight]:
+            raise base.wrong_shape(weight, module.described)
+        stored = module.base_weight() if numbers else None
+        if stored is None:
+            unknown.append(weight)
+        elif tensor_digest(weight, stored) != base.weights.get(weight):
+            raise base.wrong_numbers(weight)
+    if numbers and unknown:
         warnings.warn(
-            f"{len(unknown)} of {len(touched)} touched weights are quantised ({unknown[0]}): compared with {base.name} "
+            f"{len(unknown)} of {len(modules)} touched weights are quantized ({unknown[0]}): compared with {base.name} "
             "by name and shape, not by their numbers",
-            stacklevel=4,
+            stacklevel=_callers_level(),
         )
+
+
+def _callers_level() -> int:
+    """The `stacklevel` of a warning by which it names the line that called patchkit, through whatever it was called."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in ("patchkit", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    return level
