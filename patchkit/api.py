@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from patchkit.editing.editor import Progress, ValueCache, frozen
+from patchkit.editing.editor import Progress, frozen
 from patchkit.editing.recipe import load_recipe
+from patchkit.editing.session import ValueCache
 from patchkit.evaluate.metrics import Report, verify
 from patchkit.facts.reader import parse_facts
 from patchkit.facts.schema import Fact

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,11 @@ from transformers import PreTrainedModel
 
 import patchkit
 from patchkit import Patch, methods
-from patchkit.editing.editor import EditState, edit, plan
+from patchkit.editing.editor import edit
 from patchkit.editing.recipe import load_recipe
-from patchkit.editing.values import ValueConfig, Values, optimise
+from patchkit.editing.session import plan
+from patchkit.editing.state import EditRun
+from patchkit.editing.values import ValueConfig, Values, optimize
 from patchkit.evaluate.metrics import read_targets
 from patchkit.facts.reader import parse_facts
 from patchkit.facts.requests import EditRequest, build_request
@@ -91,7 +94,7 @@ def test_a_values_loss_is_what_a_plain_pass_finds_with_it(family: str, value_at:
     model, tokenizer = FAMILIES[family](), tiny_tokenizer()
     runner, requests = LayerRunner(inspect_model(model)), requests_of([ROME, CURIE, LONG], tokenizer)
     site = runner.arch.sites[1]
-    values = optimise(runner, requests, site, value_at, ValueConfig(steps=6, clamp=5.0, stop_loss=0.0))
+    values = optimize(runner, requests, site, value_at, ValueConfig(steps=6, clamp=5.0, stop_loss=0.0))
     part = site.module if value_at == "module_out" else runner.arch.layers[1]
     for i, request in enumerate(requests):
         delta = (values.targets - values.start)[:, i]
@@ -106,9 +109,9 @@ def test_a_value_is_the_same_alone_and_among_longer_facts(family: str, dtype: to
     model, tokenizer = FAMILIES[family]().to(dtype), tiny_tokenizer()
     runner, requests = LayerRunner(inspect_model(model)), requests_of([ROME, LONG, CURIE], tokenizer)
     site, config = runner.arch.sites[1], ValueConfig(steps=10)
-    together = optimise(runner, requests, site, "layer_out", config)
+    together = optimize(runner, requests, site, "layer_out", config)
     for i, request in enumerate(requests):
-        alone = optimise(runner, [request], site, "layer_out", config)
+        alone = optimize(runner, [request], site, "layer_out", config)
         assert apart(together.targets[:, i], alone.targets[:, 0]) < 1e-4
 
 
@@ -121,7 +124,7 @@ def test_finished_facts_leave_and_stay_where_they_were() -> None:
     runner, requests = LayerRunner(inspect_model(model)), requests_of([ROME, CURIE, ADA], tokenizer)
     config = ValueConfig(steps=40, clamp=20.0, stop_loss=2.0, kl_weight=0.0)
     finished: list[int] = []
-    values = optimise(runner, requests, runner.arch.sites[1], "layer_out", config, finished.append)
+    values = optimize(runner, requests, runner.arch.sites[1], "layer_out", config, finished.append)
     assert sum(finished) == 3
     assert int(values.steps.min()) < 40
     assert int(values.steps.max()) == 40  # one is too hard
@@ -138,7 +141,7 @@ def test_groups_smaller_than_the_batch_give_the_same_values() -> None:
     model, tokenizer = FAMILIES["llama"](), tiny_tokenizer()
     runner, requests = LayerRunner(inspect_model(model)), requests_of([ROME, CURIE, ADA], tokenizer)
     found = [
-        optimise(runner, requests, runner.arch.sites[1], "layer_out", ValueConfig(steps=8, parallel=n)) for n in (2, 32)
+        optimize(runner, requests, runner.arch.sites[1], "layer_out", ValueConfig(steps=8, parallel=n)) for n in (2, 32)
     ]
     assert isinstance(found[0], Values)
     assert apart(found[0].targets, found[1].targets) < 1e-4
@@ -148,7 +151,7 @@ def test_groups_smaller_than_the_batch_give_the_same_values() -> None:
 def test_no_value_is_longer_than_the_clamp() -> None:
     model, tokenizer = FAMILIES["llama"](), tiny_tokenizer()
     runner, requests = LayerRunner(inspect_model(model)), requests_of([ROME, ADA], tokenizer, ("",))
-    values = optimise(runner, requests, runner.arch.sites[1], "layer_out", ValueConfig(steps=30, clamp=0.7))
+    values = optimize(runner, requests, runner.arch.sites[1], "layer_out", ValueConfig(steps=30, clamp=0.7))
     lengths = (values.targets - values.start).norm(dim=0) / values.start.norm(dim=0)
     assert torch.all(lengths <= 0.7 + 1e-5)
 
@@ -158,7 +161,7 @@ def test_no_value_is_longer_than_the_clamp() -> None:
 
 def edited(
     model: PreTrainedModel, records: Sequence[dict[str, Any]], text: Path, *settings: str, tokenizer: Any = None
-) -> EditState:
+) -> EditRun:
     tokenizer = tokenizer or tiny_tokenizer()
     runner, config = LayerRunner(inspect_model(model)), load_recipe(None, None, settings)
     sites = plan(runner.arch, config).sites
@@ -188,13 +191,13 @@ def plain_keys(model: PreTrainedModel, module: nn.Module, requests: Sequence[Edi
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_keys_are_read_with_the_earlier_sites_already_edited(family: str, text: Path) -> None:
     model, tokenizer = FAMILIES[family](), tiny_tokenizer()
-    state = edited(model, [ROME, CURIE], text, "layers=1-2", "contexts=2", "steps=5")
-    arch, requests = inspect_model(model), requests_of([ROME, CURIE], tokenizer, state.contexts)
-    assert apart(state.sites[1].keys, plain_keys(model, arch.sites[1].module, requests)) < 1e-5
+    run = edited(model, [ROME, CURIE], text, "layers=1-2", "contexts=2", "steps=5")
+    arch, requests = inspect_model(model), requests_of([ROME, CURIE], tokenizer, run.contexts)
+    assert apart(run.state.sites[1].keys, plain_keys(model, arch.sites[1].module, requests)) < 1e-5
     untouched = plain_keys(model, arch.sites[2].module, requests)
-    with live_deltas(arch, {1: state.changes(arch)[1]}):
+    with live_deltas(arch, {1: run.state.deltas(arch)[1]}):
         expected = plain_keys(model, arch.sites[2].module, requests)
-    assert apart(state.sites[2].keys, expected) < 1e-5
+    assert apart(run.state.sites[2].keys, expected) < 1e-5
     assert apart(untouched, expected) > 1e-3
 
 
@@ -215,24 +218,24 @@ def test_later_batches_are_given_the_keys_of_earlier_ones(text: Path, monkeypatc
     spy = Spy(monkeypatch)
     records = [ROME, ADA, CURIE]
     model = FAMILIES["llama"]()
-    state = edited(model, records, text, "layers=1-2", "batch_size=1", "steps=3", "contexts=0")
-    assert state.batches == [1, 1, 1]
+    run = edited(model, records, text, "layers=1-2", "batch_size=1", "steps=3", "contexts=0")
+    assert run.batches == [1, 1, 1]
     for i, layer in enumerate((1, 2)):
         problems = spy.problems[i::2]
         assert [p.prior_keys.shape[1] for p in problems] == [0, 1, 2]
         for n, problem in enumerate(problems):
             assert torch.equal(problem.prior_keys, torch.cat([problem.keys[:, :0], *(p.keys for p in problems[:n])], 1))
-        assert torch.equal(state.sites[layer].keys, torch.cat([p.keys for p in problems], 1))
+        assert torch.equal(run.state.sites[layer].keys, torch.cat([p.keys for p in problems], 1))
         kept = Delta.stack(spy.deltas[i::2]).to(torch.float32).to(torch.float64)  # as the patch's file will hold it
-        assert torch.equal(state.changes(inspect_model(model))[layer].dense(), kept.dense())
+        assert torch.equal(run.state.deltas(inspect_model(model))[layer].dense(), kept.dense())
 
 
 def test_the_residual_is_shared_out_over_the_sites(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """MEMIT eq. 20: what is missing at the last site, one half at the first of two, all that is left at the second."""
     spy, model, tokenizer = Spy(monkeypatch), FAMILIES["llama"](), tiny_tokenizer()
-    state = edited(model, [ROME, ADA], text, "layers=1-2", "contexts=0", "steps=5")
+    run = edited(model, [ROME, ADA], text, "layers=1-2", "contexts=0", "steps=5")
     arch, requests = inspect_model(model), requests_of([ROME, ADA], tokenizer, ("",))
-    target = state.values[0].targets.double()
+    target = run.state.values[0].targets.double()
 
     def current() -> Tensor:
         columns = []
@@ -247,7 +250,7 @@ def test_the_residual_is_shared_out_over_the_sites(text: Path, monkeypatch: pyte
         return torch.stack(columns, 1)
 
     assert apart(spy.problems[0].residual, (target - current()) / 2) < 1e-4
-    with live_deltas(arch, {1: state.changes(arch)[1]}):
+    with live_deltas(arch, {1: run.state.deltas(arch)[1]}):
         assert apart(spy.problems[1].residual, target - current()) < 1e-4
 
 
@@ -266,7 +269,7 @@ def test_facts_of_one_group_share_one_delta() -> None:
     runner, requests = LayerRunner(inspect_model(model)), requests_of(records, tokenizer)
     config = ValueConfig(steps=8, clamp=5.0, stop_loss=0.0, parallel=1)
     site = runner.arch.sites[1]
-    found = optimise(runner, requests, site, "layer_out", config, groups=[0, 0, 1])
+    found = optimize(runner, requests, site, "layer_out", config, groups=[0, 0, 1])
     deltas = (found.targets - found.start).T
     assert torch.allclose(deltas[0], deltas[1], atol=1e-6)
     assert apart(deltas[2], deltas[0]) > 0.1
@@ -274,7 +277,7 @@ def test_facts_of_one_group_share_one_delta() -> None:
         assert float(found.loss[i]) == pytest.approx(
             plain_loss(model, runner.arch.layers[1], requests[i], deltas[0]), rel=1e-4
         )
-    alone = optimise(runner, requests[2:], site, "layer_out", config)
+    alone = optimize(runner, requests[2:], site, "layer_out", config)
     assert torch.allclose(alone.targets[:, 0], found.targets[:, 2], atol=1e-5)
 
 
@@ -292,7 +295,7 @@ def test_the_order_of_the_facts_in_a_batch_does_not_matter(method: str, text: Pa
     model, facts = FAMILIES["llama"]().double(), [ROME, ADA, CURIE, LONG]
     settings = (f"method={method}", "layers=1-2", "contexts=1", "steps=10")
     found = [edited(model, order, text, *settings) for order in (facts, facts[::-1])]
-    changes = [state.changes(inspect_model(model)) for state in found]
+    changes = [run.state.deltas(inspect_model(model)) for run in found]
     for layer in (1, 2):
         assert apart(changes[1][layer].dense(), changes[0][layer].dense()) < 1e-5
 
@@ -338,15 +341,15 @@ def test_a_prompt_that_begins_with_a_one_token_subject_and_no_bos(family: str, c
     model, tokenizer = FAMILIES[family](), tiny_tokenizer(bos=False)
     facts = [{"prompt": "Q is in", "subject": "Q", "target_new": "Paris"}, CURIE]
     assert len(tokenizer("Q")["input_ids"]) == 1
-    state = edited(model, facts, text, f"contexts={contexts}", "layers=2", "steps=5", tokenizer=tokenizer)
-    assert state.values[0].targets.isfinite().all()
-    assert state.values[0].loss.isfinite().all()
-    requests = requests_of(facts, tokenizer, state.contexts)
+    run = edited(model, facts, text, f"contexts={contexts}", "layers=2", "steps=5", tokenizer=tokenizer)
+    assert run.state.values[0].targets.isfinite().all()
+    assert math.isfinite(run.facts[0].loss)
+    requests = requests_of(facts, tokenizer, run.contexts)
     arch = inspect_model(model)
     if arch.sites[0].direct:
-        delta = (state.values[0].targets - state.values[0].start)[:, 0]
+        delta = (run.state.values[0].targets - run.state.values[0].start)[:, 0]
         loss = plain_loss(model, arch.layers[2], requests[0], delta)
-        assert float(state.values[0].loss[0]) == pytest.approx(loss, rel=1e-4)
+        assert run.facts[0].loss == pytest.approx(loss, rel=1e-4)
 
 
 def test_progress_counts_facts_up_to_all_of_them(text: Path) -> None:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchkit.editing.editor import edit, plan, requests_of
+from patchkit.editing.editor import edit, requests_of
 from patchkit.editing.recipe import EditConfig
-from patchkit.editing.values import optimise
+from patchkit.editing.session import plan
+from patchkit.editing.values import optimize
 from patchkit.facts.requests import build_request
 from patchkit.facts.schema import Fact
 from patchkit.maths.linalg import Covariance
@@ -78,7 +79,7 @@ def both_values(runner: LayerRunner, config: EditConfig, facts: Sequence[Fact]) 
     """Ours and the oracle's."""
     how = plan(runner.arch, config)
     requests = [build_request(fact, tiny_tokenizer(), CONTEXTS) for fact in facts]
-    ours = optimise(runner, requests, how.sites[-1], how.value_at, config.value)
+    ours = optimize(runner, requests, how.sites[-1], how.value_at, config.value)
     alone = [optimise_value(runner.arch, request, how, config.value) for request in requests]
     oracle = torch.stack([target for target, _ in alone], 1), [steps for _, steps in alone]
     return (ours.targets, ours.steps.tolist()), oracle
@@ -114,7 +115,7 @@ def test_a_subject_at_the_very_start_without_bos() -> None:
     facts = [Fact(id="a", prompt="A is", subject="A", target_new="Rome"), FACTS[1]]
     requests = [build_request(fact, tokenizer, CONTEXTS) for fact in facts]
     assert requests[0].rows[0].subject == 0
-    ours = optimise(runner, requests, how.sites[-1], how.value_at, config.value).targets
+    ours = optimize(runner, requests, how.sites[-1], how.value_at, config.value).targets
     oracle = [optimise_value(runner.arch, request, how, config.value)[0] for request in requests]
     assert apart(ours, torch.stack(oracle, 1)) < 1e-6
 
@@ -138,10 +139,10 @@ def test_the_whole_edit_equals_the_oracles(family: str, method: str) -> None:
     requests = requests_of(runner, tokenizer, FACTS, ours.contexts, config)
     oracle = oracle_edit(runner.arch.model, requests, config, covariances)
     assert ours.batches == ([1, 1, 1, 1, 1] if method == "rome" else [2, 2, 1])
-    assert list(ours.changes(runner.arch)) == list(oracle.deltas) == plan(runner.arch, config).layers
+    assert list(ours.state.deltas(runner.arch)) == list(oracle.deltas) == plan(runner.arch, config).layers
     for layer, delta in oracle.deltas.items():
         assert delta.norm() > 0
-        assert (ours.changes(runner.arch)[layer].dense() - delta).norm() <= 2e-6 * delta.norm()
+        assert (ours.state.deltas(runner.arch)[layer].dense() - delta).norm() <= 2e-6 * delta.norm()
     after = runner.arch.model.state_dict()
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
 
@@ -156,7 +157,7 @@ def test_what_the_edited_models_say_is_the_same_too() -> None:
     ids = torch.tensor([tokenizer(FACTS[3].prompt)["input_ids"]])
     with torch.no_grad():
         plain = runner.arch.model(ids).logits
-        with live_deltas(runner.arch, ours.changes(runner.arch)):
+        with live_deltas(runner.arch, ours.state.deltas(runner.arch)):
             hooked = runner.arch.model(ids).logits
         with added(runner.arch, oracle.deltas):
             written = runner.arch.model(ids).logits

@@ -9,7 +9,7 @@ import torch
 
 from patchkit.editing import suffixes
 from patchkit.editing.suffixes import Suffixes
-from patchkit.editing.values import ValueConfig, optimise
+from patchkit.editing.values import ValueConfig, optimize
 from patchkit.errors import InputError
 from patchkit.facts.requests import EditRequest, build_request, pad
 from patchkit.model.arch import inspect_model
@@ -34,9 +34,9 @@ def requests() -> list[EditRequest]:
 def test_waiting_facts_take_the_place_of_finished_ones(parallel: int) -> None:
     runner, finished = runner_of(), list[int]()
     site = runner.arch.sites[1]
-    together = optimise(runner, requests(), site, "layer_out", STOPPING)
+    together = optimize(runner, requests(), site, "layer_out", STOPPING)
     config = STOPPING.model_copy(update={"parallel": parallel})
-    found = optimise(runner, requests(), site, "layer_out", config, finished.append)
+    found = optimize(runner, requests(), site, "layer_out", config, finished.append)
     assert found.steps.tolist() == together.steps.tolist()
     assert len(set(found.steps.tolist())) > 1
     assert torch.allclose(found.targets, together.targets, rtol=1e-8)
@@ -71,9 +71,9 @@ def test_little_of_a_bucket_is_padding(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
 def test_too_much_for_the_memory_is_halved(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = runner_of()
-    expected = optimise(runner, requests(), runner.arch.sites[1], "layer_out", STOPPING)
+    expected = optimize(runner, requests(), runner.arch.sites[1], "layer_out", STOPPING)
     refused = limited(monkeypatch, 3, error)
-    found = optimise(runner, requests(), runner.arch.sites[1], "layer_out", STOPPING)
+    found = optimize(runner, requests(), runner.arch.sites[1], "layer_out", STOPPING)
     assert refused
     assert torch.allclose(found.targets, expected.targets, rtol=1e-8)
     assert found.steps.tolist() == expected.steps.tolist()
@@ -83,7 +83,7 @@ def test_what_cannot_be_halved_any_more_is_a_clear_error(monkeypatch: pytest.Mon
     limited(monkeypatch, 0, torch.OutOfMemoryError("CUDA out of memory"))
     runner = runner_of()
     with pytest.raises(InputError, match="not enough memory"):
-        optimise(runner, requests(), runner.arch.sites[1], "layer_out", STOPPING)
+        optimize(runner, requests(), runner.arch.sites[1], "layer_out", STOPPING)
 
 
 def test_another_error_is_not_taken_for_one_of_memory() -> None:

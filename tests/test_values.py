@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchkit.editing.values import ValueAt, ValueConfig, ValueShape, optimise
+from patchkit.editing.values import ValueAt, ValueConfig, ValueTerms, optimize
 from patchkit.errors import InputError
 from patchkit.facts.requests import EditRequest, build_request
 from patchkit.facts.schema import Fact
@@ -38,11 +38,11 @@ def pulled(facts: Tensor, start: Tensor, delta: Tensor) -> Tensor:
     return PULL[facts] * F.cosine_similarity(delta + 1e-3, start).abs()
 
 
-SHAPES = {
-    "constrain": ValueShape(constrain=on_sphere),
-    "penalty": ValueShape(penalty=pulled),
-    "attention": ValueShape(attention=True),
-    "all": ValueShape(on_sphere, pulled, True),
+TERMS = {
+    "constrain": ValueTerms(constrain=on_sphere),
+    "penalty": ValueTerms(penalty=pulled),
+    "attention": ValueTerms(attention=True),
+    "all": ValueTerms(on_sphere, pulled, True),
 }
 
 
@@ -56,11 +56,11 @@ def requests_of(facts: list[Fact] = FACTS) -> list[EditRequest]:
     return [build_request(fact, tiny_tokenizer(), CONTEXTS) for fact in facts]
 
 
-def plainly(runner: LayerRunner, number: int, request: EditRequest, value_at: ValueAt, shape: ValueShape) -> Tensor:
+def plainly(runner: LayerRunner, number: int, request: EditRequest, value_at: ValueAt, terms: ValueTerms) -> Tensor:
     """Target state (d,) of one fact, by torch's Adam and a pass through the whole model for every row and step."""
     layer, rows = 1, [*request.rows, request.essence]
     where = runner.arch.sites[layer].module if value_at == "module_out" else runner.arch.layers[layer]
-    modules = [where, attention_of(runner.arch.layers[layer])][: 1 + shape.attention]
+    modules = [where, attention_of(runner.arch.layers[layer])][: 1 + terms.attention]
 
     def run(deltas: Tensor) -> tuple[Tensor, list[Tensor]]:
         """States (rows, places, d) and each row's logits, with `deltas` (places, d) added."""
@@ -82,8 +82,8 @@ def plainly(runner: LayerRunner, number: int, request: EditRequest, value_at: Va
 
     def deltas_of(free: Tensor) -> Tensor:
         deltas = free * scale
-        if shape.constrain is not None:
-            deltas = torch.cat([shape.constrain(facts, start[:1], deltas[:1]), deltas[1:]])
+        if terms.constrain is not None:
+            deltas = torch.cat([terms.constrain(facts, start[:1], deltas[:1]), deltas[1:]])
         return deltas
 
     for _ in range(CONFIG.steps):
@@ -95,8 +95,8 @@ def plainly(runner: LayerRunner, number: int, request: EditRequest, value_at: Va
         ]
         drift = F.kl_div(base, logits[-1][-1].log_softmax(-1), reduction="sum", log_target=True)
         loss = torch.stack(token_losses).mean() + CONFIG.kl_weight * drift + CONFIG.decay * free.square().sum()
-        if shape.penalty is not None:
-            loss = loss + shape.penalty(facts, start[:1], deltas[:1]).sum()
+        if terms.penalty is not None:
+            loss = loss + terms.penalty(facts, start[:1], deltas[:1]).sum()
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -117,15 +117,15 @@ def adding(position: int, delta: Tensor, seen: list[Tensor]) -> Callable[..., An
     return hook
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", TERMS)
 @pytest.mark.parametrize(("family", "value_at"), [("llama", "layer_out"), ("gemma3", "module_out")])
-def test_shaped_values_equal_the_plain_procedures(family: str, value_at: ValueAt, name: str) -> None:
+def test_values_with_terms_equal_the_plain_procedures(family: str, value_at: ValueAt, name: str) -> None:
     runner, requests = runner_of(family), requests_of()
     site = runner.arch.sites[1]
-    ours = optimise(runner, requests, site, value_at, CONFIG, shape=SHAPES[name]).targets
-    without = optimise(runner, requests, site, value_at, CONFIG).targets
+    ours = optimize(runner, requests, site, value_at, CONFIG, terms=TERMS[name]).targets
+    without = optimize(runner, requests, site, value_at, CONFIG).targets
     for i, request in enumerate(requests):
-        expected = plainly(runner, i, request, value_at, SHAPES[name])
+        expected = plainly(runner, i, request, value_at, TERMS[name])
         assert (ours[:, i] - expected).norm() < 1e-7 * expected.norm()
         if not (name == "penalty" and PULL[i] == 0):
             assert (ours[:, i] - without[:, i]).norm() > 1e-4 * expected.norm()
@@ -133,27 +133,27 @@ def test_shaped_values_equal_the_plain_procedures(family: str, value_at: ValueAt
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "falcon_old", "opt", "gptj", "starcoder2"])
 def test_attention_is_found_and_optimised_along_in_every_layout(family: str) -> None:
-    runner, shape = runner_of(family), ValueShape(attention=True)
+    runner, terms = runner_of(family), ValueTerms(attention=True)
     request = requests_of()[1]
-    found = optimise(runner, [request], runner.arch.sites[1], "layer_out", CONFIG, shape=shape).targets[:, 0]
-    expected = plainly(runner, 0, request, "layer_out", shape)
+    found = optimize(runner, [request], runner.arch.sites[1], "layer_out", CONFIG, terms=terms).targets[:, 0]
+    expected = plainly(runner, 0, request, "layer_out", terms)
     assert (found - expected).norm() < 1e-7 * expected.norm()
 
 
 def test_values_on_a_sphere_keep_the_norm_of_their_start() -> None:
     runner = runner_of("llama")
-    found = optimise(
-        runner, requests_of(), runner.arch.sites[1], "module_out", CONFIG, shape=ValueShape(constrain=on_sphere)
+    found = optimize(
+        runner, requests_of(), runner.arch.sites[1], "module_out", CONFIG, terms=ValueTerms(constrain=on_sphere)
     )
     assert torch.allclose(found.targets.norm(dim=0), found.start.norm(dim=0), rtol=1e-9)
     assert ((found.targets - found.start).norm(dim=0) > 0.05 * found.start.norm(dim=0)).all()
 
 
-def test_a_plain_shape_changes_nothing() -> None:
+def test_default_terms_change_nothing() -> None:
     runner, requests = runner_of("llama"), requests_of()
     site = runner.arch.sites[1]
-    shaped = optimise(runner, requests, site, "layer_out", CONFIG, shape=ValueShape())
-    assert torch.equal(shaped.targets, optimise(runner, requests, site, "layer_out", CONFIG).targets)
+    with_terms = optimize(runner, requests, site, "layer_out", CONFIG, terms=ValueTerms())
+    assert torch.equal(with_terms.targets, optimize(runner, requests, site, "layer_out", CONFIG).targets)
 
 
 def test_a_layer_with_two_attentions_is_refused() -> None:

@@ -36,8 +36,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from patchkit.api import EVAL_TOKENS, EVAL_WINDOW, apply
-from patchkit.editing.editor import Progress, ValueCache, frozen, plan
+from patchkit.editing.editor import Progress, frozen
 from patchkit.editing.recipe import EditConfig, load_recipe
+from patchkit.editing.session import ValueCache, plan
 from patchkit.errors import InputError, PatchkitError
 from patchkit.evaluate.metrics import Answers, LocalityRates, Perplexity, Rates, Report, ask, compare, verify
 from patchkit.facts.reader import read_facts

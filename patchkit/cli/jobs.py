@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from patchkit.api import measure, measure_in
-from patchkit.editing.editor import Progress, frozen, plan
+from patchkit.editing.editor import Progress, frozen
 from patchkit.editing.gradients import text_gradients
 from patchkit.editing.recipe import load_recipe
+from patchkit.editing.session import plan
 from patchkit.errors import GateError
 from patchkit.evaluate.metrics import Report, read_targets
 from patchkit.export.merge import HeldFacts, Merged, Rounding, merge

@@ -1,9 +1,10 @@
-"""The value optimiser, one for every method: which state at the subject's last token makes the model say the target?
+"""The value optimizer, the same for every method: which state at the subject's last token makes the model predict the
+target?
 
-Many facts share each step, every one with its own delta, and waiting ones take the place of those that are done. What
-a delta cannot change is computed once: the layers up to the edited one, and above it the keys and values of all
-positions before the subject's last token. A step then runs only the suffix from that token on, through the layers
-above, with logits at the target positions alone.
+Many facts share each step, every one with its own delta, and waiting facts take the place of finished ones. What a
+delta cannot change is computed once: the layers up to the edited one, and above it the KV cache of all positions before
+the subject's last token. A step then runs only the suffix from that token on, through the layers above, with logits at
+the target positions alone.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ ValueAt = Literal["layer_out", "module_out"]
 
 
 class ValueConfig(BaseModel):
-    """Settings of the value optimiser. Lengths are in units of the state's own norm, so they carry between models."""
+    """Settings of the value optimizer. Lengths are in units of the state's own norm, so they carry between models."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,8 +44,21 @@ class ValueConfig(BaseModel):
 
 
 @dataclass(frozen=True)
+class ValueStates:
+    """What a patch keeps of its facts' values: target states V and the states they started from, (d, n) each."""
+
+    targets: Tensor
+    start: Tensor
+
+    def of(self, facts: Sequence[int]) -> ValueStates:
+        """Those of the facts with these places."""
+        chosen = torch.tensor(facts, dtype=torch.long, device=self.targets.device)
+        return ValueStates(self.targets[:, chosen], self.start[:, chosen])
+
+
+@dataclass(frozen=True)
 class Values:
-    """Per fact: target state V (d, n), its start (d, n), final target loss (n,), steps taken (n,)."""
+    """Per fact: target state V (d, n), its start (d, n), final target loss (n,) in nats, steps taken (n,)."""
 
     targets: Tensor
     start: Tensor
@@ -52,24 +66,28 @@ class Values:
     steps: Tensor
 
     def of(self, facts: Sequence[int]) -> Values:
-        """Those of some facts."""
+        """Those of the facts with these places."""
         chosen = torch.tensor(facts, device=self.loss.device)
         return Values(*(getattr(self, name)[..., chosen] for name in ("targets", "start", "loss", "steps")))
 
+    def states(self) -> ValueStates:
+        """The states alone."""
+        return ValueStates(self.targets, self.start)
+
 
 @dataclass(frozen=True)
-class ValueShape:
-    """What a method asks of the values beside ROME's loss. Plain, it asks nothing.
+class ValueTerms:
+    """What a method adds to ROME's value loss; nothing by default.
 
-    Both functions get `facts` (k,), the places in the list of requests of the facts still in play, and their states
-    `start` and `delta`, (k, d) each; both must be differentiable.
+    Both functions get `facts` (k,), the places of the active facts in the list of requests, and their states `start`
+    and `delta`, (k, d) each; both must be differentiable.
 
     Attributes:
         constrain: gives the delta (k, d) that is used in place of the free one, as for values on a sphere.
-        penalty: adds its result (k,) to the facts' losses; it gets the constrained delta.
-        attention: optimise, together with the delta, one of its own at the output of the layer's attention, and drop
-            it at the end. What the attention would contribute is then not asked of the feed-forward (PMET section 3.2,
-            whose FFN-only values AdaEdit section 4.1 takes).
+        penalty: its result (k,) is added to the facts' losses; it gets the constrained delta.
+        attention: optimize, together with the delta, another one at the output of the layer's attention, and drop that
+            one at the end. The feed-forward then need not do what the attention would (PMET section 3.2, whose
+            FFN-only values AdaEdit section 4.1 takes).
     """
 
     constrain: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
@@ -77,41 +95,41 @@ class ValueShape:
     attention: bool = False
 
 
-def optimise(
+def optimize(
     runner: LayerRunner,
     requests: Sequence[EditRequest],
     site: Site,
     value_at: ValueAt,
     config: ValueConfig,
     advance: Callable[[int], None] = lambda finished: None,
-    shape: ValueShape = ValueShape(),
+    terms: ValueTerms = ValueTerms(),
     groups: Sequence[int] | None = None,
 ) -> Values:
-    """Optimise each request's value at `site`'s layer: -log P(target) + KL on the essence prompt + decay (ROME eq. 4).
+    """Optimize each request's value at `site`'s layer: -log P(target) + KL on the essence prompt + decay (ROME eq. 4).
 
     The drift term is KL(edited ‖ original) as in the published code. `advance` is told how many facts have finished.
-    Requests with the same number in `groups` get one delta for all of them, at which all their targets are said: what
-    facts about one subject need, whose key is one and can have one value only (MEMIT-Merge, arXiv 2502.07322).
+    Requests with the same number in `groups` get one delta for all of them, with which all their targets are
+    predicted: facts about one subject share a key, which can have only one value (MEMIT-Merge, arXiv 2502.07322).
 
     Raises:
         InputError: there is not enough memory for a single prompt.
     """
-    return _Optimiser(_Problem(runner, site, value_at, shape), requests, config, groups).run(advance)
+    return _Optimizer(_Problem(runner, site, value_at, terms), requests, config, groups).run(advance)
 
 
 class _Problem:
     """Where the deltas go in and how the layers above are run.
 
-    Deltas and states have a place for each module they are added at: (..., places, d), first the value's own, then the
-    attention's if `shape` asks for it.
+    Deltas and states have one place per module they are added at: (..., places, d), the value's own first, then the
+    attention's if the terms ask for it.
     """
 
-    def __init__(self, runner: LayerRunner, site: Site, value_at: ValueAt, shape: ValueShape) -> None:
-        self.runner, self.site, self.shape = runner, site, shape
-        self.attention = attention_of(runner.arch.layers[site.layer]) if shape.attention else None
+    def __init__(self, runner: LayerRunner, site: Site, value_at: ValueAt, terms: ValueTerms) -> None:
+        self.runner, self.site, self.terms = runner, site, terms
+        self.attention = attention_of(runner.arch.layers[site.layer]) if terms.attention else None
         self.at_module = value_at == "module_out"
-        # What is added inside the layer has the layer run at every step.
-        self.start = site.layer if self.at_module or shape.attention else site.layer + 1
+        # A delta inside the layer means that the layer itself runs at every step.
+        self.start = site.layer if self.at_module or terms.attention else site.layer + 1
 
     def logits(self, bucket: Bucket, rows: Tensor) -> Tensor:
         """Logits (points, vocab) in float32 with deltas (rows, places, d) at the subjects' last token."""
@@ -129,7 +147,7 @@ class _Problem:
 
     @contextmanager
     def _adding(self, rows: Tensor) -> Iterator[None]:
-        # The layer's own output moves by just as much as its module's where the value is at the layer's output.
+        # Where the value is at the layer's output, the layer's output moves by just as much as its module's.
         with watching_output(self.site.module, len(rows), lambda output: _add_first(output, rows[:, 0])):
             if self.attention is None:
                 yield
@@ -166,8 +184,8 @@ def _add_first(hidden: Tensor, rows: Tensor) -> Tensor:
     return torch.cat([first, hidden[:, 1:]], 1)
 
 
-class _Optimiser:
-    """Where all facts stand; those in play are in `live` and in the buckets.
+class _Optimizer:
+    """The optimization state of all facts; the `active` ones are in the buckets, others wait or have finished.
 
     Per fact, n of them: start, value, mean, square (n, places, d), the last three Adam's and in units of scale
     (n, places, 1); loss, steps (n,).
@@ -182,13 +200,13 @@ class _Optimiser:
     ) -> None:
         self.problem, self.config = problem, config
         self.suffixes = Suffixes(problem.runner, requests, problem.start)
-        self.together = min(config.parallel, self.suffixes.facts)
+        self.parallel = min(config.parallel, self.suffixes.facts)
         self.group = list(groups or range(len(requests)))
         self.waiting = sorted(range(len(requests)), key=lambda fact: self.group.index(self.group[fact]))
-        self.live: list[int] = []
+        self.active: list[int] = []
         self.buckets: list[Bucket] = []
         device, dtype = problem.runner.device, torch.promote_types(problem.runner.dtype, torch.float32)
-        shape = (len(requests), 1 + problem.shape.attention, problem.site.d_out)
+        shape = (len(requests), 1 + problem.terms.attention, problem.site.d_out)
         self.start, self.value, self.mean, self.square = (
             torch.zeros(shape, device=device, dtype=dtype) for _ in "1234"
         )
@@ -197,39 +215,39 @@ class _Optimiser:
 
     def run(self, advance: Callable[[int], None]) -> Values:
         """Step until no fact is left."""
-        while self.waiting or self.live:
+        while self.waiting or self.active:
             self._admit()
-            places = torch.tensor(self.live, device=self.start.device)
+            places = torch.tensor(self.active, device=self.start.device)
             free = self._free(places)
             loss, gradient = self._evaluate(free)
             self.loss[places] = loss
             # The one thing in a step that waits for the device.
             below = (loss < self.config.stop_loss).tolist()
-            over = [d or self.steps[f] == self.config.steps for f, d in zip(self.live, below, strict=True)]
-            going_on = {self.group[fact] for fact, o in zip(self.live, over, strict=True) if not o}
-            done = [self.group[fact] not in going_on for fact in self.live]
+            over = [d or self.steps[f] == self.config.steps for f, d in zip(self.active, below, strict=True)]
+            unfinished = {self.group[fact] for fact, o in zip(self.active, over, strict=True) if not o}
+            done = [self.group[fact] not in unfinished for fact in self.active]
             advance(sum(done))
             if any(done):
                 going = torch.tensor(done, device=places.device).logical_not()
                 places, gradient = places[going], gradient[going]
                 self._retire(places)
-            if self.live:
-                self._move(places, self._over_groups(self.live, gradient))
+            if self.active:
+                self._move(places, self._mean_over_groups(self.active, gradient))
         deltas = self._free(torch.arange(len(self.start), device=self.start.device)).deltas(self.value)
         targets = self.start[:, 0] + deltas[:, 0]
         return Values(targets.T, self.start[:, 0].T, self.loss, torch.tensor(self.steps, device=self.loss.device))
 
     def _free(self, facts: Tensor) -> _Free:
-        return _Free(self.problem.shape, facts, self.start[facts], self.scale[facts])
+        return _Free(self.problem.terms, facts, self.start[facts], self.scale[facts])
 
     @torch.no_grad()
     def _admit(self) -> None:
-        """Let waiting facts in once half of the places are empty: each time their prefixes are read in one pass."""
-        if not self.waiting or len(self.live) > self.together // 2:
+        """Start waiting facts once half of the places are free, so that many prefixes are read in one pass."""
+        if not self.waiting or len(self.active) > self.parallel // 2:
             return
-        room = self.together - len(self.live)
+        room = self.parallel - len(self.active)
         while room < len(self.waiting) and self.group[self.waiting[room]] == self.group[self.waiting[room - 1]]:
-            room += 1  # a group is never parted
+            room += 1  # a group is never split
         new, self.waiting = self.waiting[:room], self.waiting[room:]
         buckets = self.suffixes.buckets(new)
         rows = torch.cat([self.problem.start_states(bucket) for bucket in buckets])  # (all rows, places, d)
@@ -237,11 +255,11 @@ class _Optimiser:
         states = rows[order].unflatten(0, (len(new), -1))  # (new, rows per fact, places, d)
         self.start[new] = states[:, 0]
         # The median over contexts: at position 0 a model without BOS keeps an attention sink hundreds of times longer.
-        self.scale[new] = self._over_groups(new, states.norm(dim=-1).median(1).values.unsqueeze(-1))
-        self.live += new
+        self.scale[new] = self._mean_over_groups(new, states.norm(dim=-1).median(1).values.unsqueeze(-1))
+        self.active += new
         self.buckets = self.suffixes.merged([*self.buckets, *(self._with_base(bucket) for bucket in buckets)])
 
-    def _over_groups(self, facts: Sequence[int], numbers: Tensor) -> Tensor:
+    def _mean_over_groups(self, facts: Sequence[int], numbers: Tensor) -> Tensor:
         """Numbers (k, ...) of facts, each replaced by the mean over its group."""
         group = [self.group[fact] for fact in facts]
         if len(set(group)) == len(group):
@@ -259,18 +277,18 @@ class _Optimiser:
         return replace(bucket, base=self.problem.logits(essence, none).log_softmax(-1))
 
     def _retire(self, going: Tensor) -> None:
-        self.live = going.tolist()
-        playing = torch.zeros(len(self.start), dtype=torch.bool, device=going.device)
-        playing[going] = True
-        self.buckets = [left for bucket in self.buckets for left in bucket.of_facts(playing)]
+        self.active = going.tolist()
+        active = torch.zeros(len(self.start), dtype=torch.bool, device=going.device)
+        active[going] = True
+        self.buckets = [left for bucket in self.buckets for left in bucket.of_facts(active)]
 
     def _evaluate(self, free: _Free) -> tuple[Tensor, Tensor]:
-        """Target loss (k,) and the whole loss's gradient at the free parameters (k, places, d) of the facts in play.
+        """Target loss (k,) and the whole loss's gradient at the free parameters (k, places, d) of the active facts.
 
         One bucket's graph at a time is alive, so memory does not grow with the number of buckets.
         """
         relative, config = self.value[free.facts], self.config
-        differentiate = any(self.steps[fact] < config.steps for fact in self.live)
+        differentiate = any(self.steps[fact] < config.steps for fact in self.active)
         loss = relative.new_zeros(len(relative))
         gradient = 2 * config.decay * relative + (free.penalty_gradient(relative) if differentiate else 0)
         place = free.facts.new_zeros(len(self.start))
@@ -307,9 +325,9 @@ class _Optimiser:
     def _move(self, facts: Tensor, gradient: Tensor) -> None:
         """One step of Adam (Kingma & Ba, algorithm 1), each fact at its own count, then clip to the longest allowed."""
         config = self.config
-        for fact in self.live:
+        for fact in self.active:
             self.steps[fact] += 1
-        counts = torch.tensor([self.steps[fact] for fact in self.live], dtype=torch.float64)
+        counts = torch.tensor([self.steps[fact] for fact in self.active], dtype=torch.float64)
         mean_bias, square_bias = ((1 - beta**counts).to(gradient)[:, None, None] for beta in (0.9, 0.999))
         self.mean[facts] = mean = 0.9 * self.mean[facts] + 0.1 * gradient
         self.square[facts] = square = 0.999 * self.square[facts] + 0.001 * gradient.square()
@@ -320,9 +338,12 @@ class _Optimiser:
 
 @dataclass(frozen=True)
 class _Free:
-    """Free parameters in units of `scale`, and their deltas. facts (k,); start (k, places, d); scale (k, places, 1)."""
+    """Free parameters in units of `scale`, and the deltas they make.
 
-    shape: ValueShape
+    Shapes: facts (k,); start (k, places, d); scale (k, places, 1).
+    """
+
+    terms: ValueTerms
     facts: Tensor
     start: Tensor
     scale: Tensor
@@ -330,15 +351,15 @@ class _Free:
     def deltas(self, relative: Tensor) -> Tensor:
         """What is added to the states, (k, places, d)."""
         deltas = relative * self.scale
-        if self.shape.constrain is None:
+        if self.terms.constrain is None:
             return deltas
-        constrained = self.shape.constrain(self.facts, self.start[:, 0], deltas[:, 0])
+        constrained = self.terms.constrain(self.facts, self.start[:, 0], deltas[:, 0])
         return torch.cat([constrained.unsqueeze(1), deltas[:, 1:]], 1)
 
     def penalty_gradient(self, relative: Tensor) -> Tensor:
         """Gradient of the method's own penalty, as `relative` (k, places, d)."""
-        if self.shape.penalty is None:
+        if self.terms.penalty is None:
             return torch.zeros_like(relative)
         leaf = relative.detach().requires_grad_()
-        penalty = self.shape.penalty(self.facts, self.start[:, 0], self.deltas(leaf)[:, 0])  # (k,)
+        penalty = self.terms.penalty(self.facts, self.start[:, 0], self.deltas(leaf)[:, 0])  # (k,)
         return torch.autograd.grad(penalty.sum(), leaf)[0]

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from patchkit import methods
-from patchkit.editing.editor import EditState, Solved, problem_at, solve, storable
 from patchkit.editing.recipe import validate
-from patchkit.editing.values import Values
+from patchkit.editing.session import problem_at, solve_at
+from patchkit.editing.state import EditState, SiteHistory, storable
+from patchkit.editing.values import ValueStates
 from patchkit.errors import InputError
 from patchkit.maths.linalg import Covariance, PriorKeys
 from patchkit.maths.rotations import Rotation
@@ -54,11 +55,8 @@ def state_of(patch: Patch, sites: Sites) -> EditState:
         layer = sites[name].layer
         keys, residuals = (_column_tensor(patch, f"{name}.{kind}", layer) for kind in ("keys", "residuals"))
         chain = tuple(mapped(update, Tensor.double) for update in chain)
-        state.sites[layer] = Solved(chain, keys, residuals, _gradient_columns(patch.manifest, layer))
-    loss = torch.tensor([fact.target_loss for fact in facts])
-    steps = torch.tensor([fact.steps for fact in facts])
-    targets, start = patch.state["values.targets"], patch.state["values.start"]
-    state.values = [Values(targets, start, loss, steps)]
+        state.sites[layer] = SiteHistory(chain, keys, residuals, _gradient_columns(patch.manifest, layer))
+    state.values = [ValueStates(patch.state["values.targets"], patch.state["values.start"])]
     state.subjects = {fact.subject for fact in facts}
     return state
 
@@ -99,7 +97,7 @@ def without(patch: Patch, gone: Collection[str], sites: Sites, statistics_of: St
     again.run()
     changed = _reached(manifest, gone)
     state.sites = {layer: again.made[layer] if layer in changed else solved for layer, solved in state.sites.items()}
-    state.values = [Values(v.targets[:, stay], v.start[:, stay], v.loss[stay], v.steps[stay]) for v in state.values]
+    state.values = [states.of(stay) for states in state.values]
     return assemble(manifest.base, facts, manifest.history, sites, state, manifest.parents)
 
 
@@ -143,7 +141,7 @@ class _Again:
     ) -> None:
         self.manifest, self.gone, self.sites, self.statistics_of = manifest, gone, sites, statistics_of
         self.old = state.sites
-        self.made = {layer: Solved.nothing(sites[layer]) for layer in state.sites}
+        self.made = {layer: SiteHistory.empty(sites[layer]) for layer in state.sites}
         # What the batch's solves changed each weight (d_out, d_in) by with every fact, less what they do without.
         self.lost = dict[int, Tensor]()
 
@@ -154,7 +152,7 @@ class _Again:
         batches: dict[tuple[int, int, int], list[tuple[Solve, int]]] = {}
         for made, layer in everything:
             batches.setdefault((made.run, made.batch, made.sweep), []).append((made, layer))
-        with_all = {layer: Solved.nothing(self.sites[layer]) for layer in self.old}
+        with_all = {layer: SiteHistory.empty(self.sites[layer]) for layer in self.old}
         prior = dict[int, tuple[PriorKeys, PriorKeys]]()
         for batch in batches.values():
             for place, (made, layer) in enumerate(batch):
@@ -183,7 +181,7 @@ class _Again:
         self,
         made: Solve,
         layer: int,
-        solved: Solved,
+        solved: SiteHistory,
         prior: PriorKeys,
         residual: Tensor,
         facts: Sequence[int],
@@ -199,7 +197,7 @@ class _Again:
             self.statistics_of(made.run, self.sites[layer]),
         )
         problem = problem_at(self.sites[layer], keys, residual, covariance, solved, prior, gradient)
-        update = solve(config, self.sites[layer], problem)
+        update = solve_at(methods.get(config.method), config.method_config(), self.sites[layer], problem)
         self.lost[layer] = self.lost.get(layer, 0) + sign * change((update,), lambda: problem.weight).dense()
         solved.add(update, keys, residual, _targets(self.manifest, made.run) == "gradients")
 

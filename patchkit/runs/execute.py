@@ -15,8 +15,10 @@ import torch
 import transformers
 
 from patchkit import methods
-from patchkit.editing.editor import EditState, Plan, ValueCache, edit, frozen, plan
+from patchkit.editing.editor import edit, frozen
 from patchkit.editing.recipe import EditConfig
+from patchkit.editing.session import Plan, ValueCache, plan
+from patchkit.editing.state import EditRun
 from patchkit.model.loading import model_name
 from patchkit.model.weights import disk_name, weight_digest
 from patchkit.patch.history import choose_facts
@@ -55,23 +57,23 @@ def run(
         if onto and not prepared.incoming.new:
             return onto
         earlier = workspace.without(onto, prepared.incoming.superseded, sites) if onto else None
-        start = _start(earlier, sites, config) if earlier else None
         how, corpus = plan(runner.arch, config), workspace.corpus(workspace.texts[0])
         for note in _about_text(workspace.texts[0], corpus, prepared):
             say(note)
         covariances, gradients = workspace.statistics(method, how.sites, corpus)
-        state = edit(
+        edited = edit(
             runner,
             workspace.tokenizer,
             prepared.incoming.new,
             config,
             covariances,
             workspace.progress,
-            start,
+            state_of(earlier, sites) if earlier else None,
             gradients,
             values,
+            _contexts(earlier, config) if earlier else (),
         )
-    patch = _RunResult(workspace, prepared, how, corpus, state).patch(earlier, sites)
+    patch = _RunResult(workspace, prepared, how, corpus, edited).patch(earlier, sites)
     if method.spends_directions:
         say(_directions_left(patch))
     return patch
@@ -118,11 +120,11 @@ def _directions_left(patch: Patch) -> str:
     return f"{left} of {whole} output directions of {fullest.weight} are not used by any fact yet, one goes with each"
 
 
-def _start(earlier: Patch, sites: Sites, config: EditConfig) -> EditState:
-    """The state to start from. Contexts are the last run's, unless the recipe asks for other ones."""
+def _contexts(earlier: Patch, config: EditConfig) -> tuple[str, ...]:
+    """The contexts to edit in: those of the last run, or none if the recipe asks for other ones."""
     last = earlier.manifest.history[-1]
     alike = all(last.recipe.get(key) == getattr(config, key) for key in ("seed", "contexts", "context_length"))
-    return state_of(earlier, sites).onward(last.contexts if alike else ())
+    return last.contexts if alike else ()
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class _RunResult:
     prepared: Prepared
     plan: Plan
     corpus: Corpus
-    state: EditState
+    edited: EditRun
 
     def patch(self, earlier: Patch | None, sites: Sites) -> Patch:
         """The patch, `earlier` being the one continued without the superseded facts, and `sites` those of its base."""
@@ -152,29 +154,24 @@ class _RunResult:
         history = onto.manifest.history if onto else ()
         return assemble(
             base.model_copy(update={"weights": weights}),
-            (*facts, *self._edited(len(history), len(facts))),
+            (*facts, *self._facts(len(history))),
             (*history, self._record()),
             {**sites, **new},
-            self.state,
+            self.edited.state,
             (onto.manifest.digest,) if onto else (),
         )
 
-    def _edited(self, run: int, skip: int) -> Iterator[EditedFact]:
-        batches = [i for i, size in enumerate(self.state.batches) for _ in range(size)]
-        losses = torch.cat([v.loss.cpu() for v in self.state.values]).tolist()[skip:]
-        steps = torch.cat([v.steps.cpu() for v in self.state.values]).tolist()[skip:]
-        for place, layers, columns, batch, loss, count in zip(
-            self.state.order, self.state.layers, self.state.columns, batches, losses, steps, strict=True
-        ):
-            own = () if layers == tuple(self.plan.layers) else layers
+    def _facts(self, run: int) -> Iterator[EditedFact]:
+        """The facts of this run, which is number `run` in the history."""
+        for written in self.edited.facts:
             yield EditedFact(
-                **self.prepared.incoming.new[place].model_dump(),
+                **written.fact.model_dump(),
                 run=run,
-                batch=batch,
-                layers=own,
-                columns=columns,
-                target_loss=loss,
-                steps=count,
+                batch=written.batch,
+                layers=() if written.layers == tuple(self.plan.layers) else written.layers,
+                columns=written.columns,
+                target_loss=written.loss,
+                steps=written.steps,
             )
 
     def _record(self) -> Run:
@@ -187,12 +184,12 @@ class _RunResult:
             recipe=config.model_dump(),
             recipe_digest=config.digest(),
             facts=tuple(fact.id for fact in incoming.new),
-            batches=tuple(self.state.batches),
+            batches=tuple(self.edited.batches),
             layers=tuple(self.plan.layers),
             value_at=self.plan.value_at,
-            contexts=tuple(self.state.contexts),
+            contexts=tuple(self.edited.contexts),
             text=self.corpus.origin,
-            seconds={phase: round(spent, 3) for phase, spent in self.state.seconds.items()},
+            seconds={phase: round(spent, 3) for phase, spent in self.edited.seconds.items()},
             superseded=dict(incoming.superseded),
             skipped=incoming.skipped,
             removed=tuple(fact for fact in onto.manifest.facts if fact.id in incoming.superseded) if onto else (),

@@ -37,8 +37,8 @@ def main() -> None:
 
 def _run(bench: SharedValues, method: str, *settings: str) -> tuple[int, Report]:
     """Bytes of the updates, and how the edit turned out."""
-    state, report, _ = bench.run(method, settings)
-    updates = [update for solved in state.sites.values() for update in solved.chain]
+    run, report, _ = bench.run(method, settings)
+    updates = [update for history in run.state.sites.values() for update in history.chain]
     return sum(_stored(tensor) for u in updates for tensor in tensors_of(u).values()), report
 
 

@@ -18,8 +18,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from patchkit.editing.contexts import make_contexts
-from patchkit.editing.editor import Plan, plan, requests_of
+from patchkit.editing.editor import requests_of
 from patchkit.editing.recipe import EditConfig, load_recipe
+from patchkit.editing.session import Plan, plan
 from patchkit.facts.reader import read_facts
 from patchkit.facts.requests import EditRequest
 from patchkit.facts.schema import Fact

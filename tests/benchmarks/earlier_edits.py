@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from patchkit.editing.editor import EditState, Solved, edit
+from patchkit.editing.editor import edit
+from patchkit.editing.state import EditRun, EditState, SiteHistory
 from patchkit.maths.linalg import Covariance, Delta
 from patchkit.statistics.moments import PACKAGE_TEXT, read_corpus, statistics
 
@@ -36,26 +37,27 @@ def measure(bench: Bench, text: str, earlier: list[int]) -> list[dict[str, Any]]
     results: list[dict[str, Any]] = []
     for count in [earlier[0], *earlier]:
         state = EditState({s.layer: edited(s, covariances[s.layer], count) for s in bench.plan.sites if count})
-        state.contexts = list(bench.contexts)
         taken, found = seconds(lambda: _edit(bench, covariances, state), bench.device)  # noqa: B023
-        steps = int(found.values[-1].steps.sum())
+        steps = sum(written.steps for written in found.facts)
         results.append({"earlier": count, "s_per_fact": taken / len(bench.facts), "steps": steps})
         results[-1]["ratio"] = results[-1]["s_per_fact"] / results[min(1, len(results) - 1)]["s_per_fact"]
     return results[1:]
 
 
-def edited(site: Any, covariance: Covariance, count: int) -> Solved:
+def edited(site: Any, covariance: Covariance, count: int) -> SiteHistory:
     """A site after `count` facts that have left no trace in the weight."""
     generator = torch.Generator().manual_seed(site.layer)
     values, vectors = covariance.eigh
     drawn = torch.randn(len(values), count, generator=generator, dtype=torch.float64)
     keys = (vectors @ (values.sqrt().unsqueeze(1) * drawn)).float().double()  # (d_in, count)
     left = torch.full((site.d_out, count), 1e-12, dtype=torch.float64)
-    return Solved((Delta(left, keys.T),), keys, left)
+    return SiteHistory((Delta(left, keys.T),), keys, left)
 
 
-def _edit(bench: Bench, covariances: dict[int, Covariance], state: EditState) -> EditState:
-    return edit(bench.runner, bench.tokenizer, bench.facts, bench.config, covariances, start=state)
+def _edit(bench: Bench, covariances: dict[int, Covariance], state: EditState) -> EditRun:
+    return edit(
+        bench.runner, bench.tokenizer, bench.facts, bench.config, covariances, start=state, contexts=bench.contexts
+    )
 
 
 if __name__ == "__main__":

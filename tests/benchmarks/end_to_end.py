@@ -21,8 +21,10 @@ import torch
 
 from patchkit.api import EVAL_WINDOW
 from patchkit.editing.contexts import make_contexts
-from patchkit.editing.editor import EditState, edit, plan, requests_of
+from patchkit.editing.editor import edit, requests_of
 from patchkit.editing.recipe import load_recipe
+from patchkit.editing.session import plan
+from patchkit.editing.state import EditRun
 from patchkit.evaluate.metrics import verify
 from patchkit.facts.reader import read_facts
 from patchkit.model.arch import inspect_model
@@ -56,9 +58,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     device = options.device
     contexts_s, contexts = seconds(lambda: make_contexts(runner, tokenizer, config), device)
     words_s, requests = seconds(lambda: requests_of(runner, tokenizer, facts, contexts, config), device)
-    start = EditState(contexts=contexts)
     with fresh_peak(device):
-        ours_s, ours = seconds(lambda: edit(runner, tokenizer, facts, config, covariances, start=start), device)
+        ours_s, ours = seconds(lambda: edit(runner, tokenizer, facts, config, covariances, contexts=contexts), device)
         ours_peak = peak_memory(device)
     with fresh_peak(device):
         oracle_s, oracle = seconds(lambda: oracle_edit(model, requests, config, covariances), device)
@@ -83,7 +84,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "ratio": oracle_s / ours_s,
         "contexts_s": contexts_s,
         "peak_ratio": ours_peak / oracle_peak,
-        "ours": _side(rates(lambda: live_deltas(runner.arch, ours.changes(runner.arch))), ours.seconds, _steps(ours)),
+        "ours": _side(
+            rates(lambda: live_deltas(runner.arch, ours.state.deltas(runner.arch))), ours.seconds, _steps(ours)
+        ),
         "oracle": _side(rates(lambda: added(runner.arch, oracle.deltas)), oracle.seconds, oracle.steps),
         "target_difference": _difference(ours, oracle),
         "machine": _machine(corpus),
@@ -94,13 +97,13 @@ def _side(rates: dict[str, Any], seconds: dict[str, float], steps: list[int]) ->
     return {"steps": sum(steps), "seconds": seconds, "metrics": rates}
 
 
-def _steps(state: EditState) -> list[int]:
-    return [count for values in state.values for count in values.steps.tolist()]
+def _steps(run: EditRun) -> list[int]:
+    return [written.steps for written in run.facts]
 
 
-def _difference(ours: EditState, oracle: OracleResult) -> float:
+def _difference(ours: EditRun, oracle: OracleResult) -> float:
     """The largest relative difference of a fact's target states."""
-    targets = torch.cat([values.targets for values in ours.values], 1)  # (d, n)
+    targets = torch.cat([values.targets for values in ours.state.values], 1)  # (d, n)
     return float(((targets - oracle.values).norm(dim=0) / oracle.values.norm(dim=0)).max())
 
 

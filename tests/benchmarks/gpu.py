@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from patchkit.editing.editor import EditState, edit
+from patchkit.editing.editor import edit
+from patchkit.editing.state import EditRun
 from patchkit.maths.linalg import Covariance
 
 from .common import Bench, fresh_peak, parser, peak_memory, prepared, random_llama, seconds, show, spread
@@ -71,15 +72,14 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 def compared(name: str, bench: Bench, oracle_count: int) -> dict[str, Any]:
     """All facts our way, the first few the oracle's way."""
     covariances = {site.layer: spread(site.d_in) for site in bench.plan.sites}
-    state = EditState(contexts=list(bench.contexts))
     few = replace(bench, facts=bench.facts[:oracle_count])
-    _ours(few, covariances, EditState(contexts=list(bench.contexts)))  # to warm up
+    _ours(few, covariances)  # to warm up
     with fresh_peak(bench.device):
-        ours_s, found = seconds(lambda: _ours(bench, covariances, state), bench.device)
+        ours_s, found = seconds(lambda: _ours(bench, covariances), bench.device)
         peak = peak_memory(bench.device)
     oracle_s, oracle = seconds(lambda: _oracle(few, covariances), bench.device)
     per_fact = (oracle_s - oracle.seconds["statistics"]) / len(few.facts)
-    steps = sum(int(values.steps.sum()) for values in found.values)
+    steps = sum(written.steps for written in found.facts)
     return {
         "model": name,
         "facts": len(bench.facts),
@@ -93,8 +93,8 @@ def compared(name: str, bench: Bench, oracle_count: int) -> dict[str, Any]:
     }
 
 
-def _ours(bench: Bench, covariances: dict[int, Covariance], state: EditState) -> EditState:
-    return edit(bench.runner, bench.tokenizer, bench.facts, bench.config, covariances, start=state)
+def _ours(bench: Bench, covariances: dict[int, Covariance]) -> EditRun:
+    return edit(bench.runner, bench.tokenizer, bench.facts, bench.config, covariances, contexts=bench.contexts)
 
 
 def _oracle(bench: Bench, covariances: dict[int, Covariance]) -> Any:

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from patchkit.api import EVAL_WINDOW
 from patchkit.bench.run import Spectra, site_drift
-from patchkit.editing.editor import EditState, edit, plan
+from patchkit.editing.editor import edit
 from patchkit.editing.recipe import load_recipe
+from patchkit.editing.session import plan
+from patchkit.editing.state import EditState
 from patchkit.evaluate.metrics import verify
 from patchkit.facts.reader import read_facts
 from patchkit.maths.linalg import Delta
@@ -68,7 +70,7 @@ class Bench:
         """All facts edited in sequence."""
         config = load_recipe(name, None, (f"batch_size={self.batch}", *settings))
         covariances = statistics(self.runner, plan(self.runner.arch, config).sites, self.text)
-        return edit(self.runner, self.tokenizer, self.facts, config, covariances)
+        return edit(self.runner, self.tokenizer, self.facts, config, covariances).state
 
     def row(self, label: str, changes: Mapping[int, Delta], weight: str, seconds: float) -> str:
         """A table's line for weights changed so."""
@@ -95,14 +97,14 @@ class Bench:
         began = time.perf_counter()
         state = self.edited(name, tuple(settings))
         seconds = time.perf_counter() - began
-        print(self.row(label, state.changes(self.runner.arch), share_of_dense(state), seconds), flush=True)
+        print(self.row(label, state.deltas(self.runner.arch), share_of_dense(state), seconds), flush=True)
         return state
 
     def truncate(self, label: str, state: EditState) -> None:
         """Print the angles, and a line for each tolerance."""
-        for layer, solved in state.sites.items():
+        for layer, history in state.sites.items():
             print(f"{label}, layer {layer}: {quantiles(rotation_at(state, layer).spectrum())}")
-            assert len(solved.chain) == 1
+            assert len(history.chain) == 1
         for tolerance in TOLERANCES:
             cut = {layer: rotation_at(state, layer).truncated(tolerance) for layer in state.sites}
             changes = {layer: change((rotation,), self._weight(layer)) for layer, rotation in cut.items()}
@@ -127,13 +129,13 @@ def share(rotations: list[Rotation]) -> str:
 
 def share_of_dense(state: EditState) -> str:
     """The same for all layers of a state; nothing for a method that does not rotate."""
-    chains = [solved.chain for solved in state.sites.values()]
+    chains = [history.chain for history in state.sites.values()]
     return share([u for chain in chains for u in chain if isinstance(u, Rotation)]) if rotates(state) else "-"
 
 
 def rotates(state: EditState) -> bool:
     """Whether all that was done are rotations."""
-    return all(isinstance(update, Rotation) for solved in state.sites.values() for update in solved.chain)
+    return all(isinstance(update, Rotation) for history in state.sites.values() for update in history.chain)
 
 
 def quantiles(angles: Tensor) -> str:

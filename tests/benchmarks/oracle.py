@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from patchkit import methods
-from patchkit.editing.editor import Plan, plan
 from patchkit.editing.recipe import EditConfig
+from patchkit.editing.session import Plan, plan
 from patchkit.editing.values import ValueConfig
 from patchkit.facts.requests import EditRequest, Row
 from patchkit.maths.linalg import Covariance

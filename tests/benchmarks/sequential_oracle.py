@@ -19,8 +19,9 @@ import torch
 from patchkit import methods
 from patchkit.bench.run import Bench, Results, Row, markdown_table, site_drift
 from patchkit.editing.contexts import texts_before
-from patchkit.editing.editor import frozen, plan
+from patchkit.editing.editor import frozen
 from patchkit.editing.recipe import EditConfig, load_recipe
+from patchkit.editing.session import plan
 from patchkit.facts.reader import read_facts
 from patchkit.facts.requests import build_request
 from patchkit.model.loading import load_model

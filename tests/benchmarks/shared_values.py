@@ -1,4 +1,4 @@
-"""Many solves of the same facts: a model, its text statistics, and values that are optimised once for all rows."""
+"""Many solves of the same facts: a model, its text statistics, and values that are optimized once for all rows."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 from unittest import mock
 
 from patchkit.api import EVAL_WINDOW
-from patchkit.editing import editor
-from patchkit.editing.editor import EditState, edit, plan
+from patchkit.editing import value_edits
+from patchkit.editing.editor import edit
 from patchkit.editing.recipe import load_recipe
-from patchkit.editing.values import Values, ValueShape, optimise
+from patchkit.editing.session import plan
+from patchkit.editing.state import EditRun
+from patchkit.editing.values import Values, ValueTerms, optimize
 from patchkit.evaluate.metrics import Answers, Report, ask, compare
 from patchkit.facts.reader import read_facts
 from patchkit.facts.schema import Fact
@@ -24,7 +26,7 @@ from patchkit.statistics.moments import WINDOW, Corpus, read_corpus, statistics
 
 
 class SharedValues:
-    """In one batch, values are optimised once with and once without the attention's delta, and all runs share them. In
+    """In one batch, values are optimized once with and once without the attention's delta, and all runs share them. In
     smaller batches every run optimises its own, each value on the model as the earlier edits left it.
 
     facts: those that are edited, `options.skip` lines from the beginning on. others: facts that are only asked for,
@@ -44,19 +46,20 @@ class SharedValues:
         self._contexts: list[str] = []
         self._values: dict[bool, Values] = {}
 
-    def run(self, method: str, settings: Sequence[str], window: int = WINDOW) -> tuple[EditState, Report, Report]:
+    def run(self, method: str, settings: Sequence[str], window: int = WINDOW) -> tuple[EditRun, Report, Report]:
         """What editing left behind, how the facts turned out, and what became of the others."""
         config = load_recipe(method, None, [f"batch_size={self.options.batch_size}", *self.options.set, *settings])
         sites = plan(self.runner.arch, config).sites
         if window not in self._covariances:
             self._covariances[window] = statistics(self.runner, sites, self._text(window))
-        start = EditState(contexts=list(self._contexts))
-        with mock.patch.object(editor, "optimise", self._optimise):
-            state = edit(self.runner, self.tokenizer, self.facts, config, self._covariances[window], start=start)
-        self._contexts = state.contexts
-        with live_deltas(self.runner.arch, state.changes(self.runner.arch)):
+        with mock.patch.object(value_edits, "optimize", self._optimize):
+            run = edit(
+                self.runner, self.tokenizer, self.facts, config, self._covariances[window], contexts=self._contexts
+            )
+        self._contexts = run.contexts
+        with live_deltas(self.runner.arch, run.state.deltas(self.runner.arch)):
             after = self._ask()
-        return state, compare(self.facts, self._before, after), compare(self.others, self._before, after)
+        return run, compare(self.facts, self._before, after), compare(self.others, self._before, after)
 
     def _text(self, window: int) -> Corpus:
         return read_corpus(self.options.text, self.tokenizer, window=window)
@@ -64,12 +67,12 @@ class SharedValues:
     def _ask(self) -> Answers:
         return ask(self.runner, self.tokenizer, [*self.facts, *self.others], self.plain)
 
-    def _optimise(self, *args: Any) -> Values:
+    def _optimize(self, *args: Any) -> Values:
         if self.options.batch_size < len(self.facts):
-            return optimise(*args)
-        attention = any(isinstance(arg, ValueShape) and arg.attention for arg in args)
+            return optimize(*args)
+        attention = any(isinstance(arg, ValueTerms) and arg.attention for arg in args)
         if attention not in self._values:
-            self._values[attention] = optimise(*args)
+            self._values[attention] = optimize(*args)
         return self._values[attention]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from patchkit.editing.keys import SubjectStates
-from patchkit.editing.values import optimise
+from patchkit.editing.values import optimize
 
 from .common import Bench, fresh_peak, parser, peak_memory, prepared, seconds, show
 from .oracle import _key, _state, optimise_value
@@ -31,7 +31,7 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     config = bench.config.value
 
     def ours() -> Any:
-        return optimise(bench.runner, requests, site, bench.plan.value_at, config)
+        return optimize(bench.runner, requests, site, bench.plan.value_at, config)
 
     def oracle() -> Any:
         return [optimise_value(bench.runner.arch, request, bench.plan, config) for request in requests]

@@ -1,0 +1,87 @@
+"""Batches of methods without values, whose updates are made from the loss of the facts' targets itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from patchkit.editing.gradients import TargetLoss
+from patchkit.editing.session import EditSession
+from patchkit.editing.state import storable
+from patchkit.editing.values import Values
+from patchkit.facts.requests import EditRequest
+from patchkit.maths.linalg import PriorKeys
+from patchkit.maths.updates import Full, Update, change
+from patchkit.methods import LayerProblem
+from patchkit.model.weights import Site
+
+
+class _LossEdits(ABC):
+    """What both kinds share: problems made from the loss, sweep after sweep, and the record of a batch."""
+
+    def __init__(self, session: EditSession) -> None:
+        self.session = session
+
+    def edit(self, requests: Sequence[EditRequest], advance: Callable[[int], None]) -> None:
+        """Edit `requests` on top of all earlier batches; `advance` is told how many facts have finished."""
+        session, count = self.session, len(requests)
+        loss = TargetLoss(session.runner, requests, session.config.value.parallel)
+        prior = session.prior_keys()
+        for _ in range(session.config.sweeps):
+            for site, problem in self.problems(loss, prior):
+                session.solve(site, problem)
+        with session.run.timed("gradients"):
+            after, none = loss.per_fact(), torch.zeros(session.plan.sites[-1].d_out, count)
+        values = Values(none, none, after.float(), torch.full((count,), loss.passes))
+        session.run.add_batch([r.fact for r in requests], values, session.plan.layers, self.columns(loss, count))
+        advance(count)
+
+    @abstractmethod
+    def problems(self, loss: TargetLoss, prior: Mapping[int, PriorKeys]) -> Iterator[tuple[Site, LayerProblem]]:
+        """The problem at every site, in the order in which they are to be solved."""
+
+    @abstractmethod
+    def columns(self, loss: TargetLoss, count: int) -> list[int]:
+        """How many keys each of `count` facts has in a solve."""
+
+
+class GradientEdits(_LossEdits):
+    """Edits against the gradients of the loss: keys and gradients at the positions that predict a target token."""
+
+    def problems(self, loss: TargetLoss, prior: Mapping[int, PriorKeys]) -> Iterator[tuple[Site, LayerProblem]]:
+        """All sites' gradients are taken before any site is solved."""
+        sites = self.session.plan.sites
+        with self.session.run.timed("gradients"):
+            found = loss.gradients(sites)
+        for site in sites:
+            keys, gradients = storable(found.keys[site.layer]), storable(found.gradients[site.layer])
+            yield site, self.session.problem(site, keys, gradients, prior.get(site.layer))
+
+    def columns(self, loss: TargetLoss, count: int) -> list[int]:
+        """One for each target token in each context."""
+        return loss.columns
+
+
+class FittedEdits(_LossEdits):
+    """Edits by fitting the loss as a function of the weight's update: fine-tuning, without keys."""
+
+    def problems(self, loss: TargetLoss, prior: Mapping[int, PriorKeys]) -> Iterator[tuple[Site, LayerProblem]]:
+        """Each site's loss counts the sites below as they are by then."""
+        for site in self.session.plan.sites:
+            keys, residual = torch.zeros(site.d_in, 0).double(), torch.zeros(site.d_out, 0).double()
+            problem = self.session.problem(site, keys, residual, prior.get(site.layer))
+            at_site = loss.at(site)
+
+            def of_update(update: Update | None, at_site: Any = at_site, problem: LayerProblem = problem) -> Any:
+                if update is None or isinstance(update, Full):  # as a product, a full update would cost its cube
+                    return at_site(update and update.matrix)
+                return at_site(change((update,), lambda: problem.weight).dense())
+
+            yield site, problem.but(loss=of_update)
+
+    def columns(self, loss: TargetLoss, count: int) -> list[int]:
+        """None."""
+        return [0] * count

@@ -1,0 +1,157 @@
+"""What all batches of a run share: where it edits, what the method is shown at a site, and the solve itself."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from patchkit import methods
+from patchkit.editing.recipe import EditConfig, resolve_layers
+from patchkit.editing.state import EditRun, SiteHistory, base_weight, storable
+from patchkit.editing.values import ValueAt, Values
+from patchkit.errors import InputError
+from patchkit.maths.linalg import Covariance, PriorKeys
+from patchkit.maths.rotations import Rotation
+from patchkit.maths.updates import Update, change, mapped, tensors_of
+from patchkit.methods import LayerProblem, Method, MethodConfig
+from patchkit.model.arch import Architecture
+from patchkit.model.forward import LayerRunner
+from patchkit.model.hooks import LiveDelta
+from patchkit.model.weights import Site
+
+ValueCache = dict[Hashable, Values]
+"""Values found on one untouched model, by everything that decides them: methods that ask for the same share them."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which sites a run edits and where its values live, once model and configuration are known."""
+
+    sites: tuple[Site, ...]
+    value_at: ValueAt
+
+    @property
+    def layers(self) -> list[int]:
+        """Layer numbers, ascending."""
+        return [site.layer for site in self.sites]
+
+
+def plan(arch: Architecture, config: EditConfig) -> Plan:
+    """Resolve the layers of `config` on `arch`.
+
+    Where a norm follows the MLP, the residual stream does not receive what a module writes as it is, so a residual at a
+    later layer cannot be spread over earlier ones: such a model is edited at one site, with the value at the module's
+    output.
+
+    Raises:
+        InputError: a layer the model does not have.
+    """
+    method = methods.get(config.method)
+    sites = [arch.sites[layer] for layer in resolve_layers(config.layers, len(arch.layers))]
+    last = sites[-1]
+    if method.targets != "values":
+        return Plan((last,) if method.single_site else tuple(sites), "module_out")
+    if not last.direct or last.layer == len(arch.layers) - 1:
+        return Plan((last,), "module_out")
+    value_at = method.value_at or "layer_out"
+    return Plan((last,) if method.single_site else tuple(sites), value_at)
+
+
+@dataclass(frozen=True)
+class EditSession:
+    """A run while it edits.
+
+    Attributes:
+        plan: the sites, and where values live.
+        run: what has been written so far.
+        live: by layer, the delta that acts on the model through a hook.
+        covariances, gradients: statistics of plain text by layer, as `LayerProblem` has them.
+        known: values found on the untouched model, which are shared with other runs; None shares nothing.
+    """
+
+    runner: LayerRunner
+    config: EditConfig
+    plan: Plan
+    run: EditRun
+    live: Mapping[int, LiveDelta]
+    covariances: Mapping[int, Covariance]
+    gradients: Mapping[int, Tensor]
+    known: ValueCache | None
+
+    @cached_property
+    def method(self) -> Method:
+        """The method of the recipe, wrappers included."""
+        return methods.get(self.config.method)
+
+    @cached_property
+    def settings(self) -> MethodConfig:
+        """The method's own settings."""
+        return self.config.method_config()
+
+    def prior_keys(self) -> dict[int, PriorKeys]:
+        """By layer, the keys of all batches so far. All sweeps of a batch solve against those from before it began."""
+        return {layer: history.prior for layer, history in self.run.state.sites.items()}
+
+    def problem(self, site: Site, keys: Tensor, residual: Tensor, prior: PriorKeys | None) -> LayerProblem:
+        """What the method is shown at `site`: keys (d_in, n) and residual (d_out, n), beside keys of earlier edits."""
+        history, covariance = self.run.state.sites.get(site.layer), self.covariances.get(site.layer)
+        return problem_at(site, keys, residual, covariance, history, prior, self.gradients.get(site.layer))
+
+    def solve(self, site: Site, problem: LayerProblem) -> None:
+        """Solve `problem`, and let the update act on the model from here on.
+
+        Raises:
+            InputError: the edit is not finite.
+        """
+        with self.run.timed("solve"):
+            update = solve_at(self.method, self.settings, site, problem)
+            history = self.run.state.sites.setdefault(site.layer, SiteHistory.empty(site))
+            history.add(update, problem.keys, problem.residual, self.method.targets == "gradients")
+            if isinstance(update, Rotation):  # it turns what was there before as well
+                self.live[site.layer].set([change(history.chain, problem.base)])
+            else:
+                self.live[site.layer].add(change((update,), problem.base))
+
+
+def problem_at(
+    site: Site,
+    keys: Tensor,
+    residual: Tensor,
+    covariance: Covariance | None,
+    history: SiteHistory | None,
+    prior: PriorKeys | None,
+    gradient: Tensor | None = None,
+) -> LayerProblem:
+    """A solve at `site`, in float64 on the CPU, after the edits in `history`; `prior` are the keys it has to spare."""
+    count = 0 if prior is None else len(prior)
+    return LayerProblem(
+        keys,
+        residual,
+        covariance,
+        PriorKeys(keys[:, :0]) if prior is None else prior,
+        lambda: base_weight(site),
+        lambda: history.delta(lambda: base_weight(site)) if history else None,
+        gradient,
+        measured=lambda: history.gradient_columns(count) if history and count else None,
+    )
+
+
+def solve_at(method: Method, settings: MethodConfig, site: Site, problem: LayerProblem) -> Update:
+    """The method's own solve at `site`.
+
+    The update comes back in float64, holding numbers that float32 holds too: what acts while editing is then what a
+    patch's file will hold, and a run that starts from the file goes on as the one that wrote it would have.
+
+    Raises:
+        InputError: the edit is not finite.
+    """
+    update = method.solve(problem, settings)
+    if not all(tensor.isfinite().all() for tensor in tensors_of(update).values()):
+        raise InputError(
+            f"{site.weight_name}: the edit is not finite; the model's activations overflow in this dtype, "
+            "try --dtype float32 or bfloat16"
+        )
+    return mapped(update, storable)

@@ -1,0 +1,184 @@
+"""What a run of the editor starts from and leaves behind: the edit history of each site, and what was written.
+
+`EditState` goes on to the next run; `EditRun` is about one run alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from patchkit.editing.values import Values, ValueStates
+from patchkit.facts.schema import Fact
+from patchkit.maths.linalg import Delta, PriorKeys
+from patchkit.maths.rotations import Rotation
+from patchkit.maths.updates import Chain, Update, change, folded, mapped
+from patchkit.model.arch import Architecture
+from patchkit.model.weights import Site, read_weight
+
+
+class SiteHistory:
+    """Edit history of one site: its updates, and the keys and residuals they were solved from.
+
+    Columns are in the order of the solves: by batch, then sweep, then fact (`patch.history.solves` finds them again).
+    """
+
+    def __init__(self, chain: Chain, keys: Tensor, residuals: Tensor, gradient_columns: Sequence[int] = ()) -> None:
+        """With keys (d_in, n) and residuals (d_out, n); `gradient_columns` are those whose residuals are gradients."""
+        self._updates: list[Update] = list(chain)
+        self.prior = PriorKeys(keys)
+        self._residuals = [residuals]
+        self._gradient_columns = list(gradient_columns)
+
+    @classmethod
+    def empty(cls, site: Site) -> SiteHistory:
+        """Of a site that has not been edited."""
+        return cls((), torch.zeros(site.d_in, 0).double(), torch.zeros(site.d_out, 0).double())
+
+    def add(self, update: Update, keys: Tensor, residual: Tensor, gradients: bool = False) -> None:
+        """Append a solve; `gradients` says whether its residual (d_out, n) is made of gradients."""
+        last = self._updates[-1] if self._updates else None
+        if isinstance(update, Rotation) and isinstance(last, Rotation) and last.side == update.side:
+            # Rounded each time as a patch's file will hold it, so that going on from the file is the same.
+            self._updates[-1] = mapped(last.then(update), storable)
+        else:
+            self._updates.append(update)
+        if gradients:
+            self._gradient_columns += range(len(self.prior), len(self.prior) + keys.shape[1])
+        self.prior = self.prior.extended(keys)
+        self._residuals.append(residual)
+
+    @property
+    def chain(self) -> Chain:
+        """All updates, neighbors of one kind as one."""
+        self._updates = list(folded(self._updates))
+        return tuple(self._updates)
+
+    @property
+    def keys(self) -> Tensor:
+        """(d_in, n)."""
+        return self.prior.matrix
+
+    @property
+    def residuals(self) -> Tensor:
+        """(d_out, n)."""
+        self._residuals = [torch.cat(self._residuals, 1)]
+        return self._residuals[0]
+
+    def delta(self, weight: Callable[[], Tensor]) -> Delta | None:
+        """All updates as one low-rank delta of the base weight, which `weight` gives (d_out, d_in)."""
+        return change(self.chain, weight) if self._updates else None
+
+    def gradient_columns(self, before: int) -> tuple[Tensor, Tensor]:
+        """Keys (d_in, m) and residuals (d_out, m) of those of the first `before` columns that hold gradients."""
+        columns = [column for column in self._gradient_columns if column < before]
+        return self.keys[:, columns], self.residuals[:, columns]
+
+    def copy(self) -> SiteHistory:
+        """A copy to add to while this one stays as it is."""
+        copied = SiteHistory(self.chain, self.keys, self.residuals, self._gradient_columns)
+        copied.prior = self.prior  # it never changes, and keeps what earlier solves have computed
+        return copied
+
+
+@dataclass
+class EditState:
+    """What all runs so far have left, and the next one starts from.
+
+    Attributes:
+        sites: by layer, the edit history of its site.
+        values: the facts' states at the value site, in the order in which they were written.
+        subjects: those of all facts.
+    """
+
+    sites: dict[int, SiteHistory] = field(default_factory=dict)
+    values: list[ValueStates] = field(default_factory=list)
+    subjects: set[str] = field(default_factory=set)
+
+    def deltas(self, arch: Architecture) -> dict[int, Delta]:
+        """By layer, the whole change of its weight, (d_out, d_in) in factors; layers without one are left out."""
+        found = {layer: history.delta(partial(base_weight, arch.sites[layer])) for layer, history in self.sites.items()}
+        return {layer: delta for layer, delta in found.items() if delta is not None}
+
+    def copy(self) -> EditState:
+        """A copy to add to while this one stays as it is."""
+        sites = {layer: history.copy() for layer, history in self.sites.items()}
+        return EditState(sites, list(self.values), set(self.subjects))
+
+
+@dataclass(frozen=True)
+class WrittenFact:
+    """A fact that a run has written.
+
+    Attributes:
+        batch: the number of the batch it was solved with, from 0.
+        layers: where it was written.
+        columns: how many keys it has in each solve.
+        loss: the target's mean token loss that its value reached, in nats.
+        steps: optimizer steps that this took.
+    """
+
+    fact: Fact
+    batch: int
+    layers: tuple[int, ...]
+    columns: int
+    loss: float
+    steps: int
+
+
+@dataclass
+class EditRun:
+    """One run of the editor.
+
+    Attributes:
+        state: the state it started from, with everything it added.
+        contexts: the contexts it edited in.
+        facts: what it wrote, in the order in which it was solved for.
+        seconds: time spent, by phase.
+    """
+
+    state: EditState
+    contexts: list[str]
+    facts: list[WrittenFact] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def batches(self) -> list[int]:
+        """How many facts each batch has."""
+        return list(Counter(written.batch for written in self.facts).values())
+
+    def add_batch(
+        self, facts: Sequence[Fact], values: Values, layers: Sequence[int], columns: Sequence[int] | None = None
+    ) -> None:
+        """Record that `facts` were solved for together, for these values; `columns` of each, 1 where not given."""
+        batch = self.facts[-1].batch + 1 if self.facts else 0
+        columns = columns or [1] * len(facts)
+        rows = zip(facts, columns, values.loss.tolist(), values.steps.tolist(), strict=True)
+        self.facts += [WrittenFact(fact, batch, tuple(layers), *row) for fact, *row in rows]
+        self.state.values.append(values.states())
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds spent inside to `seconds[phase]`."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+
+
+def base_weight(site: Site) -> Tensor:
+    """W of the untouched base at `site`, (d_out, d_in), in float64 on the CPU, where all solves are done."""
+    return read_weight(site).double().cpu()
+
+
+def storable(tensor: Tensor) -> Tensor:
+    """`tensor` in float64, its numbers rounded to those that float32 holds."""
+    return tensor.float().double()
