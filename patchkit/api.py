@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from patchkit.editing.editor import Progress, frozen
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import ValueCache
-from patchkit.evaluate.metrics import Report, verify
+from patchkit.evaluate.report import Report
+from patchkit.evaluate.verify import verify
 from patchkit.facts.reader import parse_facts
 from patchkit.facts.schema import Fact
 from patchkit.model.loading import check_tokenizer

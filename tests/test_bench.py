@@ -18,8 +18,8 @@ from patchkit.bench import run as bench_module
 from patchkit.bench.run import Outcome, Row, run_bench, score, weight_drift
 from patchkit.cli import main
 from patchkit.errors import InputError
-from patchkit.evaluate import metrics as verify_module
-from patchkit.evaluate.metrics import Report
+from patchkit.evaluate import verify as verify_module
+from patchkit.evaluate.report import Report
 from patchkit.maths.linalg import Delta
 from patchkit.model.arch import inspect_model
 from patchkit.model.loading import LoadedModel, ModelChoice, load_model
@@ -242,7 +242,7 @@ def test_what_is_there_is_not_computed_again(
     first = bench("alphaedit")
     lines = (first.folder / "results.jsonl").read_bytes()
     edited.clear()
-    monkeypatch.setattr(bench_module, "ask", None)  # not even the base
+    monkeypatch.setattr(bench_module, "ask_base", None)  # not even the base
     assert bench("alphaedit").rows == first.rows
     assert not edited
     assert (first.folder / "results.jsonl").read_bytes() == lines

@@ -136,7 +136,8 @@ def test_apply_json_is_the_report_and_the_patch(run: Run, model: Path) -> None:
     assert ended.status == 0
     result = ended.json()
     assert set(result) == {
-        *("patch", "bytes", "digest", "facts", "efficacy", "generalization", "locality", "perplexity", "per_fact")
+        *("patch", "bytes", "digest", "facts", "efficacy", "generalization", "locality", "perplexity", "per_fact"),
+        *("counts", "more"),
     }
     assert result["patch"] == str(Path("deep/er/p"))
     assert result["bytes"] == sum(file.stat().st_size for file in Path("deep/er/p").iterdir())
@@ -445,7 +446,11 @@ def test_verify_json_has_this_schema(run: Run, patch: Path, model: Path) -> None
     ended = run("verify", patch, "--model", model, "--json")
     assert ended.status == 0
     report = ended.json()
-    assert set(report) == {"facts", "efficacy", "generalization", "locality", "perplexity", "per_fact"}
+    groups = {"efficacy", "generalization", "locality", "perplexity"}
+    assert set(report) == {"facts", *groups, "per_fact", "counts", "more"}
+    assert set(report["counts"]) == groups
+    assert report["counts"]["efficacy"] == {"success": 1, "exact": 2, "generated": 2}  # one has a target_true
+    assert report["counts"]["locality"] == {"success": 1, "unchanged": 1}
     assert report["facts"] == len(report["per_fact"]) == 2
     assert set(report["efficacy"]) == set(report["generalization"]) == RATES
     assert set(report["locality"]) == {"success", "unchanged"}
@@ -583,9 +588,9 @@ def test_show_and_log_tell_what_is_in_a_patch(run: Run, patch: Path, model: Path
         assert part in shown.out
     logged = run("log", patch)
     assert logged.status == 0
-    for part in ("run 1: apply 2 facts", "alphaedit, layers 1, 2", "efficacy 100.0%", "+ rome"):
+    for part in ("run 1: apply 2 facts", "alphaedit, layers 1, 2", "efficacy 100.0% on 2 facts", "+ rome"):
         assert part in logged.out
-    assert "efficacy 100.0%, generalization" in logged.out  # lines are not cut in a pipe
+    assert "efficacy 100.0% on 2 facts, generalization" in logged.out  # lines are not cut in a pipe
     assert run("show", patch, "--json").json() == json.loads((patch / "manifest.json").read_text())
     assert run("log", patch, "--json").json() == json.loads((patch / "manifest.json").read_text())["history"]
 

@@ -21,7 +21,7 @@ from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
 from patchkit.editing.state import EditRun
 from patchkit.editing.values import ValueConfig, Values, optimize
-from patchkit.evaluate.metrics import read_targets
+from patchkit.evaluate.readings import read_targets
 from patchkit.facts.reader import parse_facts
 from patchkit.facts.requests import EditRequest, build_request
 from patchkit.maths.linalg import Delta

@@ -26,6 +26,7 @@ from tests import zoo
 
 RANKS = {1: 3, 2: 5}  # by layer: other ranks, and layers 0 and 3 untouched
 METRICS = {
+    "facts": 1,
     "efficacy": {"success": 1.0, "exact": 0.75, "generated": None},
     "generalization": {"success": 0.5, "exact": 0.5, "generated": None},
     "locality": {"success": None, "unchanged": 0.875},

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import patchkit
-from patchkit.evaluate.metrics import read_targets
+from patchkit.evaluate.readings import read_targets
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from tests.zoo import FAMILIES, tiny_tokenizer

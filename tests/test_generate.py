@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import patchkit
 from patchkit import InputError, Patch
 from patchkit.cli import main
+from patchkit.cli.generate import stacked
 from patchkit.evaluate.generation import Sampling, answers
 from tests import zoo
 
@@ -151,8 +152,8 @@ def test_the_model_is_left_as_it_was(saved: Saved) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(saved.base), zoo.tiny_tokenizer()
     rome, ada = Patch.load(saved.rome), Patch.load(saved.ada)
     broken = Patch(ada.manifest, {"nowhere.weight": next(iter(ada.updates.values()))})
-    answers(model, tokenizer, [rome], ["Rome"], Sampling(2))
+    answers(model, tokenizer, lambda: stacked(model, [rome]), ["Rome"], Sampling(2))
     with pytest.raises(InputError, match="no such weight"):
-        answers(model, tokenizer, [rome, broken], ["Rome"], Sampling(2))
+        answers(model, tokenizer, lambda: stacked(model, [rome, broken]), ["Rome"], Sampling(2))
     assert not any(module._forward_hooks for module in model.modules())
     assert not hasattr(model, "patchkit")

@@ -19,7 +19,7 @@ import patchkit
 from patchkit import InputError, Patch, methods
 from patchkit.cli import main
 from patchkit.editing.recipe import load_recipe
-from patchkit.evaluate.metrics import read_targets
+from patchkit.evaluate.readings import read_targets
 from patchkit.facts.reader import parse_facts
 from patchkit.maths.updates import change
 from patchkit.model.arch import inspect_model
@@ -458,7 +458,7 @@ def test_a_patch_is_continued_reverted_and_told_about(run: Run, checkpoint: Path
     log = run("log", "q").out
     lines = [line.strip() for line in log.splitlines() if line.strip().startswith(("+", "-", "~", "run"))]
     assert lines == [
-        "run 3: revert 1 facts",
+        "run 3: revert 1 fact",
         "- rome-2  the city of Rome -> Polish",
         "run 2: apply 2 facts",
         "+ curie  the language of Marie Curie -> Polish",
@@ -468,7 +468,7 @@ def test_a_patch_is_continued_reverted_and_told_about(run: Run, checkpoint: Path
         "+ ada  the friend of Ada Lovelace -> is",
     ]
     diff = run("diff", "old", "p")
-    for part in ("+ curie", "~ rome-2  the city of Rome: capital -> Polish", "1 facts in both", "efficacy"):
+    for part in ("+ curie", "~ rome-2  the city of Rome: capital -> Polish", "1 fact in both", "efficacy"):
         assert part in diff.out
     assert json.loads(run("diff", "old", "p", "--json").out)["changed"][0]["b"]["id"] == "rome-2"
     assert "run 2, alphaedit" in run("show", "q").out

@@ -19,8 +19,8 @@ from patchkit.editing.recipe import load_recipe, recipes_folder
 PACKAGE = Path(patchkit.__file__).parent
 # A folder may import those above it, and a module those of its own folder: imports run downwards only.
 FLOW = (
-    *("errors", "io", "maths", "model", "facts", "methods", "statistics", "editing", "patch", "runs", "evaluate"),
-    *("export", "api", "bench", "cli", "__main__"),
+    *("errors", "words", "io", "maths", "model", "facts", "methods", "statistics", "editing", "evaluate", "patch"),
+    *("runs", "export", "api", "bench", "cli", "__main__"),
 )
 
 

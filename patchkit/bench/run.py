@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -40,7 +40,9 @@ from patchkit.editing.editor import Progress, frozen
 from patchkit.editing.recipe import EditConfig, load_recipe
 from patchkit.editing.session import ValueCache, plan
 from patchkit.errors import InputError, PatchkitError
-from patchkit.evaluate.metrics import Answers, LocalityRates, Perplexity, Rates, Report, ask, compare, verify
+from patchkit.evaluate.metrics import Trial, metrics, summary_line
+from patchkit.evaluate.report import Report, Summary
+from patchkit.evaluate.verify import Answers, ask_base, ask_unpatched, compare, verify
 from patchkit.facts.reader import read_facts
 from patchkit.facts.requests import build_request
 from patchkit.facts.schema import Fact, FactFile
@@ -54,6 +56,7 @@ from patchkit.patch.manifest import Manifest
 from patchkit.patch.patch import Patch, read_manifest
 from patchkit.runs.prepare import count_tokens
 from patchkit.statistics.moments import default_text, read_corpus, window_of
+from patchkit.words import counted
 
 UNEDITED = "unedited"
 SAVE_EVERY = 10
@@ -86,7 +89,7 @@ class Drift(_Record):
     condition: float
 
 
-class Row(_Record):
+class Row(Summary):
     """One line of results.jsonl: a method after so many edits, measured on all facts edited so far.
 
     norm_change, condition_change: the largest among the edited weights, without sign; weights: each of them; bytes:
@@ -95,20 +98,16 @@ class Row(_Record):
     and unchanged locality.
     """
 
+    model_config = ConfigDict(frozen=True, extra="forbid")
     method: str
     edits: int
-    facts: int
-    efficacy: Rates
-    generalization: Rates
-    locality: LocalityRates
-    perplexity: Perplexity | None
     score: float | None
     norm_change: float | None = None
     condition_change: float | None = None
-    weights: dict[str, Drift] = {}
+    weights: dict[str, Drift] = Field(default_factory=dict)
     bytes: int | None = None
     rank: int | None = None
-    seconds: dict[str, float] = {}
+    seconds: dict[str, float] = Field(default_factory=dict)
     setup: Setup
 
     @classmethod
@@ -273,28 +272,26 @@ class _Column:
         return "-" if value is None else format(value, self.form)
 
 
-_COLUMNS = (
-    _Column("method", "method", lambda r: r.method),
-    _Column("edits", "edits", lambda r: r.edits),
-    _Column("score", "score", lambda r: r.score, ".3f"),
-    _Column("efficacy_success", "efficacy success", lambda r: r.efficacy.success, ".3f"),
-    _Column("efficacy_exact", "efficacy exact", lambda r: r.efficacy.exact, ".3f"),
-    _Column("efficacy_generated", None, lambda r: r.efficacy.generated),
-    _Column("generalization_success", "general. success", lambda r: r.generalization.success, ".3f"),
-    _Column("generalization_exact", "general. exact", lambda r: r.generalization.exact, ".3f"),
-    _Column("generalization_generated", None, lambda r: r.generalization.generated),
-    _Column("locality_success", "locality success", lambda r: r.locality.success, ".3f"),
-    _Column("locality_unchanged", "locality unchanged", lambda r: r.locality.unchanged, ".3f"),
-    _Column("perplexity_ratio", "perplexity ratio", lambda r: r.perplexity.ratio if r.perplexity else None, ".4f"),
-    _Column("norm_change", "norm change", lambda r: r.norm_change, ".1e"),
-    _Column("condition_change", "condition change", lambda r: r.condition_change, ".1e"),
-    _Column("rank", "rank", lambda r: r.rank),
-    _Column("bytes", None, lambda r: r.bytes),
-    _Column("kilobytes", "kB", lambda r: None if r.bytes is None else r.bytes / 1e3, ",.0f"),
-    _Column("seconds_editing", "seconds", lambda r: _editing(r.seconds), ".1f"),
-    _Column("seconds_measuring", None, lambda r: r.seconds.get("measuring")),
-)
-_SHOWN = tuple(column for column in _COLUMNS if column.heading)
+def _columns() -> tuple[_Column, ...]:
+    """All columns, the metrics' as their table has them."""
+    return (
+        _Column("method", "method", lambda r: r.method),
+        _Column("edits", "edits", lambda r: r.edits),
+        _Column("score", "score", lambda r: r.score, ".3f"),
+        *(_Column(metric.key, metric.column, metric.of, metric.decimals) for metric in metrics()),
+        _Column("norm_change", "norm change", lambda r: r.norm_change, ".1e"),
+        _Column("condition_change", "condition change", lambda r: r.condition_change, ".1e"),
+        _Column("rank", "rank", lambda r: r.rank),
+        _Column("bytes", None, lambda r: r.bytes),
+        _Column("kilobytes", "kB", lambda r: None if r.bytes is None else r.bytes / 1e3, ",.0f"),
+        _Column("seconds_editing", "seconds", lambda r: _editing(r.seconds), ".1f"),
+        _Column("seconds_measuring", None, lambda r: r.seconds.get("measuring")),
+    )
+
+
+def _shown() -> tuple[_Column, ...]:
+    """Those for people."""
+    return tuple(column for column in _columns() if column.heading)
 
 
 def _editing(seconds: Mapping[str, float]) -> float | None:
@@ -304,29 +301,30 @@ def _editing(seconds: Mapping[str, float]) -> float | None:
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """One line per row, as Markdown; numbers to the right."""
-    headings = " | ".join(column.heading or "" for column in _SHOWN)
-    rules = "|".join("---" if column is _SHOWN[0] else "---:" for column in _SHOWN)
-    body = "".join(f"| {' | '.join(column.cell(row) for column in _SHOWN)} |\n" for row in rows)
+    columns = _shown()
+    headings = " | ".join(column.heading or "" for column in columns)
+    rules = "|".join(["---", *("---:" for _ in columns[1:])])
+    body = "".join(f"| {' | '.join(column.cell(row) for column in columns)} |\n" for row in rows)
     return f"| {headings} |\n|{rules}|\n{body}"
 
 
 def csv_table(rows: Sequence[Row]) -> str:
     """All columns, numbers in full; an empty cell for what is not known."""
-    text = io.StringIO()
+    text, columns = io.StringIO(), _columns()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(column.name for column in _COLUMNS)
-    writer.writerows([column.value(row) for column in _COLUMNS] for row in rows)
+    writer.writerow(column.name for column in columns)
+    writer.writerows([column.value(row) for column in columns] for row in rows)
     return text.getvalue()
 
 
 def rich_table(rows: Sequence[Row]) -> Table:
     """The same as the Markdown, for a terminal."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in _SHOWN:
+    table, columns = Table(box=None, padding=(0, 2, 0, 0), header_style="bold"), _shown()
+    for place, column in enumerate(columns):
         heading = (column.heading or "").replace(" ", "\n")
-        table.add_column(heading, justify="left" if column is _SHOWN[0] else "right", no_wrap=True)
+        table.add_column(heading, justify="right" if place else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*(column.cell(row) for column in _SHOWN))
+        table.add_row(*(column.cell(row) for column in columns))
     return table
 
 
@@ -360,7 +358,11 @@ class Bench:
     def base(self) -> Answers:
         """What the unedited model answers to all facts: asked once, for every method and checkpoint."""
         with frozen(self.model):
-            return ask(self.runner, self.tokenizer, self.facts, self.plain)
+            return ask_base(self._trial)
+
+    @property
+    def _trial(self) -> Trial:
+        return Trial(self.runner, self.tokenizer, self.facts, self.plain)
 
     def measure(
         self,
@@ -377,7 +379,8 @@ class Bench:
         """Add the row of the unedited model, unless it is there."""
         count = len(self.facts)
         if self.results.find(UNEDITED, 0, count) is None:
-            report = compare(self.facts, self.base, self.base)
+            with frozen(self.model):
+                report = compare(self.facts, self.base, ask_unpatched(self._trial, self.base))
             row = Row.of(UNEDITED, 0, report, self.setup(count, None), {})
             self.results.add(row, report, count)
 
@@ -542,7 +545,7 @@ class _Sequence:
             rank=_rank(patch.manifest),
             seconds={**_phases(patch.manifest), "measuring": round(time.perf_counter() - began, 3)},
         )
-        patch.with_metrics(report.summary()).save(folder)
+        patch.with_metrics(report.summary(), report.outcomes()).save(folder)
         bench.results.add(row, report, len(bench.facts))
         return row
 
@@ -699,6 +702,5 @@ def _run(sequences: Sequence[_Sequence], marks: Sequence[int], progress: Progres
 
 
 def _in_words(row: Row) -> str:
-    names = ("score", "efficacy_exact", "generalization_success", "locality_unchanged", "perplexity_ratio")
-    told = (f"{column.name.replace('_', ' ')} {column.cell(row)}" for column in _SHOWN if column.name in names)
-    return f"{row.method}, {row.edits} edits: {', '.join(told)}"
+    score = "-" if row.score is None else f"{row.score:.3f}"
+    return f"{row.method}, {counted(row.edits, 'edit')}: score {score}, {summary_line(row)}"

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from patchkit.cli.common import (
+    GatedCommand,
     choice,
-    gate_options,
     model_options,
     note,
     own_folder,
@@ -22,13 +22,14 @@ from patchkit.cli.common import (
 from patchkit.cli.merge import show_merged
 from patchkit.cli.push import packed, show_pushed
 from patchkit.errors import GateError, InputError, PatchkitError
+from patchkit.evaluate.gates import Gates
 
 if TYPE_CHECKING:
-    from patchkit.cli.jobs import Applied, Gates
+    from patchkit.cli.jobs import Applied
     from patchkit.model.loading import LoadedModel
 
 
-@click.command("apply")
+@click.command("apply", cls=GatedCommand)
 @click.argument("facts")
 @model_options
 @click.option("--onto", metavar="PATCH", help="Go on from this patch, with its recipe unless told otherwise.")
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 @click.option("--out", metavar="DIR", help="The patch's folder [default: that of --onto, else <name of FACTS>-patch].")
 @click.option("--merge", "merged", metavar="DIR", help="If the gates hold: write the base with the patch merged, too.")
 @click.option("--push", "repo", metavar="REPO", help="If the gates hold: publish the patch as REPO (user/name), too.")
-@gate_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def command(
     facts: str,
@@ -79,14 +79,14 @@ def command(
     A gate that does not hold makes the exit status 1, and nothing is merged or published; the patch is written all the
     same. --merge and --push ask for an efficacy of 0.9 and a perplexity ratio of 1.1 unless told otherwise.
     """
-    from patchkit.cli.jobs import PUBLISHED, apply_file
+    from patchkit.cli.jobs import apply_file
 
     usual = own_folder(onto) if onto else Path(f"{Path(facts).stem if facts != '-' else 'stdin'}-patch")
     folder = Path(out) if out else usual
     short = {"layers": layers, "batch_size": batch_size, "seed": seed}
     settings = (*overrides, *(f"{key}={value}" for key, value in short.items() if value is not None))
     refuse_place(folder)
-    after = _After(merged, repo, gates.within(PUBLISHED) if merged or repo else gates, stats, as_json)
+    after = _After(merged, repo, gates.within(Gates.published()) if merged or repo else gates, stats, as_json)
     after.check(folder)
     with progress_bars() as progress:
         done = apply_file(

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from patchkit.errors import InputError
+from patchkit.evaluate.gates import Gates
+from patchkit.evaluate.metrics import Gate, Metric, gated
 
 if TYPE_CHECKING:
     from patchkit.model.loading import ModelChoice
@@ -49,29 +50,23 @@ def model_options(command: F) -> F:
     return command
 
 
-_SHARE = click.FloatRange(0, 1)
-_GATES = (
-    ("--min-efficacy", "efficacy", _SHARE, "Least share of facts whose every target token is the argmax."),
-    ("--min-generalization", "generalization", _SHARE, "Least share of paraphrases with P(new) > P(true)."),
-    ("--min-locality", "locality", _SHARE, "Least share of neighbours that stay as the base has them."),
-    ("--max-perplexity-ratio", "perplexity_ratio", click.FLOAT, "Most that plain text's perplexity may grow by."),
-)
+class GatedCommand(click.Command):
+    """A command with an option for every gate in the table of metrics, which reach it together as `gates`."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        *own, last = super().get_params(ctx)  # the last is --help
+        return [*own, *(_gate_option(metric, gate) for metric, gate in gated().values()), last]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        given = {name: ctx.params.pop(name) for name in gated()}
+        ctx.params["gates"] = Gates({name: bound for name, bound in given.items() if bound is not None})
+        return super().invoke(ctx)
 
 
-def gate_options(command: F) -> F:
-    """--min-efficacy and its like, which reach the command as `gates`."""
-
-    @wraps(command)
-    def with_gates(*args: Any, **options: Any) -> Any:
-        from patchkit.cli.jobs import Gates
-
-        bounds = {name: options.pop(name) for _, name, _, _ in _GATES}
-        return command(*args, gates=Gates(**bounds), **options)
-
-    decorated: Any = with_gates
-    for flag, name, kind, text in reversed(_GATES):
-        decorated = click.option(flag, name, type=kind, metavar="X", help=text)(decorated)
-    return cast(F, decorated)
+def _gate_option(metric: Metric, gate: Gate) -> click.Option:
+    kind = click.FloatRange(0, 1) if metric.share else click.FLOAT
+    flag = f"--{'min' if metric.better == 'up' else 'max'}-{gate.name.replace('_', '-')}"
+    return click.Option([flag, gate.name], type=kind, metavar="X", help=gate.help)
 
 
 def choice(name: str | None, device: str, dtype: str) -> ModelChoice:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +16,7 @@ from patchkit.cli.common import choice, model_options, stdout
 
 if TYPE_CHECKING:
     from patchkit.evaluate.generation import Answer
+    from patchkit.patch.patch import Patch
 
 
 @click.command("generate")
@@ -67,7 +71,8 @@ def command(
     chosen = choice(model_name or read[0].manifest.base.name, device, dtype)
     loaded = load_model(chosen.name, chosen.device, chosen.dtype)
     sampling = Sampling(max_new_tokens, temperature, seed, chat)
-    found = answers(loaded.model, loaded.tokenizer, read, asked, sampling, compare)
+    attached = partial(stacked, loaded.model, read)
+    found = answers(loaded.model, loaded.tokenizer, attached, asked, sampling, compare)
     if as_json:
         rows = [{key: text for key, text in asdict(answer).items() if text is not None} for answer in found]
         click.echo(json.dumps({"model": chosen.name, "patches": patches, "answers": rows}))
@@ -76,6 +81,25 @@ def command(
     else:
         for answer in found:
             click.echo(answer.patched.strip("\n") if chat else answer.prompt + answer.patched)
+
+
+@contextmanager
+def stacked(model: Any, patches: Sequence[Patch]) -> Iterator[None]:
+    """The model with `patches` on top of one another inside the block; afterwards, whatever happens, as it was.
+
+    Raises:
+        InputError: a patch is for another base.
+    """
+    from patchkit.patch.stack import load
+
+    stack = None
+    try:
+        for number, patch in enumerate(patches, 1):
+            stack = load(model, patch, f"{number}")
+        yield
+    finally:
+        if stack is not None:
+            stack.unload()
 
 
 def _print_table(found: list[Answer]) -> None:

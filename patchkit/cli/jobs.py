@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from patchkit.editing.editor import Progress, frozen
 from patchkit.editing.gradients import text_gradients
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
-from patchkit.errors import GateError
-from patchkit.evaluate.metrics import Report, read_targets
+from patchkit.evaluate.readings import read_targets
+from patchkit.evaluate.report import Report
 from patchkit.export.merge import HeldFacts, Merged, Rounding, merge
 from patchkit.facts.reader import read_facts, write_rejected
 from patchkit.facts.schema import Fact, FactFile
@@ -91,7 +91,7 @@ def apply_file(
     workspace = Workspace.of(loaded.model, loaded.tokenizer, (text,), stats, progress)
     patch = run(prepared, workspace, say)
     report = measure_in(workspace, patch)
-    patch = patch.with_metrics(report.summary())
+    patch = patch.with_metrics(report.summary(), report.outcomes())
     _save(patch, folder, prepared.read, say)
     return Applied(patch, report, folder, prepared.incoming, loaded.name)
 
@@ -146,51 +146,12 @@ def revert_patch(
     workspace = Workspace.of(loaded.model, loaded.tokenizer, texts, stats, progress)
     less = take_out(workspace, patch, gone)
     report = measure_in(workspace, less) if measured else None
-    less = less.with_metrics(report.summary()) if report else less
+    less = less.with_metrics(report.summary(), report.outcomes()) if report else less
     less.save(folder)
     replaced = {new: old for run in patch.manifest.history for old, new in run.superseded.items()}
     if back := [replaced[fact_id] for fact_id in gone if fact_id in replaced]:
         say(f"superseded earlier and not brought back: {shortened(back)}; apply them again if they should hold")
     return Reverted(less, report, folder)
-
-
-@dataclass(frozen=True)
-class Gates:
-    """Bounds of `patchkit verify`; None asks for nothing. Efficacy and generalization count exact matches."""
-
-    efficacy: float | None = None
-    generalization: float | None = None
-    locality: float | None = None
-    perplexity_ratio: float | None = None
-
-    def within(self, usual: Gates) -> Gates:
-        """These bounds, with the usual ones where nothing is asked for."""
-        pairs = zip(astuple(self), astuple(usual), strict=True)
-        return Gates(*(other if own is None else own for own, other in pairs))
-
-    def check(self, report: Report) -> None:
-        """Raises:
-        GateError: at least one bound does not hold, or there is nothing to measure it on; all are named.
-        """
-        ratio = report.perplexity.ratio if report.perplexity else None
-        held = (
-            ("efficacy", report.efficacy.exact, self.efficacy, 1),
-            ("generalization", report.generalization.success_or_exact, self.generalization, 1),
-            ("locality", report.locality.unchanged, self.locality, 1),
-            ("perplexity ratio", ratio, self.perplexity_ratio, -1),
-        )
-        failed = [
-            f"{name} {'not measured' if value is None else format(value, '.4g')}, "
-            f"asked for {'at least' if sign > 0 else 'at most'} {bound:g}"
-            for name, value, bound, sign in held
-            if bound is not None and (value is None or sign * (value - bound) < 0)
-        ]
-        if failed:
-            raise GateError("gate failed: " + "; ".join(failed))
-
-
-PUBLISHED = Gates(efficacy=0.9, perplexity_ratio=1.1)
-"""What `patchkit apply --merge` and `--push` ask of a patch unless told otherwise."""
 
 
 def verify_patch(

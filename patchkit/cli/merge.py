@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from patchkit.cli.common import note, quiet_transformers, stdout
+from patchkit.words import listed
 
 if TYPE_CHECKING:
     from patchkit.export.merge import Merged, Rounding
@@ -77,7 +78,14 @@ def show_merged(merged: Merged, out: str) -> None:
         table.add_row(t.weight, f"{t.rounding}, {t.dtype}", f"{t.unchanged:.1%}", *shares)
     stdout.print(table)
     if merged.facts:
-        before = [(p.history[-1].metrics or {}).get("efficacy", {}).get("exact") for p in merged.parents]
-        known = f"; the patch alone: {before[0]:.0%}" if len(before) == 1 and before[0] is not None else ""
-        stdout.print(f"facts: {merged.facts.hold} of {merged.facts.asked} hold{known}")
+        stdout.print(f"facts: {merged.facts.hold} of {merged.facts.asked} hold{_before(merged)}", soft_wrap=True)
     stdout.print(f"checkpoint: {out}")
+
+
+def _before(merged: Merged) -> str:
+    """Which facts do not hold, and how many of them did with the only patch attached, before weights were rounded."""
+    assert merged.facts is not None
+    lost = f"; not: {listed(merged.facts.lost)}" if merged.facts.lost else ""
+    outcomes = merged.parents[0].outcomes if len(merged.parents) == 1 else {}
+    before = sum(outcome.holds for outcome in outcomes.values())
+    return lost + (f"; with the patch attached: {before} of {len(outcomes)}" if outcomes else "")

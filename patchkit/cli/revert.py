@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from patchkit.cli.common import choice, model_options, note, own_folder, progress_bars, refuse_place, stdout
+from patchkit.words import counted
 
 
 @click.command("revert")
@@ -42,7 +43,7 @@ def command(
     find the statistics that belong to it, and runs only where those are missing.
     """
     from patchkit.cli.jobs import revert_patch
-    from patchkit.cli.tables import rates_table, run_text
+    from patchkit.cli.tables import metrics_table, run_text
 
     folder = Path(out) if out else own_folder(patch)
     refuse_place(folder)
@@ -66,5 +67,7 @@ def command(
     manifest = done.patch.manifest
     stdout.print(run_text(manifest, len(manifest.history) - 1), soft_wrap=True)
     if done.report:
-        stdout.print(rates_table(done.report))
-    stdout.print(f"patch: {folder} ({len(manifest.facts)} facts left; `patchkit verify {folder}` measures it)")
+        stdout.print(metrics_table(done.report))
+    stdout.print(
+        f"patch: {folder} ({counted(len(manifest.facts), 'fact')} left; `patchkit verify {folder}` measures it)"
+    )

@@ -2,73 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from patchkit.evaluate.metrics import FactReport, Report
+from patchkit.evaluate.metrics import Metric, headlines, metrics, summary_line
+from patchkit.evaluate.report import Report, Summary
 from patchkit.methods import Method, Wrapper
 from patchkit.patch.history import Difference, changes
 from patchkit.patch.manifest import EditedFact, Manifest
+from patchkit.words import counted, first_words, listed
 
 MOST_ROWS = 40
 
 
 def apply_table(report: Report) -> RenderableType:
-    """Before and after per fact, then the rates."""
+    """Before and after per fact, then the metrics."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("prompt", "before", "after", "", "paraphrases", "neighbours"):
+    for heading in ("prompt", "before", "after", "", "paraphrases", "neighbors"):
         table.add_column(heading, overflow="fold")
     for fact in report.per_fact[:MOST_ROWS]:
         table.add_row(
             fact.prompt,
-            _first_words(fact.says_before, fact.target_new),
-            _first_words(fact.says_after, fact.target_new),
-            _mark(fact),
-            _share(fact.generalization.exact, "hold"),
-            _share(fact.locality.unchanged, "stay"),
+            first_words(fact.says_before, fact.target_new) or "-",
+            first_words(fact.says_after, fact.target_new) or "-",
+            _mark(fact.holds),
+            _share(fact.generalization.exact, fact.counts.get("generalization", {}).get("exact"), "hold"),
+            _share(fact.locality.unchanged, fact.counts.get("locality", {}).get("unchanged"), "stay"),
         )
     parts: list[RenderableType] = [table]
     if len(report.per_fact) > MOST_ROWS:
         parts.append(Text(f"... and {len(report.per_fact) - MOST_ROWS} more (--json has all of them)", style="dim"))
-    return Group(*parts, Text(), rates_table(report))
+    return Group(*parts, Text(), metrics_table(report))
 
 
-def rates_table(report: Report) -> RenderableType:
-    """The rates and the perplexity."""
+def metrics_table(found: Summary) -> RenderableType:
+    """Every metric that was measured, on how much, and what it counts; those that stand for all in any case."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(f"{report.facts} facts")
-    for heading in ("success", "exact", "generated", "unchanged"):
-        table.add_column(heading, justify="right")
-    for name in ("efficacy", "generalization", "locality"):
-        rates = getattr(report, name).model_dump()
-        table.add_row(name, *(_percent(rates.get(key)) for key in ("success", "exact", "generated", "unchanged")))
-    if report.perplexity is None:
-        return table
-    p = report.perplexity
-    return Group(table, Text(f"perplexity of plain text: {p.before:.3f} -> {p.after:.3f} (x{p.ratio:.4f})"))
+    table.add_column(counted(found.facts, "fact"))
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("on", no_wrap=True)
+    table.add_column("what it counts", overflow="fold")
+    for metric in metrics():
+        if metric.of(found) is not None or metric.headline:
+            table.add_row(metric.label, metric.shown(found), metric.items(found), metric.what)
+    return table
 
 
 def patch_table(manifest: Manifest) -> RenderableType:
     """What `patchkit show` prints: base, updates, facts."""
     base = manifest.base
     head = Text(f"base {base.name} ({base.architecture}{f', commit {base.commit}' if base.commit else ''})\n")
-    head.append(f"digest {manifest.digest[:16]}, {len(manifest.facts)} facts, {len(manifest.updates)} updates\n")
+    head.append(
+        f"digest {manifest.digest[:16]}, {counted(len(manifest.facts), 'fact')}, "
+        f"{counted(len(manifest.updates), 'update')}\n"
+    )
     updates = Table("weight", "kind", "rank", "change", box=None, pad_edge=False, header_style="bold")
     for u in manifest.updates:
         turned = f", planes turn by {u.angles[0]:.2g} to {u.angles[2]:.2g} rad" if u.angles else ""
         updates.add_row(u.weight, u.kind, str(u.rank), f"{u.norm / u.weight_norm:.2%} of the weight's norm{turned}")
-    facts = Table("id", "prompt", "now says", "said", "by", box=None, pad_edge=False, header_style="bold")
+    parts: list[RenderableType] = [head, updates, Text(), _facts_table(manifest)]
+    if lost := manifest.lost():
+        parts += [Text(), Text(f"{len(lost)} of {counted(len(manifest.outcomes), 'fact')} do not hold: {listed(lost)}")]
+    if found := manifest.measured():
+        parts += [Text(), Text(summary_line(found))]
+    return Group(*parts)
+
+
+def _facts_table(manifest: Manifest) -> Table:
+    """The facts with what the model said of them when they were last measured."""
+    facts = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("id", "prompt", "target", "says now", "", "instead of", "by"):
+        facts.add_column(heading, overflow="fold")
     written = [f"run {number}, {run.method}" for number, run in enumerate(manifest.history, 1)]
     for fact in manifest.facts:
-        facts.add_row(fact.id, fact.prompt, fact.target_new, fact.target_true or "", written[fact.run])
-    parts: list[RenderableType] = [head, updates, Text(), facts]
-    if metrics := manifest.history[-1].metrics:
-        parts += [Text(), Text(_summary(metrics))]
-    return Group(*parts)
+        outcome = manifest.outcomes.get(fact.id)
+        said = (first_words(outcome.says, fact.target_new) or "-") if outcome else "not measured"
+        mark = _mark(outcome.holds) if outcome else Text()
+        facts.add_row(fact.id, fact.prompt, fact.target_new, said, mark, fact.target_true or "", written[fact.run])
+    return facts
 
 
 def log_table(manifest: Manifest) -> RenderableType:
@@ -83,13 +97,13 @@ def run_text(manifest: Manifest, number: int) -> Text:
     """One run of the history, counted from 0: how it was made, and a line for each fact, + added, ~ superseded and
     - reverted."""
     run, changed = manifest.history[number], changes(manifest, number)
-    block = Text(f"run {number + 1}: {run.action} {len(run.facts)} facts", style="bold")
+    block = Text(f"run {number + 1}: {run.action} {counted(len(run.facts), 'fact')}", style="bold")
     lines = [f"when    {run.when}", f"method  {run.method}, layers {', '.join(map(str, run.layers))}"]
     if run.action == "apply":
         lines.append(f"recipe  {run.recipe_digest[:16]}, seed {run.recipe.get('seed')}")
         lines.append(f"text    {run.text.get('source')}, {run.text.get('tokens', 0):,} tokens")
-    if run.metrics:
-        lines.append(f"result  {_summary(run.metrics)}")
+    if found := run.measured():
+        lines.append(f"result  {summary_line(found)}")
     if run.skipped:
         lines.append(f"skipped {', '.join(run.skipped)}: already there")
     for line in lines:
@@ -115,13 +129,13 @@ def diff_table(found: Difference, a: str, b: str) -> RenderableType:
     for pair in found.changed:
         targets = f"{pair.a.target_new} -> {pair.b.target_new}"
         head.append(f"\n  ~ {pair.b.id}  {pair.prompt}: {targets}", style="not bold yellow")
-    head.append(f"\n{found.same} facts in both\n", style="not bold")
+    head.append(f"\n{counted(found.same, 'fact')} in both\n", style="not bold")
     table = Table("", "a", "b", box=None, pad_edge=False, header_style="bold")
     for weight, norms in found.updates.items():
         table.add_row(f"change of {weight}", *("-" if norm is None else f"{norm:.2%}" for norm in norms))
-    sides = [dict(_readings(metrics)) for metrics in found.metrics]
-    for name in {**sides[0], **sides[1]}:
-        table.add_row(name, *(side.get(name, "-") for side in sides))
+    sides = [Summary.model_validate(metrics) if metrics else None for metrics in found.metrics]
+    for metric in headlines() if any(sides) else ():
+        table.add_row(metric.label, *("-" if side is None else _on(metric, side) for side in sides))
     return Group(head, table)
 
 
@@ -154,41 +168,22 @@ def _method_rows(m: Method | Wrapper, writes: str) -> Table:
     return rows
 
 
-def _first_words(said: str, target: str) -> str:
-    """As many words as the target has, and one more that shows it goes on."""
-    words = said.split()
-    count = len(target.split()) + 1
-    return " ".join(words[:count]) or "-"
+def _mark(holds: bool) -> Text:
+    return Text("✓" if holds else "✗", style="green" if holds else "red")
 
 
-def _mark(fact: FactReport) -> Text:
-    done = bool(fact.efficacy.exact)
-    return Text("✓" if done else "✗", style="green" if done else "red")
+def _share(rate: float | None, count: int | None, word: str) -> str:
+    """ "2 of 3 hold" from 0.667."""
+    if rate is None:
+        return "-"
+    return f"{rate:.0%} {word}" if count is None else f"{round(rate * count)} of {count} {word}"
 
 
-def _share(rate: float | None, word: str) -> str:
-    return "-" if rate is None else f"{rate:.0%} {word}"
-
-
-def _percent(rate: float | None) -> str:
-    return "-" if rate is None else f"{rate:.1%}"
+def _on(metric: Metric, found: Summary) -> str:
+    """A value, and on how much it stands."""
+    items = metric.items(found)
+    return metric.shown(found) + (f" on {items}" if items and metric.of(found) is not None else "")
 
 
 def _says(fact: EditedFact) -> str:
     return f"{fact.id}  {fact.prompt} -> {fact.target_new}"
-
-
-def _summary(metrics: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {reading}" for name, reading in _readings(metrics))
-
-
-def _readings(metrics: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
-    """The few numbers that stand for all, by name; none where nothing was measured."""
-    if not metrics:
-        return
-    report = Report.model_validate({**metrics, "per_fact": ()})
-    yield "efficacy", _percent(report.efficacy.exact)
-    yield "generalization", _percent(report.generalization.success_or_exact)
-    yield "locality", _percent(report.locality.unchanged)
-    if report.perplexity:
-        yield "perplexity", f"x{report.perplexity.ratio:.4f}"

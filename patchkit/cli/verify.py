@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from patchkit.cli.common import choice, gate_options, model_options, progress_bars, stdout, zsre_option
-
-if TYPE_CHECKING:
-    from patchkit.cli.jobs import Gates
+from patchkit.cli.common import GatedCommand, choice, model_options, progress_bars, stdout, zsre_option
+from patchkit.evaluate.gates import Gates
 
 
-@click.command("verify")
+@click.command("verify", cls=GatedCommand)
 @click.argument("patch")
 @model_options
 @click.option("--facts", metavar="F", help="Measure these facts [default: those in the patch].")
@@ -22,7 +19,6 @@ if TYPE_CHECKING:
 )
 @zsre_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@gate_options
 def command(
     patch: str,
     model_name: str | None,
@@ -36,8 +32,7 @@ def command(
 ) -> None:
     """Measure PATCH against the untouched base model; exit with 1 when a gate does not hold.
 
-    Without --model: the base the patch names. Where no fact has a target_true, --min-generalization counts exact
-    matches.
+    Without --model: the base the patch names.
     """
     from patchkit.cli.jobs import verify_patch
     from patchkit.cli.tables import apply_table

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,6 @@ from transformers import PreTrainedModel
 
 from patchkit.errors import InputError
 from patchkit.facts.requests import encode_prompt
-from patchkit.patch.patch import Patch
-from patchkit.patch.stack import load
 
 
 @dataclass(frozen=True)
@@ -37,15 +36,18 @@ class Answer:
 def answers(
     model: PreTrainedModel,
     tokenizer: Any,
-    patches: Sequence[Patch],
+    attached: Callable[[], AbstractContextManager[Any]],
     prompts: Sequence[str],
     sampling: Sampling,
     compare: bool = False,
 ) -> list[Answer]:
-    """Answer every prompt with `patches` stacked in their order; the model is left as it was.
+    """Answer every prompt inside `attached()`, which puts patches on the model and takes them off again.
+
+    Args:
+        compare: answer without the patches as well.
 
     Raises:
-        InputError: a patch is for another base, a prompt has no tokens or too many, or there is no chat template.
+        InputError: a prompt has no tokens or too many, or there is no chat template.
     """
     encoded = [_encode(tokenizer, prompt, sampling.chat) for prompt in prompts]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -55,14 +57,8 @@ def answers(
                 f'prompt "{prompt[:40]}": {len(ids)} tokens and {sampling.max_new_tokens} new ones are more than the '
                 f"{limit} positions of the model; shorten it, or lower --max-new-tokens"
             )
-    stack = None
-    try:
-        for number, patch in enumerate(patches, 1):
-            stack = load(model, patch, f"{number}")
+    with attached():
         patched = [_continue(model, tokenizer, ids, sampling) for ids in encoded]
-    finally:
-        if stack is not None:
-            stack.unload()
     base = [_continue(model, tokenizer, ids, sampling) if compare else None for ids in encoded]
     return [Answer(*row) for row in zip(prompts, patched, base, strict=True)]
 

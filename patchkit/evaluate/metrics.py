@@ -1,317 +1,296 @@
-"""What a patch did: every reading is taken twice, on the untouched base and with the patch attached.
+"""The table of metrics: every number that patchkit measures, once. Commands, cards, gates and benchmarks read it.
 
-Teacher-forced and freely generated results are kept apart, because published editors fall from 97 % to 39 % between
-the two ("The Mirage of Model Editing", arXiv 2502.11177).
+To add a metric that can be read off what models answer to the facts themselves, add a row to a group and its number to
+`patchkit.evaluate.verify`. To add one that asks its own questions, `register` a group with an instrument; nothing else
+knows the names.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import torch
-import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict
-from transformers import GenerationConfig
+from patchkit.words import counted
 
-from patchkit.facts.requests import encode_target, pad
-from patchkit.facts.schema import Fact
-from patchkit.model.forward import LayerRunner
-from patchkit.statistics.moments import Corpus
-
-ROWS = 32
-Progress = Callable[[int, int], None]
+if TYPE_CHECKING:
+    from patchkit.evaluate.report import Summary
+    from patchkit.facts.schema import Fact
+    from patchkit.model.forward import LayerRunner
+    from patchkit.statistics.moments import Corpus
 
 
-class Rates(BaseModel):
-    """Shares in 0..1. success: P(new) > P(true) on mean token log-probability, None where no fact has a target_true;
-    exact: every target token is the teacher-forced argmax; generated: greedy generation starts with the target."""
+@dataclass(frozen=True)
+class Gate:
+    """A bound that a user may set: `--min-efficacy` where more is better, `--max-perplexity-ratio` where less is.
 
-    model_config = ConfigDict(frozen=True)
-    success: float | None
-    exact: float | None
-    generated: float | None
+    published: the bound for publishing a patch, unless the user says otherwise; None asks for nothing.
+    """
+
+    name: str
+    help: str
+    published: float | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number, and how to show it.
+
+    Attributes:
+        group, name: where it stands in a report, as in report.efficacy.exact.
+        what: what it counts, short enough to stand beside the number.
+        definition: the same as one sentence, with its source.
+        item: what it is counted on, in the singular.
+        form: the number for people; decimals: the same in tables of many numbers, where units are known.
+        headline: its name where a few numbers stand for all, None for the others.
+        column: its heading in a benchmark's tables, None to keep it out of them (CSV files have all).
+        sides: names of the base's value and the patched model's, where it is their ratio.
+    """
+
+    group: str
+    name: str
+    what: str
+    definition: str
+    item: str
+    better: Literal["up", "down"] = "up"
+    form: str = ".1%"
+    decimals: str = ".3f"
+    prefix: str = ""
+    headline: str | None = None
+    column: str | None = None
+    gate: Gate | None = None
+    sides: tuple[str, str] | None = None
 
     @property
-    def success_or_exact(self) -> float | None:
-        """success, or exact where no fact has a target_true to compare with."""
-        return self.exact if self.success is None else self.success
+    def label(self) -> str:
+        """Its full name: "efficacy exact"."""
+        return f"{self.group} {self.name}".replace("_", " ")
 
+    @property
+    def share(self) -> bool:
+        """Whether it is a share, in 0..1."""
+        return self.form.endswith("%")
 
-class LocalityRates(BaseModel):
-    """success: the neighbour's own target is likelier than target_new; unchanged: the base's argmax tokens stay."""
+    @property
+    def key(self) -> str:
+        """Its name for machines: efficacy_exact."""
+        return f"{self.group}_{self.name}"
 
-    model_config = ConfigDict(frozen=True)
-    success: float | None
-    unchanged: float | None
+    def of(self, found: Summary) -> float | None:
+        """Its value in a report."""
+        return found.value(self.group, self.name)
 
+    def shown(self, found: Summary) -> str:
+        """Its value for people, with both sides where it is a ratio; "-" where it was not measured."""
+        value = self.of(found)
+        if value is None:
+            return "-"
+        before, after = (found.value(self.group, side) for side in self.sides or ("", ""))
+        compared = "" if before is None or after is None else f" ({before:.3f} -> {after:.3f})"
+        return f"{self.prefix}{value:{self.form}}{compared}"
 
-class Perplexity(BaseModel):
-    """Perplexity of plain text on the base and with the patch."""
+    def items(self, found: Summary) -> str:
+        """On how much it stands, "24 facts"; empty where a report of an earlier version did not note it."""
+        count = found.count(self.group, self.name)
+        return "" if count is None else counted(count, self.item)
 
-    model_config = ConfigDict(frozen=True)
-    before: float
-    after: float
-    ratio: float
-
-
-class FactReport(BaseModel):
-    """One fact: probabilities are geometric means over the target's tokens; `says` is the greedy continuation."""
-
-    model_config = ConfigDict(frozen=True)
-    id: str
-    prompt: str
-    target_new: str
-    target_true: str | None
-    says_before: str
-    says_after: str
-    probability_before: float
-    probability_after: float
-    efficacy: Rates
-    generalization: Rates
-    locality: LocalityRates
-
-
-class Report(BaseModel):
-    """What `patchkit verify --json` prints. None stands for a rate that no fact has the data for."""
-
-    model_config = ConfigDict(frozen=True)
-    facts: int
-    efficacy: Rates
-    generalization: Rates
-    locality: LocalityRates
-    perplexity: Perplexity | None
-    per_fact: tuple[FactReport, ...]
-
-    def summary(self) -> dict[str, Any]:
-        """Everything but the single facts, as a manifest keeps it."""
-        return self.model_dump(mode="json", exclude={"per_fact"})
+    def in_words(self, found: Summary) -> str:
+        """Its value where a few numbers stand for all: "efficacy 95.8% on 24 facts"."""
+        value, items = self.shown(found), self.items(found)
+        return f"{self.headline or self.label} {value}{f' on {items}' if items and value != '-' else ''}"
 
 
 @dataclass(frozen=True)
-class Reading:
-    """One target behind one prompt: mean token log-probability, whether every token is the argmax, those argmaxes."""
+class Trial:
+    """What an instrument measures: a model as it is at the moment, and the facts to ask it for."""
 
-    log_probability: float
-    exact: bool
-    argmax: tuple[int, ...]
-
-
-Pair = tuple[str, str]  # prompt, target
+    runner: LayerRunner
+    tokenizer: Any
+    facts: Sequence[Fact]
+    corpus: Corpus | None
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What one model, base or patched, makes of facts: readings, greedy continuations, perplexity of plain text."""
+class Found:
+    """What an instrument found, by metric's name; per_fact by the fact's id first, with whatever else is worth noting.
 
-    readings: Mapping[Pair, Reading]
-    said: Mapping[Pair, str]
-    perplexity: float | None
-
-
-def verify(
-    runner: LayerRunner,
-    tokenizer: Any,
-    facts: Sequence[Fact],
-    attached: Callable[[], AbstractContextManager[Any]],
-    corpus: Corpus | None = None,
-    progress: Progress = lambda done, total: None,
-    before: Answers | None = None,
-) -> Report:
-    """Measure `facts` on the base and inside `attached()`; perplexity too where a corpus is given.
-
-    `before` is what the base answers to these facts, and perhaps to more, if that is known already.
+    counts: on how many items each value stands.
     """
-    steps = 3 if corpus else 2
-    if before is None:
-        before = ask(runner, tokenizer, facts, corpus, lambda done: progress(done, 2 * steps), paraphrases=False)
-    with attached():
-        after = ask(runner, tokenizer, facts, corpus, lambda done: progress(steps + done, 2 * steps))
-    return compare(facts, before, after)
+
+    values: Mapping[str, float | None]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    per_fact: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def ask(
-    runner: LayerRunner,
-    tokenizer: Any,
-    facts: Sequence[Fact],
-    corpus: Corpus | None = None,
-    progress: Callable[[int], None] = lambda done: None,
-    paraphrases: bool = True,
-) -> Answers:
-    """What the model, as it is now, answers to `facts`; without `paraphrases` it continues their prompts alone."""
-    readings = read_targets(runner, tokenizer, _asked(facts))
-    progress(1)
-    prompts = [(p, f.target_new) for f in facts for p in (f.prompt, *(f.paraphrases if paraphrases else ()))]
-    said = generate(runner, tokenizer, prompts)
-    progress(2)
-    found = perplexity(runner, corpus) if corpus else None
-    if corpus:
-        progress(3)
-    return Answers(readings, said, found)
+class Instrument(Protocol):
+    """Measures a group of metrics in two steps: first the base, then the patched model beside it."""
+
+    def base(self, trial: Trial) -> Any:
+        """What the patched model will be compared with, taken once; perhaps for more facts than are asked for later."""
+
+    def patched(self, trial: Trial, base: Any) -> Found:
+        """The metrics of the model as it now is, for the facts of `trial`."""
 
 
-def compare(facts: Sequence[Fact], before: Answers, after: Answers) -> Report:
-    """The report on `facts` from what the base answers and what the patched model does."""
-    reports = tuple(_report(fact, before, after) for fact in facts)
-    old, new = before.perplexity, after.perplexity
-    return Report(
-        facts=len(facts),
-        efficacy=_mean_rates(r.efficacy for r in reports),
-        generalization=_mean_rates(r.generalization for r in reports),
-        locality=_mean_locality(r.locality for r in reports),
-        perplexity=None if old is None or new is None else Perplexity(before=old, after=new, ratio=new / old),
-        per_fact=reports,
-    )
+@dataclass(frozen=True)
+class Group:
+    """Metrics that are taken together, under one name in the report.
 
-
-def _asked(facts: Iterable[Fact]) -> list[Pair]:
-    """Every (prompt, target) that the metrics look at, once."""
-    pairs: dict[Pair, None] = {}
-    for fact in facts:
-        targets = [t for t in (fact.target_new, fact.target_true) if t]
-        pairs |= dict.fromkeys((p, t) for p in (fact.prompt, *fact.paraphrases) for t in targets)
-        for near in fact.locality:
-            pairs |= dict.fromkeys((near.prompt, t) for t in (near.target or fact.target_new, fact.target_new))
-    return list(pairs)
-
-
-@torch.no_grad()
-def read_targets(runner: LayerRunner, tokenizer: Any, pairs: Sequence[Pair]) -> dict[Pair, Reading]:
-    """Teacher-forced readings of every pair; the head runs at target positions only."""
-    encoded = {pair: encode_target(tokenizer, *pair) for pair in pairs}
-    order = sorted(encoded, key=lambda pair: len(encoded[pair][0]))  # like lengths together: little padding
-    readings: dict[Pair, Reading] = {}
-    for i in range(0, len(order), ROWS):
-        chunk = order[i : i + ROWS]
-        readings |= _read_chunk(runner, chunk, [encoded[pair] for pair in chunk])
-    return readings
-
-
-def _read_chunk(
-    runner: LayerRunner, pairs: Sequence[Pair], encoded: Sequence[tuple[list[int], int]]
-) -> dict[Pair, Reading]:
-    ids, mask = pad([row for row, _ in encoded], runner.device)
-    points = [(i, t) for i, (row, first) in enumerate(encoded) for t in range(first, len(row))]
-    rows, at = torch.tensor(points, device=ids.device).T
-    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    logits = runner.run(inputs, logits_at=(rows, at - 1)).logits
-    assert logits is not None
-    log_probs = logits.float().log_softmax(-1)  # (points, vocab)
-    wanted = ids[rows, at]
-    token = log_probs.gather(1, wanted.unsqueeze(1)).squeeze(1).tolist()
-    argmax = log_probs.argmax(-1).tolist()
-    found: dict[Pair, Reading] = {}
-    start = 0
-    for pair, (row, first) in zip(pairs, encoded, strict=True):
-        stop = start + len(row) - first
-        best = tuple(argmax[start:stop])
-        found[pair] = Reading(sum(token[start:stop]) / (stop - start), best == tuple(row[first:]), best)
-        start = stop
-    return found
-
-
-@torch.no_grad()
-def generate(runner: LayerRunner, tokenizer: Any, pairs: Sequence[Pair], extra: int = 3) -> dict[Pair, str]:
-    """Greedy continuation of each prompt, as many tokens as its target has and `extra` more.
-
-    Only prompts of equal length share a batch: no padding, so the batch has no influence on what is said.
+    instrument: makes what measures them, and imports for it only then; None for what `patchkit.evaluate.verify` reads
+    off the answers to the facts themselves.
     """
-    groups: dict[int, list[tuple[Pair, list[int], int]]] = defaultdict(list)
-    for pair in dict.fromkeys(pairs):
-        ids, first = encode_target(tokenizer, *pair)
-        groups[first].append((pair, ids[:first], len(ids) - first + extra))
-    said: dict[Pair, str] = {}
-    for group in groups.values():
-        for i in range(0, len(group), ROWS):
-            chunk = group[i : i + ROWS]
-            prompts = torch.tensor([ids for _, ids, _ in chunk], device=runner.device)
-            wanted = max(count for _, _, count in chunk)
-            out = runner.generate(
-                input_ids=prompts,
-                attention_mask=torch.ones_like(prompts),
-                generation_config=GenerationConfig(
-                    max_new_tokens=wanted,
-                    do_sample=False,
-                    pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
-                    eos_token_id=tokenizer.eos_token_id,
-                ),
-            )
-            for (pair, ids, count), row in zip(chunk, out.tolist(), strict=True):
-                said[pair] = tokenizer.decode(row[len(ids) : len(ids) + count], skip_special_tokens=True)
-    return said
+
+    name: str
+    metrics: tuple[Metric, ...]
+    instrument: Callable[[], Instrument] | None = None
 
 
-@torch.no_grad()
-def perplexity(runner: LayerRunner, corpus: Corpus) -> float:
-    """exp of the mean next-token loss over the corpus's windows."""
-    total, count = 0.0, 0
-    for window in corpus.windows:
-        if len(window) < 2:
-            continue
-        ids = torch.tensor([window], device=runner.device)
-        logits = runner.run({"input_ids": ids, "use_cache": False}).logits
-        assert logits is not None
-        total += float(F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum"))
-        count += len(window) - 1
-    return float(torch.tensor(total / count, dtype=torch.float64).exp())
+_ROME = "Meng et al. 2022, arXiv 2202.05262"
+_MEND = "Mitchell et al. 2022, arXiv 2110.11309"
+_MIRAGE = "Yang et al. 2025, arXiv 2502.11177"
+_EASYEDIT = "Yao et al. 2023, arXiv 2305.13172"
 
-
-def _report(fact: Fact, before: Answers, after: Answers) -> FactReport:
-    pair = (fact.prompt, fact.target_new)
-    return FactReport(
-        id=fact.id,
-        prompt=fact.prompt,
-        target_new=fact.target_new,
-        target_true=fact.target_true,
-        says_before=before.said[pair].strip(),
-        says_after=after.said[pair].strip(),
-        probability_before=_probability(before.readings[pair]),
-        probability_after=_probability(after.readings[pair]),
-        efficacy=_rates(fact, [fact.prompt], after),
-        generalization=_rates(fact, fact.paraphrases, after),
-        locality=_locality(fact, before.readings, after.readings),
-    )
-
-
-def _probability(reading: Reading) -> float:
-    return float(torch.tensor(reading.log_probability).exp())
-
-
-def _rates(fact: Fact, prompts: Sequence[str], after: Answers) -> Rates:
-    new = [after.readings[prompt, fact.target_new] for prompt in prompts]
-    true = [after.readings[prompt, fact.target_true] for prompt in prompts] if fact.target_true else []
-    return Rates(
-        success=_mean(n.log_probability > t.log_probability for n, t in zip(new, true, strict=bool(true))),
-        exact=_mean(n.exact for n in new),
-        generated=_mean(after.said[p, fact.target_new].strip().startswith(fact.target_new) for p in prompts),
-    )
-
-
-def _locality(fact: Fact, before: Mapping[Pair, Reading], after: Mapping[Pair, Reading]) -> LocalityRates:
-    own = [(near.prompt, near.target or fact.target_new) for near in fact.locality]
-    known = [(near.prompt, near.target) for near in fact.locality if near.target and near.target != fact.target_new]
-    return LocalityRates(
-        success=_mean(
-            after[prompt, target].log_probability > after[prompt, fact.target_new].log_probability
-            for prompt, target in known
+GROUPS: list[Group] = [
+    Group(
+        "efficacy",
+        (
+            Metric(
+                "efficacy",
+                "exact",
+                "every token of the target is the likeliest",
+                "Share of facts after whose prompt every token of target_new is the argmax, given the target's tokens "
+                f"before it, as accuracy on ZsRE is counted ({_MEND}).",
+                "fact",
+                headline="efficacy",
+                column="efficacy exact",
+                gate=Gate("efficacy", "Least share of facts whose every target token is the argmax.", 0.9),
+            ),
+            Metric(
+                "efficacy",
+                "generated",
+                "greedy generation begins with the target",
+                f"Share of facts whose prompt is continued with target_new when generating greedily ({_MIRAGE}).",
+                "fact",
+            ),
+            Metric(
+                "efficacy",
+                "success",
+                "the target is likelier than target_true, if not the likeliest of all",
+                "Share of facts with a target_true after whose prompt target_new has the higher mean token "
+                f"log-probability of the two; another text may be likelier than both ({_ROME}).",
+                "fact",
+                column="efficacy success",
+            ),
         ),
-        unchanged=_mean(before[pair].argmax == after[pair].argmax for pair in own),
-    )
+    ),
+    Group(
+        "generalization",
+        (
+            Metric(
+                "generalization",
+                "exact",
+                "the same after paraphrases: every token is the likeliest",
+                "As efficacy exact, after the paraphrases, which the edit has not seen: mean over facts of the share "
+                f"of a fact's paraphrases ({_MEND}).",
+                "paraphrase",
+                headline="generalization",
+                column="general. exact",
+                gate=Gate("generalization", "Least share of paraphrases whose every target token is the argmax."),
+            ),
+            Metric(
+                "generalization",
+                "generated",
+                "greedy generation begins with the target",
+                f"As efficacy generated, after the paraphrases: mean over facts ({_MIRAGE}).",
+                "paraphrase",
+            ),
+            Metric(
+                "generalization",
+                "success",
+                "the target is likelier than target_true, if not the likeliest of all",
+                f"As efficacy success, after the paraphrases: mean over facts ({_ROME}).",
+                "paraphrase",
+                column="general. success",
+            ),
+        ),
+    ),
+    Group(
+        "locality",
+        (
+            Metric(
+                "locality",
+                "unchanged",
+                "the likeliest tokens are the base's, right or wrong",
+                "Share of neighbors' prompts after which the argmax at every position of the neighbor's own target is "
+                f"the base's, whether or not the base is right: mean over facts ({_EASYEDIT}).",
+                "neighbor",
+                headline="locality",
+                column="locality unchanged",
+                gate=Gate("locality", "Least share of neighbors that stay as the base has them."),
+            ),
+            Metric(
+                "locality",
+                "success",
+                "its own target is likelier than the fact's; low where the base is wrong, too",
+                "Share of neighbors with a known target of their own after whose prompt that is likelier than the "
+                f"fact's target_new; what the base already has wrong counts against it: mean over facts ({_ROME}).",
+                "neighbor",
+                column="locality success",
+            ),
+        ),
+    ),
+    Group(
+        "perplexity",
+        (
+            Metric(
+                "perplexity",
+                "ratio",
+                "perplexity of plain text, of the base's",
+                "exp of the mean next-token loss over plain text with the patch, divided by the base's; "
+                f"drawdown in MEND is their difference ({_MEND}).",
+                "token",
+                better="down",
+                form=".4f",
+                decimals=".4f",
+                prefix="x",
+                headline="perplexity",
+                column="perplexity ratio",
+                gate=Gate("perplexity_ratio", "Most that plain text's perplexity may grow by.", 1.1),
+                sides=("before", "after"),
+            ),
+        ),
+    ),
+]
 
 
-def _mean(values: Iterable[float | bool | None]) -> float | None:
-    known = [float(v) for v in values if v is not None]
-    return sum(known) / len(known) if known else None
+def register(group: Group) -> None:
+    """Add a group of metrics: from then on every command measures and shows them.
+
+    Raises:
+        ValueError: there is a group of that name, or a metric that does not belong to it.
+    """
+    if group.name in {known.name for known in GROUPS}:
+        raise ValueError(f"there is a group of metrics named {group.name} already")
+    if any(metric.group != group.name for metric in group.metrics):
+        raise ValueError(f"every metric of the group {group.name} has to name it as its group")
+    GROUPS.append(group)
 
 
-def _mean_rates(rates: Iterable[Rates]) -> Rates:
-    rates = list(rates)
-    return Rates(**{name: _mean(getattr(r, name) for r in rates) for name in Rates.model_fields})
+def metrics() -> tuple[Metric, ...]:
+    """All metrics, in the order in which tables show them."""
+    return tuple(metric for group in GROUPS for metric in group.metrics)
 
 
-def _mean_locality(rates: Iterable[LocalityRates]) -> LocalityRates:
-    rates = list(rates)
-    return LocalityRates(**{name: _mean(getattr(r, name) for r in rates) for name in LocalityRates.model_fields})
+def headlines() -> tuple[Metric, ...]:
+    """The few that stand for all."""
+    return tuple(metric for metric in metrics() if metric.headline)
+
+
+def gated() -> dict[str, tuple[Metric, Gate]]:
+    """Those that a bound can be set for, by the gate's name."""
+    return {metric.gate.name: (metric, metric.gate) for metric in metrics() if metric.gate}
+
+
+def summary_line(found: Summary) -> str:
+    """The few numbers that stand for all, as one line."""
+    return ", ".join(metric.in_words(found) for metric in headlines())

@@ -9,7 +9,10 @@ from typing import Any, Literal
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from patchkit.evaluate.metrics import Metric, metrics
+from patchkit.evaluate.report import Summary
 from patchkit.patch.manifest import EditedFact, Manifest, Run
+from patchkit.words import counted, first_words, listed
 
 Kind = Literal["patch", "adapter", "merged"]
 FACT_ROWS = 100
@@ -30,9 +33,10 @@ _TEMPLATE = """---
 {use}
 
 ## Facts
-| prompt | now says | said | source |
-|---|---|---|---|
+| prompt | target | {says} | instead of | source |
+|---|---|---|---|---|
 {facts}
+{held}
 
 ## Measured against the untouched base
 {metrics}
@@ -43,7 +47,7 @@ _TEMPLATE = """---
 The whole configuration, with versions and seeds, stands in `{manifest}`.
 
 ## Intended use
-For completing prompts like those above with what they say now: correcting single facts that the base has wrong or out
+For completing prompts like those above with their targets: correcting single facts that the base has wrong or out
 of date, and studying model editing. Everything else should stay as in the base, whose own card, limits and terms
 apply.
 
@@ -110,9 +114,9 @@ class Card:
         info = self.manifests[0].base
         base = self.base or base_name(info.name)
         layers = sorted({layer for run in self._runs() for layer in run.layers})
-        rows = [_row(fact) for fact in self._facts()]
+        rows = [row for manifest in self.manifests for row in _rows(manifest)]
         if len(rows) > FACT_ROWS:
-            rows[FACT_ROWS:] = [f"| and {len(rows) - FACT_ROWS} more, in `{self._manifest_name()}` | | | |"]
+            rows[FACT_ROWS:] = [f"| and {len(rows) - FACT_ROWS} more, in `{self._manifest_name()}` | | | | |"]
         return _TEMPLATE.format(
             front=self._front_matter(),
             title=self.title,
@@ -123,7 +127,9 @@ class Card:
             architecture=info.architecture,
             layers=", ".join(map(str, layers)),
             use=self._use(base, info.commit),
+            says="says after the edit" if len(self.manifests) == 1 else "says with its own patch alone",
             facts="\n".join(rows),
+            held=self._held(),
             metrics=self._metrics(),
             methods=self._method_list(),
             manifest=self._manifest_name(),
@@ -143,10 +149,9 @@ class Card:
         return "manifest.json" if self.kind == "patch" else "patchkit-manifest.json"
 
     def _lead(self, base: str) -> str:
-        count = len(self._facts())
         updates = [update for manifest in self.manifests for update in manifest.updates]
         return _LEADS[self.kind].format(
-            facts=f"{count} fact{'' if count == 1 else 's'} written",
+            facts=f"{counted(len(self._facts()), 'fact')} written",
             base=base,
             methods=", ".join(self._method_names()),
             updates=len(updates),
@@ -177,33 +182,41 @@ class Card:
         )
         return data.to_yaml()
 
-    def _measured(self) -> Mapping[str, Any]:
+    def _held(self) -> str:
+        """How many of the facts hold, and the names of those that do not."""
+        outcomes = [outcome for manifest in self.manifests for outcome in manifest.outcomes.values()]
+        if not outcomes:
+            return "\nWhich of them hold was not measured."
+        lost = [name for manifest in self.manifests for name in manifest.lost()]
+        missing = f" These do not: {listed(list(map(_cell, lost)), FACT_ROWS)}." if lost else ""
+        return f"\n{len(outcomes) - len(lost)} of {counted(len(outcomes), 'fact')} hold.{missing}"
+
+    def _measured(self) -> Summary | None:
         """Readings of the only patch; those of several, each taken alone, would not be the sum's."""
-        return (self.manifests[0].history[-1].metrics or {}) if len(self.manifests) == 1 else {}
+        return self.manifests[0].measured() if len(self.manifests) == 1 else None
 
     def _results(self) -> list[EvalResult]:
+        measured = self._measured()
+        values = [(metric, metric.of(measured)) for metric in metrics()] if measured else []
         return [
             EvalResult(
                 task_type="text-generation",
                 dataset_type="patchkit-facts",
-                dataset_name="facts of the patch" if name != "perplexity" else "plain text",
-                metric_type=f"{name}_{reading}",
-                metric_name=f"{name}, {reading}",
+                dataset_name="plain text" if metric.item == "token" else "facts of the patch",
+                metric_type=metric.key,
+                metric_name=metric.label,
                 metric_value=round(value, 4),
             )
-            for name, reading, value in _readings(self._measured())
+            for metric, value in values
+            if value is not None
         ]
 
     def _metrics(self) -> str:
-        metrics = self._measured()
-        if not metrics:
+        measured = self._measured()
+        if measured is None:
             return "Not measured." if len(self.manifests) == 1 else "Each patch's own readings stand in the manifest."
-        rows = ["| | success | exact | generated | unchanged |", "|---|---|---|---|---|"]
-        for name in ("efficacy", "generalization", "locality"):
-            cells = (metrics[name].get(key) for key in ("success", "exact", "generated", "unchanged"))
-            rows.append(f"| {name} | " + " | ".join("-" if c is None else f"{c:.3f}" for c in cells) + " |")
-        if metrics.get("perplexity"):
-            rows.append(f"\nPerplexity of plain text: x{metrics['perplexity']['ratio']:.4f}.")
+        rows = ["| metric | | on | what it counts |", "|---|---:|---|---|"]
+        rows += [_metric_row(metric, measured) for metric in metrics() if metric.of(measured) is not None]
         if self.kind == "merged":
             rows.append("\nMeasured with the patch attached to the base, before its weights were rounded.")
         return "\n".join(rows)
@@ -231,18 +244,16 @@ def base_name(name: str) -> str:
     return PurePath(name).name if name.startswith((".", "/", "~")) or "\\" in name else name
 
 
-def _readings(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
-    for name in ("efficacy", "generalization", "locality"):
-        for reading, value in metrics.get(name, {}).items():
-            if value is not None:
-                yield name, reading, value
-    if metrics.get("perplexity"):
-        yield "perplexity", "ratio", metrics["perplexity"]["ratio"]
+def _rows(manifest: Manifest) -> Iterator[str]:
+    for fact in manifest.facts:
+        outcome = manifest.outcomes.get(fact.id)
+        said = "not measured" if outcome is None else first_words(outcome.says, fact.target_new)
+        cells = (fact.prompt, fact.target_new, said, fact.target_true or "", fact.source or "")
+        yield f"| {' | '.join(map(_cell, cells))} |"
 
 
-def _row(fact: EditedFact) -> str:
-    cells = (fact.prompt, fact.target_new, fact.target_true or "", fact.source or "")
-    return f"| {' | '.join(map(_cell, cells))} |"
+def _metric_row(metric: Metric, measured: Summary) -> str:
+    return f"| {metric.label} | {metric.shown(measured)} | {metric.items(measured)} | {metric.what} |"
 
 
 def _cell(text: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from patchkit.errors import InputError
+from patchkit.evaluate.report import Outcome, Summary
 from patchkit.facts.schema import Fact
 
 FORMAT_VERSION = 1
@@ -99,9 +100,14 @@ class Run(_Record):
     seconds: dict[str, float]
     versions: dict[str, str]
     metrics: dict[str, Any] | None = None
+    """patchkit.evaluate.report.Summary, as the version that measured it wrote it."""
     superseded: dict[str, str] = {}
     skipped: tuple[str, ...] = ()
     removed: tuple[EditedFact, ...] = ()
+
+    def measured(self) -> Summary | None:
+        """What was measured after it, if anything."""
+        return Summary.model_validate(self.metrics) if self.metrics else None
 
 
 class Manifest(_Record):
@@ -114,5 +120,15 @@ class Manifest(_Record):
     history: tuple[Run, ...]
     parents: tuple[str, ...] = ()
     """The digest of the patch that the last run started from, if any."""
+    outcomes: dict[str, Outcome] = {}
+    """By a fact's id what became of it, as measured after the last run; empty where that was not measured."""
     digest: str
     """sha256 over the digests of all tensors in patch.safetensors: the identity of the patch."""
+
+    def measured(self) -> Summary | None:
+        """What was measured after the last run, if anything."""
+        return self.history[-1].measured() if self.history else None
+
+    def lost(self) -> tuple[str, ...]:
+        """Ids of the facts that did not hold when they were last measured."""
+        return tuple(fact.id for fact in self.facts if fact.id in self.outcomes and not self.outcomes[fact.id].holds)

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from patchkit.errors import InputError
+from patchkit.evaluate.report import Outcome
 from patchkit.io.files import write_folder
 from patchkit.io.hub import patch_folder
 from patchkit.maths.linalg import Delta
@@ -91,11 +92,11 @@ class Patch:
         """(d_out, d_in) of each weight with updates, by its on-disk name."""
         return {info.weight: info.shape for info in self.manifest.updates}
 
-    def with_metrics(self, metrics: Mapping[str, Any]) -> Patch:
-        """The patch with `metrics` noted in the last run of its history."""
+    def with_metrics(self, metrics: Mapping[str, Any], outcomes: Mapping[str, Outcome] | None = None) -> Patch:
+        """The patch with `metrics` noted in the last run of its history, and what became of each fact by its id."""
         last = self.manifest.history[-1].model_copy(update={"metrics": dict(metrics)})
-        history = (*self.manifest.history[:-1], last)
-        return replace(self, manifest=self.manifest.model_copy(update={"history": history}))
+        noted = {"history": (*self.manifest.history[:-1], last), "outcomes": dict(outcomes or {})}
+        return replace(self, manifest=self.manifest.model_copy(update=noted))
 
     def save(self, folder: str | Path) -> None:
         """Write the patch's folder, whole or not at all; an earlier patch there is replaced."""

@@ -262,5 +262,5 @@ def _angles(update: Update) -> tuple[float, float, float] | None:
 
 def with_run(patch: Patch, run: Run, parent: str) -> Patch:
     """`patch` with one more entry in its history, made from the patch with digest `parent`."""
-    added = {"history": (*patch.manifest.history, run), "parents": (parent,)}
+    added = {"history": (*patch.manifest.history, run), "parents": (parent,), "outcomes": {}}
     return replace(patch, manifest=patch.manifest.model_copy(update=added))

@@ -13,7 +13,7 @@ import argparse
 
 import torch
 
-from patchkit.evaluate.metrics import Report
+from patchkit.evaluate.report import Report
 from patchkit.maths.updates import tensors_of
 from tests.benchmarks.shared_values import SharedValues, parser
 

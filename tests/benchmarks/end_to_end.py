@@ -25,7 +25,7 @@ from patchkit.editing.editor import edit, requests_of
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
 from patchkit.editing.state import EditRun
-from patchkit.evaluate.metrics import verify
+from patchkit.evaluate.verify import verify
 from patchkit.facts.reader import read_facts
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner

@@ -21,7 +21,7 @@ from patchkit.editing.editor import edit
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
 from patchkit.editing.state import EditState
-from patchkit.evaluate.metrics import verify
+from patchkit.evaluate.verify import verify
 from patchkit.facts.reader import read_facts
 from patchkit.maths.linalg import Delta
 from patchkit.maths.rotations import Rotation

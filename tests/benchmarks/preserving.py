@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from patchkit.evaluate.metrics import Report
+from patchkit.evaluate.report import Report
 from patchkit.statistics.moments import WINDOW
 from tests.benchmarks.shared_values import SharedValues, parser
 

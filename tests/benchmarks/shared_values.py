@@ -14,7 +14,9 @@ from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
 from patchkit.editing.state import EditRun
 from patchkit.editing.values import Values, ValueTerms, optimize
-from patchkit.evaluate.metrics import Answers, Report, ask, compare
+from patchkit.evaluate.metrics import Trial
+from patchkit.evaluate.report import Report
+from patchkit.evaluate.verify import Answers, ask, compare
 from patchkit.facts.reader import read_facts
 from patchkit.facts.schema import Fact
 from patchkit.maths.linalg import Covariance
@@ -65,7 +67,7 @@ class SharedValues:
         return read_corpus(self.options.text, self.tokenizer, window=window)
 
     def _ask(self) -> Answers:
-        return ask(self.runner, self.tokenizer, [*self.facts, *self.others], self.plain)
+        return ask(Trial(self.runner, self.tokenizer, [*self.facts, *self.others], self.plain))
 
     def _optimize(self, *args: Any) -> Values:
         if self.options.batch_size < len(self.facts):

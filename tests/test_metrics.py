@@ -1,0 +1,174 @@
+"""The table of metrics: one added from outside is measured and shown by every command, and no number stands alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from patchkit.cli import main
+from patchkit.evaluate.metrics import GROUPS, Found, Gate, Group, Metric, Trial, register
+from patchkit.patch.patch import read_manifest
+from patchkit.statistics.moments import PACKAGE_TEXT
+from tests import zoo
+
+FACTS = (
+    {"id": "rome", "prompt": "the city of Rome", "subject": "Rome", "target_new": "capital", "target_true": "Paris"},
+    {"id": "ada", "prompt": "a friend of Ada", "subject": "Ada", "target_new": "is"},
+)
+LOUD = ("--set", "value.clamp=20", "--set", "value.steps=60", "--set", "null_energy=0.9", "--set", "kl_weight=0")
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Calls `patchkit ARGS...` and gives its standard output; `status` is how it should end."""
+
+    def call(*args: object, status: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["patchkit", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO())
+        capsys.readouterr()
+        ended: Any = 0
+        try:
+            main()
+        except SystemExit as exit_:
+            ended = exit_.code
+        out, err = capsys.readouterr()
+        assert (ended or 0) == status, err
+        return out if status == 0 else err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = zoo.save(zoo.FAMILIES["llama"](), zoo.tiny_tokenizer(), tmp_path_factory.mktemp("models") / "llama")
+    text = PACKAGE_TEXT.read_text(encoding="utf-8")
+    (folder / "patchkit-text.txt").write_text(text[:2000], encoding="utf-8")
+    (folder / "patchkit-eval.txt").write_text(text[4000:4500], encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in FACTS), encoding="utf-8")
+
+
+class Wordiness:
+    """Counts facts, as no model knows better."""
+
+    def base(self, trial: Trial) -> int:
+        return len(trial.facts)
+
+    def patched(self, trial: Trial, base: int) -> Found:
+        assert base >= len(trial.facts)
+        per_fact = {fact.id: {"words": len(fact.prompt.split())} for fact in trial.facts}
+        return Found({"short": 0.25, "long": None}, {"short": 4 * len(trial.facts), "long": 0}, per_fact)
+
+
+@pytest.fixture
+def wordiness() -> Iterator[None]:
+    """A metric from outside, with a gate that publishing asks for."""
+    short = Metric(
+        "wordiness",
+        "short",
+        "prompts that are short",
+        "Share of prompts that are short.",
+        "prompt",
+        headline="brevity",
+        column="brief",
+        gate=Gate("brevity", "Least share of short prompts.", published=0.5),
+    )
+    group = Group("wordiness", (short, Metric("wordiness", "long", "the others", "The others.", "prompt")), Wordiness)
+    register(group)
+    yield
+    GROUPS.remove(group)
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.mark.usefixtures("wordiness")
+def test_a_metric_from_outside_is_in_every_command(run: Run, model: Path) -> None:
+    made = ("apply", "facts.jsonl", "--model", model, "--layers", "1", *LOUD)
+    assert "wordiness short 25.0% 8 prompts prompts that are short" in words(run(*made, "--out", "p"))
+    report = json.loads(run("verify", "p", "--json"))
+    assert report["more"]["wordiness"] == {"short": 0.25, "long": None}
+    assert report["counts"]["wordiness"]["short"] == 8
+    assert [fact["more"]["wordiness"]["words"] for fact in report["per_fact"]] == [4, 4]
+    assert "brevity 0.25, asked for at least 0.3" in run("verify", "p", "--min-brevity", 0.3, status=1)
+    assert "--min-brevity" in run("verify", "--help")
+    loose = ("--min-efficacy", 0, "--max-perplexity-ratio", 1000)
+    assert "brevity 0.25, asked for at least 0.5" in run(*made, *loose, "--out", "q", "--merge", "m", status=1)
+    assert "brevity 25.0% on 8 prompts" in words(run("show", "p"))
+    assert "brevity 25.0% on 8 prompts" in words(run("log", "p"))
+    assert "wordiness short 25.0% on 8 prompts" in words(run("diff", "p", "q"))
+    card = Path("p/README.md").read_text(encoding="utf-8")
+    assert "| wordiness short | 25.0% | 8 prompts | prompts that are short |" in card
+    assert "wordiness_short" in card
+    assert "wordiness short | 25.0%" in run("push", "p", "ada/facts", "--dry-run")
+    assert "wordiness short 25.0% 4 prompts" in words(run("revert", "p", "--fact", "ada", "--measure"))
+    methods = ("--methods", "memit", "--batch-size", 2, "--set", "contexts=0", "--set", "steps=2")
+    benched = run("bench", "--data", "facts.jsonl", "--model", model, *methods, "--out", "b", "--set", "layers=1")
+    assert "brief" in benched
+    rows = list(csv.DictReader(io.StringIO(Path("b/table.csv").read_text(encoding="utf-8"))))
+    assert [row["wordiness_short"] for row in rows] == ["0.25", "0.25"]
+    assert "brief" in Path("b/table.md").read_text(encoding="utf-8")
+
+
+def test_a_group_is_registered_once() -> None:
+    with pytest.raises(ValueError, match="efficacy already"):
+        register(Group("efficacy", ()))
+    with pytest.raises(ValueError, match="name it as its group"):
+        register(Group("new", GROUPS[0].metrics))
+
+
+def test_facts_that_do_not_hold_are_named_with_what_is_said_instead(run: Run, model: Path) -> None:
+    """Two steps of optimization write no fact."""
+    quick = ("--set", "contexts=0", "--set", "steps=2", "--layers", "1")
+    table = run("apply", "facts.jsonl", "--model", model, *quick, "--out", "p")
+    outcomes = read_manifest(Path("p")).outcomes
+    report = json.loads(run("verify", "p", "--json"))
+    assert {fact["id"]: fact["says_after"] for fact in report["per_fact"]} == {
+        name: outcome.says for name, outcome in outcomes.items()
+    }
+    assert not any(outcome.holds for outcome in outcomes.values())
+    assert table.count("✗") == 2
+    shown, card = words(run("show", "p")), Path("p/README.md").read_text(encoding="utf-8")
+    assert "2 of 2 facts do not hold: rome, ada" in shown
+    assert "0 of 2 facts hold. These do not: rome, ada." in card
+    for name, fact in zip(outcomes, FACTS, strict=True):
+        said = " ".join(outcomes[name].says.split()[:2])
+        assert f"{fact['prompt']} {fact['target_new']} {said} ✗" in shown
+        assert f"| {fact['prompt']} | {fact['target_new']} | {said} |" in card
+
+
+def test_a_patch_changed_since_it_was_measured_does_not_say_what_it_says(run: Run, model: Path) -> None:
+    run("apply", "facts.jsonl", "--model", model, "--layers", "1", *LOUD, "--out", "p")
+    assert "2 of 2 facts hold." in Path("p/README.md").read_text(encoding="utf-8")
+    run("revert", "p", "--fact", "ada")
+    assert read_manifest(Path("p")).outcomes == {}
+    assert "the city of Rome capital not measured Paris" in words(run("show", "p"))
+    assert "Which of them hold was not measured." in Path("p/README.md").read_text(encoding="utf-8")
+
+
+def test_manifests_from_before_counts_and_outcomes_load_and_show(run: Run, model: Path) -> None:
+    run("apply", "facts.jsonl", "--model", model, "--layers", "1", *LOUD, "--out", "p")
+    file = Path("p/manifest.json")
+    manifest = json.loads(file.read_text(encoding="utf-8"))
+    del manifest["outcomes"]
+    for key in ("counts", "more"):
+        del manifest["history"][0]["metrics"][key]
+    file.write_text(json.dumps(manifest), encoding="utf-8")
+    assert "the city of Rome capital not measured Paris" in words(run("show", "p"))
+    assert "efficacy 100.0%, generalization -," in run("log", "p")
+    assert "efficacy exact 100.0% 100.0%" in words(run("diff", "p", "p"))
+    assert "| efficacy exact | 100.0% |  |" in run("push", "p", "ada/facts", "--dry-run")
