@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from transformers import GenerationConfig
 
 from patchkit.facts.requests import encode_target, pad
+from patchkit.facts.schema import Pair
 from patchkit.model.forward import LayerRunner
 from patchkit.statistics.moments import Corpus
 
@@ -25,9 +26,6 @@ class Reading:
     log_probability: float
     exact: bool
     argmax: tuple[int, ...]
-
-
-Pair = tuple[str, str]  # prompt, target
 
 
 @torch.no_grad()

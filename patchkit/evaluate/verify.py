@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 
 from patchkit.evaluate.metrics import GROUPS, Found, Trial
-from patchkit.evaluate.readings import Pair, Reading, generate, perplexity, read_targets
+from patchkit.evaluate.readings import Reading, generate, perplexity, read_targets
 from patchkit.evaluate.report import Counts, FactReport, LocalityRates, Perplexity, Rates, Report
-from patchkit.facts.schema import Fact
+from patchkit.facts.schema import Fact, Pair
 from patchkit.model.forward import LayerRunner
 from patchkit.statistics.moments import Corpus
 
@@ -87,7 +87,7 @@ def ask(trial: Trial, step: Step = lambda: None, paraphrases: bool = True) -> An
     """What the model as it now is answers to the facts of `trial`, without the groups that have an instrument."""
     readings = read_targets(trial.runner, trial.tokenizer, _asked(trial.facts))
     step()
-    prompts = [(p, f.target_new) for f in trial.facts for p in (f.prompt, *(f.paraphrases if paraphrases else ()))]
+    prompts = [f.pair(p) for f in trial.facts for p in (f.prompt, *(f.paraphrases if paraphrases else ()))]
     said = generate(trial.runner, trial.tokenizer, prompts)
     step()
     if trial.corpus is None:
@@ -140,11 +140,11 @@ def _measured_by_instruments(trial: Trial, answers: Answers, base: Answers, step
 
 
 def _asked(facts: Iterable[Fact]) -> list[Pair]:
-    """Every (prompt, target) that the metrics look at, once."""
+    """Every pair of a prompt and a target that the metrics look at, once."""
     pairs: dict[Pair, None] = {}
     for fact in facts:
         targets = [t for t in (fact.target_new, fact.target_true) if t]
-        pairs |= dict.fromkeys((p, t) for p in (fact.prompt, *fact.paraphrases) for t in targets)
+        pairs |= dict.fromkeys(fact.pair(p, t) for p in (fact.prompt, *fact.paraphrases) for t in targets)
         for near in fact.locality:
             pairs |= dict.fromkeys((near.prompt, t) for t in (near.target or fact.target_new, fact.target_new))
     return list(pairs)
@@ -170,7 +170,7 @@ _Shares = dict[str, _Share]
 
 
 def _report(fact: Fact, before: Answers, after: Answers) -> FactReport:
-    pair = (fact.prompt, fact.target_new)
+    pair = fact.pair(fact.prompt)
     shares = {
         "efficacy": _rates(fact, [fact.prompt], after),
         "generalization": _rates(fact, fact.paraphrases, after),
@@ -199,12 +199,12 @@ def _probability(reading: Reading) -> float:
 
 
 def _rates(fact: Fact, prompts: Sequence[str], after: Answers) -> _Shares:
-    new = [after.readings[prompt, fact.target_new] for prompt in prompts]
-    true = [after.readings[prompt, fact.target_true] for prompt in prompts] if fact.target_true else []
+    new = [after.readings[fact.pair(prompt)] for prompt in prompts]
+    true = [after.readings[fact.pair(prompt, fact.target_true)] for prompt in prompts] if fact.target_true else []
     return {
         "success": _Share.true(n.log_probability > t.log_probability for n, t in zip(new, true, strict=bool(true))),
         "exact": _Share.true(n.exact for n in new),
-        "generated": _Share.true(after.said[p, fact.target_new].strip().startswith(fact.target_new) for p in prompts),
+        "generated": _Share.true(after.said[fact.pair(p)].strip().startswith(fact.target_new) for p in prompts),
     }
 
 

@@ -65,6 +65,9 @@ class Fact(BaseModel):
     case: str | None = None
     source: str | None = None
 
+    def __hash__(self) -> int:
+        return hash((self.id, self.prompt, self.target_new))  # not every field is hashable; equal facts agree in these
+
     def pair(self, prompt: str, target: str | None = None) -> Pair:
         """One of the fact's prompts with `target`, or with `target_new`, joined as the fact says."""
         target = self.target_new if target is None else target
