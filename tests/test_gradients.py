@@ -28,7 +28,7 @@ from patchkit.maths.linalg import Delta, PriorKeys
 from patchkit.maths.updates import Full
 from patchkit.methods import LayerProblem
 from patchkit.methods.ft import FTConfig, ft
-from patchkit.methods.ultraedit import UltraEditConfig, normalised, ultraedit
+from patchkit.methods.ultraedit import UltraEditConfig, normalized, ultraedit
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.weights import oriented, read_weight
@@ -264,7 +264,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def problem_of(columns: int, before: int) -> LayerProblem:
     weight, keys, residual = random(D_OUT, D_IN), random(D_IN, columns, seed=1) + 1, random(D_OUT, columns, seed=2)
     earlier = (random(D_IN, before, seed=3) + 1, random(D_OUT, before, seed=4))
-    return LayerProblem(keys, residual, None, PriorKeys(earlier[0]), lambda: weight, measured=lambda: earlier)
+    return LayerProblem(keys, residual, None, PriorKeys(earlier[0]), lambda: weight, gradient_columns=lambda: earlier)
 
 
 @pytest.mark.parametrize(("columns", "before"), [(3, 0), (5, 7), (D_IN + 6, 7)])
@@ -286,18 +286,18 @@ def test_ultraedit_equals_its_formula(columns: int, before: int) -> None:
 def test_the_running_normalisation_is_that_of_one_pass_over_all() -> None:
     every = random(7, 30) * torch.arange(1, 8).double()[:, None] + 2
     for warm_up in (0.0, 5.0):
-        whole = normalised(every, every[:, :0], warm_up)
-        assert apart(normalised(every[:, 20:], every[:, :20], warm_up), whole[:, 20:]) < 1e-12
+        whole = normalized(every, every[:, :0], warm_up)
+        assert apart(normalized(every[:, 20:], every[:, :20], warm_up), whole[:, 20:]) < 1e-12
     assert apart(whole.mean(1) + 1, torch.ones(7).double()) < 1  # pulled to zero, but not there
-    plain = normalised(every, every[:, :0], 0.0)
+    plain = normalized(every, every[:, :0], 0.0)
     assert apart(plain.mean(1) + 1, torch.ones(7).double()) < 1e-12
     assert apart(plain.std(1), torch.ones(7).double()) < 1e-6
 
 
 def test_a_first_column_alone_moves_something_only_after_a_warm_up() -> None:
     one = random(7, 1)
-    assert not normalised(one, one[:, :0], 0.0).any()
-    assert torch.equal(normalised(one, one[:, :0], 5.0).sign(), one.sign())
+    assert not normalized(one, one[:, :0], 0.0).any()
+    assert torch.equal(normalized(one, one[:, :0], 5.0).sign(), one.sign())
 
 
 # --- FT ---------------------------------------------------------------------------------------------------------------
@@ -396,7 +396,7 @@ def test_a_method_by_gradients_needs_no_subject_and_others_do() -> None:
 
 
 def test_gradients_of_other_methods_residuals_do_not_count(tmp_path: Path) -> None:
-    """AlphaEdit's residuals stand beside UltraEdit's gradients, and only the latter are normalised by."""
+    """AlphaEdit's residuals stand beside UltraEdit's gradients, and only the latter are normalized by."""
     model, text = FAMILIES["llama"](), tmp_path / "text.txt"
     text.write_text(PACKAGE_TEXT.read_text(encoding="utf-8")[:2500], encoding="utf-8")
     first = patchkit.apply(model, tiny_tokenizer(), [ROME], set=("layers=1-2", "contexts=1", "steps=3"), text=text)

@@ -21,7 +21,7 @@ from patchkit.cli import main
 from patchkit.editing.recipe import load_recipe
 from patchkit.evaluate.readings import read_targets
 from patchkit.facts.reader import parse_facts
-from patchkit.maths.updates import change
+from patchkit.maths.updates import delta_of
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.patch.history import choose_facts, difference, sort_incoming
@@ -93,7 +93,7 @@ def assert_same(found: Patch, expected: Patch, tolerance: float = 1e-6) -> None:
 def numbers(patch: Patch) -> dict[str, Tensor]:
     """What a weight of all ones is changed by, for each of the patch's."""
     ones = {name: torch.ones(shape) for name, shape in patch.shapes.items()}
-    return {name: change(chain, partial(ones.__getitem__, name)).dense() for name, chain in patch.updates.items()}
+    return {name: delta_of(chain, partial(ones.__getitem__, name)).dense() for name, chain in patch.updates.items()}
 
 
 def ids(patch: Patch) -> list[str]:

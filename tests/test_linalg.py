@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from patchkit.maths.linalg import Covariance, Damped, Metric, NullSpace, PriorKeys, preserving_solve
+from patchkit.maths.linalg import Covariance, Damped, NullSpace, PriorKeys, SolveMetric, preserving_solve
 
 D_OUT, D_IN = 12, 20
-METRICS: dict[str, Callable[[Covariance], Metric]] = {
+METRICS: dict[str, Callable[[Covariance], SolveMetric]] = {
     "alphaedit": lambda covariance: NullSpace(covariance, 0.3, 0.2),
     "memit": lambda covariance: Damped(covariance, 1e-2, 150.0),
 }

@@ -23,7 +23,7 @@ from patchkit.export.merge import MANIFEST, Merged, merge
 from patchkit.io.checkpoint import new_folder
 from patchkit.maths.linalg import Delta
 from patchkit.maths.rotations import Rotation
-from patchkit.maths.rounding import Feedback, Metric
+from patchkit.maths.rounding import Feedback, RoundingMetric
 from patchkit.model.arch import inspect_model
 from patchkit.model.weights import disk_name, tensor_digest, weight_digest
 from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
@@ -377,7 +377,7 @@ def test_columns_that_share_one_large_direction_are_rounded_stably() -> None:
     keys[100:108] *= 100
     wanted = 0.02 * torch.randn(512, 64, generator=draw)
     rounded = torch.empty_like(wanted, dtype=torch.bfloat16)
-    Feedback(Metric.of(keys, None)).round(wanted.__getitem__, rounded)
+    Feedback(RoundingMetric.of(keys, None)).round(wanted.__getitem__, rounded)
     ours, nearest = (kind.float() - wanted for kind in (rounded, wanted.bfloat16()))
     assert (keys.T @ ours).norm() < (keys.T @ nearest).norm() / 8
     assert ours.norm() < 3 * nearest.norm()

@@ -21,7 +21,7 @@ from patchkit.editing.recipe import load_recipe
 from patchkit.errors import InputError
 from patchkit.export.merge import merge
 from patchkit.maths.linalg import Covariance, Delta, PriorKeys
-from patchkit.maths.updates import Update, change, kind_of, tensors_of
+from patchkit.maths.updates import Update, delta_of, kind_of, tensors_of
 from patchkit.methods import LayerProblem, Loss
 from patchkit.methods.adaedit import AdaEditConfig, adaedit
 from patchkit.methods.alphaedit import AlphaEditConfig, alphaedit
@@ -65,7 +65,7 @@ def asking(problem: LayerProblem, keys: Tensor, residual: Tensor) -> LayerProble
         return float(missing.square().sum()) / 2, -missing @ keys.T
 
     given: Loss = loss
-    return problem.but(keys=keys, residual=residual, loss=given)
+    return problem.replace(keys=keys, residual=residual, loss=given)
 
 
 def covariance_of(problem: LayerProblem) -> Covariance:
@@ -80,7 +80,7 @@ def update_of(name: str, problem: LayerProblem, **settings: Any) -> Update:
 
 def dense(update: Update, problem: LayerProblem) -> Tensor:
     """What the update comes to, (d_out, d_in)."""
-    return change((update,), lambda: problem.weight).dense()
+    return delta_of((update,), lambda: problem.weight).dense()
 
 
 def solve(name: str, problem: LayerProblem, **settings: Any) -> Tensor:
@@ -268,14 +268,14 @@ def test_alphaedit_leaves_the_keys_outside_its_null_space_alone(prior: int) -> N
 
 
 def test_alphaedit_does_nothing_where_there_is_no_null_space() -> None:
-    flat = problem_of().but(covariance=Covariance(torch.eye(D_IN, dtype=torch.float64), 100))
+    flat = problem_of().replace(covariance=Covariance(torch.eye(D_IN, dtype=torch.float64), 100))
     assert not dense(alphaedit(flat, AlphaEditConfig(null_energy=0.01)), flat).any()
 
 
 @pytest.mark.parametrize("name", ["alphaedit", "memit"])
 def test_earlier_keys_move_less_once_they_are_given(name: str) -> None:
     problem = problem_of(5, 3)
-    forgetful = problem.but(prior=PriorKeys(problem.prior_keys[:, :0]))
+    forgetful = problem.replace(prior=PriorKeys(problem.prior_keys[:, :0]))
     moved = solve(name, problem) @ problem.prior_keys
     assert moved.norm() < 0.5 * (solve(name, forgetful) @ problem.prior_keys).norm()
 
@@ -328,7 +328,7 @@ def test_emmet_meets_every_value_exactly_and_is_rome_for_one_fact(facts: int) ->
 
 def test_emmet_comes_as_near_as_it_can_where_two_facts_share_a_key() -> None:
     problem = problem_of(2, 0)
-    twice = problem.but(keys=problem.keys[:, [0, 0]])
+    twice = problem.replace(keys=problem.keys[:, [0, 0]])
     assert apart(solve("emmet", twice) @ twice.keys[:, :1], twice.residual.mean(1, keepdim=True)) < 1e-9
 
 
@@ -387,7 +387,7 @@ def test_oedit_plus_takes_only_what_is_left_of_a_gradient_inside_the_earlier_cha
     problem = problem_of(1, 3)
     within = torch.linalg.qr(problem.earlier.dense() @ problem.keys).Q  # (d_out, 1)
     config = OEditPlusConfig(gradient_rate=1, gradient_most=1)
-    assert rank_left(problem.but(gradient=within), config) == D_OUT - 3 - 1
+    assert rank_left(problem.replace(gradient=within), config) == D_OUT - 3 - 1
 
 
 def test_oedit_plus_warns_before_it_runs_out_and_then_changes_nothing() -> None:
@@ -397,21 +397,21 @@ def test_oedit_plus_warns_before_it_runs_out_and_then_changes_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         solve("oedit+", problem, gradient_rate=0, warn_below=0.5)
-    everything = problem.but(changed=lambda: Delta(torch.eye(D_OUT).double(), torch.eye(D_OUT, D_IN).double()))
+    everything = problem.replace(read_earlier=lambda: Delta(torch.eye(D_OUT).double(), torch.eye(D_OUT, D_IN).double()))
     assert solve("oedit+", everything).norm() < 1e-10 * solve("memit", everything).norm()
 
 
-@pytest.mark.parametrize("aimed", [True, False])
-def test_oedit_plus_aims_values_where_the_projection_takes_nothing(aimed: bool) -> None:
+@pytest.mark.parametrize("constrain_values", [True, False])
+def test_oedit_plus_aims_values_where_the_projection_takes_nothing(constrain_values: bool) -> None:
     problem = problem_of(2, 3)
-    config = OEditPlusConfig(aimed=aimed)
+    config = OEditPlusConfig(constrain_values=constrain_values)
     delta = torch.randn(2, D_OUT, generator=torch.Generator().manual_seed(3))
     held = inside(problem, config)(torch.arange(2), torch.ones(2, D_OUT), delta)
-    if not aimed:
+    if not constrain_values:
         assert torch.equal(held, delta)
         return
     # What the projection leaves of a change towards the held value is all of it.
-    towards = problem.but(residual=held.T.double())
+    towards = problem.replace(residual=held.T.double())
     assert apart(solve("oedit+", towards), solve("memit", towards)) < 1e-6
     assert held.norm() > 0.1 * delta.norm()
 
@@ -459,7 +459,7 @@ def test_rect_keeps_the_entries_of_largest_relative_change_as_they_are() -> None
 @pytest.mark.parametrize("variant", ["log", "linear"])
 def test_prune_bounds_the_singular_values_of_all_that_was_changed(variant: Any) -> None:
     problem = problem_of(5, 3)
-    loud = problem.but(residual=10 * problem.residual)
+    loud = problem.replace(residual=10 * problem.residual)
     config = PruneConfig(variant=variant, base=4)
     largest = float(torch.linalg.matrix_norm(problem.base_weight, 2))
     u, before, vt = torch.linalg.svd(loud.earlier.dense() + solve("memit", loud), full_matrices=False)
@@ -478,12 +478,12 @@ def test_prune_bounds_the_singular_values_of_all_that_was_changed(variant: Any) 
 
 def test_prune_lowers_the_condition_number_and_leaves_small_changes_alone() -> None:
     problem = problem_of(5, 3)
-    loud = problem.but(residual=200 * problem.residual)
+    loud = problem.replace(residual=200 * problem.residual)
     kept, plain = (problem.weight + solve(name, loud) for name in ("memit+prune", "memit"))
     assert torch.linalg.cond(kept) < 0.7 * torch.linalg.cond(plain)
     assert torch.equal(
-        solve("memit+prune", problem.but(residual=0.01 * problem.residual)),
-        solve("memit", problem.but(residual=0.01 * problem.residual)),
+        solve("memit+prune", problem.replace(residual=0.01 * problem.residual)),
+        solve("memit", problem.replace(residual=0.01 * problem.residual)),
     )
 
 
@@ -499,7 +499,7 @@ def test_nas_holds_values_to_the_anchor() -> None:
     mean = (base @ covariance_of(problem).matrix @ base.T).trace().sqrt()
     now = problem.weight @ problem.keys
     anchor = float(2 * now.norm(dim=0).max() / mean)
-    loud = problem.but(residual=30 * problem.residual)
+    loud = problem.replace(residual=30 * problem.residual)
     reached = now + solve("emmet+nas", loud, nas={"anchor": anchor}) @ problem.keys
     assert torch.allclose(reached.norm(dim=0), anchor * mean.expand(5), rtol=1e-6)
     wanted = now + loud.residual

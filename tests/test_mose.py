@@ -52,7 +52,7 @@ def test_merged_in_float32_norm_and_condition_number_hold_to_1e_5(name: str) -> 
 @pytest.mark.parametrize("name", SIDES)
 def test_earlier_keys_are_held(name: str) -> None:
     problem = problem_of(2, 3)
-    forgetful = problem.but(prior=PriorKeys(problem.prior_keys[:, :0]))
+    forgetful = problem.replace(prior=PriorKeys(problem.prior_keys[:, :0]))
     moved = (edited(name, problem) - problem.weight) @ problem.prior_keys
     free = (edited(name, forgetful) - problem.weight) @ problem.prior_keys
     assert moved.norm() < 0.6 * free.norm()
@@ -60,7 +60,7 @@ def test_earlier_keys_are_held(name: str) -> None:
 
 def small(problem: LayerProblem, share: float = 0.2) -> LayerProblem:
     """The same problem with residuals that every rotation reaches."""
-    return problem.but(residual=share * problem.residual / problem.residual.norm(dim=0))
+    return problem.replace(residual=share * problem.residual / problem.residual.norm(dim=0))
 
 
 @pytest.mark.parametrize(("facts", "prior"), [(1, 0), (5, 0), (5, 3), (D_IN + 4, 7)])
@@ -84,7 +84,7 @@ def test_mose_equals_equations_17_to_20(facts: int, prior: int) -> None:
 def test_mose_meets_a_value_on_the_sphere_where_nothing_else_is_preserved() -> None:
     problem = problem_of(1, 0)
     held = on_spheres(problem, MoseConfig())(torch.arange(1), problem.residual.T, problem.residual.T).T
-    given = mose(problem.but(residual=held), MoseConfig(preserve=1e-9)).delta(problem.weight).dense() @ problem.keys
+    given = mose(problem.replace(residual=held), MoseConfig(preserve=1e-9)).delta(problem.weight).dense() @ problem.keys
     assert apart(given, held) < 1e-6
 
 
@@ -100,7 +100,7 @@ def test_the_more_plain_text_is_preserved_the_less_it_moves() -> None:
 
 @pytest.mark.parametrize("sites", [1, 5])
 def test_values_on_the_sphere_have_the_length_a_rotation_keeps(sites: int) -> None:
-    problem = problem_of(3, 0).but(sites=sites)
+    problem = problem_of(3, 0).replace(sites=sites)
     outputs = (problem.weight @ problem.keys).T  # (n, d_out)
     delta = 30 * problem.residual.T
     held = on_spheres(problem, MoseConfig())(torch.arange(3), outputs, delta)
@@ -114,7 +114,7 @@ def test_values_on_the_sphere_have_the_length_a_rotation_keeps(sites: int) -> No
 @pytest.mark.parametrize("energy", [0.2, 0.5])
 def test_a_right_rotation_meets_a_value_in_reach_exactly(energy: float) -> None:
     problem = small(problem_of(1, 0))
-    config = MoseRightConfig(null_energy=energy, still=1e-9, tolerance=1e-9)
+    config = MoseRightConfig(null_energy=energy, identity_weight=1e-9, tolerance=1e-9)
     moved = mose_right(problem, config).delta(problem.weight).dense() @ problem.keys
     through = problem.weight @ null_space(problem, energy)  # what of the residual the null space can give at all
     seen = through @ torch.linalg.pinv(through) @ problem.residual
@@ -152,7 +152,7 @@ def test_a_right_rotation_is_procrustes_over_the_whole_null_space(facts: int, pr
     target = wanted * scale + idle * room
     one = torch.eye(basis.shape[1], dtype=torch.float64)
     moment = target @ keys.T + config.earlier * earlier @ earlier.T
-    left, _, right = torch.linalg.svd(moment + config.still * keys.square().sum() / facts * one)
+    left, _, right = torch.linalg.svd(moment + config.identity_weight * keys.square().sum() / facts * one)
     assert torch.linalg.det(left @ right) > 0
     expected = torch.eye(D_IN, dtype=torch.float64) + basis @ (left @ right - one) @ basis.T
     assert apart(mose_right(problem, config).dense(), expected) < 1e-9
@@ -161,7 +161,7 @@ def test_a_right_rotation_is_procrustes_over_the_whole_null_space(facts: int, pr
 def asked(problem: LayerProblem, length: float, sites: int) -> tuple[Tensor, Tensor]:
     """What `reach` makes of a delta of the given length in the direction of the residuals, (d_out, n) each."""
     delta = length * problem.residual
-    constrain = reach(problem.but(sites=sites), MoseRightConfig())
+    constrain = reach(problem.replace(sites=sites), MoseRightConfig())
     return delta, constrain(torch.arange(delta.shape[1]), delta.T, delta.T).T
 
 
@@ -169,8 +169,8 @@ def asked(problem: LayerProblem, length: float, sites: int) -> tuple[Tensor, Ten
 def test_the_values_asked_for_are_the_ones_a_rotation_gives(length: float) -> None:
     problem = problem_of(1, 0)
     delta, held = asked(problem, length, sites=1)
-    config = MoseRightConfig(still=1e-9, tolerance=1e-9)
-    given = mose_right(problem.but(residual=held), config).delta(problem.weight).dense() @ problem.keys
+    config = MoseRightConfig(identity_weight=1e-9, tolerance=1e-9)
+    given = mose_right(problem.replace(residual=held), config).delta(problem.weight).dense() @ problem.keys
     assert apart(given, held) < 1e-5
     assert (apart(held, delta) > 0.05) == (length > 0.5)
 

@@ -21,7 +21,7 @@ from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import live_deltas
 from tests.benchmarks import end_to_end
-from tests.benchmarks.oracle import added, optimise_value, oracle_edit
+from tests.benchmarks.oracle import added, optimize_value, oracle_edit
 from tests.zoo import FAMILIES, save, tiny_tokenizer
 
 CONTEXTS = ["", "The engineer said. ", "Paris is the city of Rome. "]
@@ -80,7 +80,7 @@ def both_values(runner: LayerRunner, config: EditConfig, facts: Sequence[Fact]) 
     how = plan(runner.arch, config)
     requests = [build_request(fact, tiny_tokenizer(), CONTEXTS) for fact in facts]
     ours = optimize(runner, requests, how.sites[-1], how.value_at, config.value)
-    alone = [optimise_value(runner.arch, request, how, config.value) for request in requests]
+    alone = [optimize_value(runner.arch, request, how, config.value) for request in requests]
     oracle = torch.stack([target for target, _ in alone], 1), [steps for _, steps in alone]
     return (ours.targets, ours.steps.tolist()), oracle
 
@@ -116,7 +116,7 @@ def test_a_subject_at_the_very_start_without_bos() -> None:
     requests = [build_request(fact, tokenizer, CONTEXTS) for fact in facts]
     assert requests[0].rows[0].subject == 0
     ours = optimize(runner, requests, how.sites[-1], how.value_at, config.value).targets
-    oracle = [optimise_value(runner.arch, request, how, config.value)[0] for request in requests]
+    oracle = [optimize_value(runner.arch, request, how, config.value)[0] for request in requests]
     assert apart(ours, torch.stack(oracle, 1)) < 1e-6
 
 

@@ -42,6 +42,22 @@ def test_an_override_finds_its_section_by_itself() -> None:
     assert (short.settings["preserve"], short.value.steps, short.seed, short.layers) == (7.0, 3, 5, "8")
 
 
+@pytest.mark.parametrize(
+    ("method", "old", "new", "value"),
+    [("mose-right", "still", "identity_weight", 0.5), ("oedit+", "aimed", "constrain_values", False)],
+)
+def test_a_setting_keeps_its_old_name_as_an_alias(method: str, old: str, new: str, value: object) -> None:
+    for override in (f"{old}={value}", f"settings.{old}={value}", f"{new}={value}"):
+        assert load_recipe(method, None, [override]).settings[new] == value
+    stored = load_recipe(method).model_dump()
+    stored["settings"][old] = stored["settings"].pop(new)  # as in the manifest of an earlier patch
+    assert load_recipe(None, None, (), stored) == load_recipe(method)
+    assert load_recipe(None, None, [f"{new}={value}"], stored).settings[new] == value
+    assert (
+        load_recipe(f"{method}+nas" if method == "oedit+" else method, None, [f"{old}={value}"]).settings[new] == value
+    )
+
+
 def test_of_two_overrides_the_later_one_counts() -> None:
     assert load_recipe("rome", None, ["steps=3", "value.steps=4"]).value.steps == 4
 

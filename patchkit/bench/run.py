@@ -47,7 +47,7 @@ from patchkit.facts.reader import read_facts
 from patchkit.facts.requests import build_request
 from patchkit.facts.schema import Fact, FactFile
 from patchkit.io.files import write_atomically
-from patchkit.maths.updates import Chain, change, mapped
+from patchkit.maths.updates import Chain, delta_of, mapped
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import LoadedModel, ModelChoice, load_model, load_tokenizer
@@ -157,7 +157,7 @@ def weight_drift(model: PreTrainedModel, patch: Patch, spectra: Spectra) -> dict
 def _change(site: Site, chain: Chain) -> Tensor:
     """W' - W, (d_out, d_in), in float64 throughout: the small singular values that a rotation keeps need it."""
     wide = [mapped(update, Tensor.double) for update in chain]
-    return change(wide, lambda: read_weight(site).double()).dense()
+    return delta_of(wide, lambda: read_weight(site).double()).dense()
 
 
 def site_drift(site: Site, moved: Tensor, spectra: Spectra) -> Drift:

@@ -11,7 +11,7 @@ from rich.text import Text
 from patchkit.evaluate.metrics import Metric, headlines, metrics, summary_line
 from patchkit.evaluate.report import Report, Summary
 from patchkit.methods import Method, Wrapper
-from patchkit.patch.history import Difference, changes
+from patchkit.patch.history import Difference, fact_changes
 from patchkit.patch.manifest import EditedFact, Manifest
 from patchkit.words import counted, first_words, listed
 
@@ -96,7 +96,7 @@ def log_table(manifest: Manifest) -> RenderableType:
 def run_text(manifest: Manifest, number: int) -> Text:
     """One run of the history, counted from 0: how it was made, and a line for each fact, + added, ~ superseded and
     - reverted."""
-    run, changed = manifest.history[number], changes(manifest, number)
+    run, changed = manifest.history[number], fact_changes(manifest, number)
     block = Text(f"run {number + 1}: {run.action} {counted(len(run.facts), 'fact')}", style="bold")
     lines = [f"when    {run.when}", f"method  {run.method}, layers {', '.join(map(str, run.layers))}"]
     if run.action == "apply":

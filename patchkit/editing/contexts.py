@@ -27,7 +27,7 @@ ROWS = 256  # texts that are continued together
 def make_contexts(runner: LayerRunner, tokenizer: Any, config: EditConfig) -> list[str]:
     """Texts the model writes itself, the same for the same seed and model.
 
-    A value optimised on the prompt alone says the target after the prompt's words and no others. So all contexts but
+    A value optimized on the prompt alone says the target after the prompt's words and no others. So all contexts but
     the first two leave the prompt out and begin some other sentence about the subject (docs/generalization.md), which
     `about` goes on with.
 

@@ -92,7 +92,7 @@ class _Group:
             for at in range(row.target, len(row.ids))
         ]
         fact, row, at, label = torch.tensor(points, device=device).T
-        # Mean over a row's tokens, then over the fact's rows, as values are optimised for.
+        # Mean over a row's tokens, then over the fact's rows, as values are optimized for.
         rows_of = torch.tensor([len(request.rows) for request in requests], device=device)
         among = torch.bincount(row)[row] * rows_of[fact - first]
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}

@@ -14,7 +14,7 @@ from patchkit.editing.state import storable
 from patchkit.editing.values import Values
 from patchkit.facts.requests import EditRequest
 from patchkit.maths.linalg import PriorKeys
-from patchkit.maths.updates import Full, Update, change
+from patchkit.maths.updates import Full, Update, delta_of
 from patchkit.methods import LayerProblem
 from patchkit.model.weights import Site
 
@@ -78,9 +78,9 @@ class FittedEdits(_LossEdits):
             def of_update(update: Update | None, at_site: Any = at_site, problem: LayerProblem = problem) -> Any:
                 if update is None or isinstance(update, Full):  # as a product, a full update would cost its cube
                     return at_site(update and update.matrix)
-                return at_site(change((update,), lambda: problem.weight).dense())
+                return at_site(delta_of((update,), lambda: problem.weight).dense())
 
-            yield site, problem.but(loss=of_update)
+            yield site, problem.replace(loss=of_update)
 
     def columns(self, loss: TargetLoss, count: int) -> list[int]:
         """None."""

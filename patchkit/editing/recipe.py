@@ -76,6 +76,8 @@ def load_recipe(
         data["method"] = method  # a method's recipes serve its wrapped forms as well
     if "method" not in data:
         raise InputError(f'{where}: no "method"; add one of: {", ".join(methods.available())}')
+    if isinstance(data.get("settings"), dict):
+        data["settings"] = methods.get(data["method"]).config.renamed(data["settings"])
     for override in overrides:
         _override(data, override)
     return validate(data, f"{where} with --set" if overrides else where)
@@ -117,16 +119,18 @@ def _read(method: str | None, recipe: str | None) -> tuple[dict[str, Any], str]:
 
 
 def _override(data: dict[str, Any], override: str) -> None:
-    """Apply one `key=value`; a bare key of the method or of the value optimiser finds its section by itself, and so
-    does a wrapper's, as in `nas.anchor=1`."""
+    """Apply one `key=value`. A key of the method or of the value optimizer may stand without its section, and so may a
+    wrapper's, as in `nas.anchor=1`."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise InputError(f'--set {override}: write it as key=value, such as "value.steps=30"')
-    parts = key.strip().split(".")
-    if parts[0] in methods.get(str(data["method"])).config.model_fields:
+    parts, config = key.strip().split("."), methods.get(str(data["method"])).config
+    if parts[0] in (*config.model_fields, *config.aliases):
         parts = ["settings", *parts]
     elif len(parts) == 1 and parts[0] in ValueConfig.model_fields:
         parts = ["value", *parts]
+    if parts[0] == "settings":
+        parts[1:2] = [config.aliases.get(part, part) for part in parts[1:2]]
     section = data
     for part in parts[:-1]:
         section = section.setdefault(part, {})

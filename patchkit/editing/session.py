@@ -15,7 +15,7 @@ from patchkit.editing.values import ValueAt, Values
 from patchkit.errors import InputError
 from patchkit.maths.linalg import Covariance, PriorKeys
 from patchkit.maths.rotations import Rotation
-from patchkit.maths.updates import Update, change, mapped, tensors_of
+from patchkit.maths.updates import Update, delta_of, mapped, tensors_of
 from patchkit.methods import LayerProblem, Method, MethodConfig
 from patchkit.model.arch import Architecture
 from patchkit.model.forward import LayerRunner
@@ -111,9 +111,9 @@ class EditSession:
             history = self.run.state.sites.setdefault(site.layer, SiteHistory.empty(site))
             history.add(update, problem.keys, problem.residual, self.method.targets == "gradients")
             if isinstance(update, Rotation):  # it turns what was there before as well
-                self.live[site.layer].set([change(history.chain, problem.base)])
+                self.live[site.layer].set([delta_of(history.chain, problem.read_base)])
             else:
-                self.live[site.layer].add(change((update,), problem.base))
+                self.live[site.layer].add(delta_of((update,), problem.read_base))
 
 
 def problem_at(
@@ -135,7 +135,7 @@ def problem_at(
         lambda: base_weight(site),
         lambda: history.delta(lambda: base_weight(site)) if history else None,
         gradient,
-        measured=lambda: history.gradient_columns(count) if history and count else None,
+        gradient_columns=lambda: history.gradient_columns(count) if history and count else None,
     )
 
 

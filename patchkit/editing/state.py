@@ -19,7 +19,7 @@ from patchkit.editing.values import Values, ValueStates
 from patchkit.facts.schema import Fact
 from patchkit.maths.linalg import Delta, PriorKeys
 from patchkit.maths.rotations import Rotation
-from patchkit.maths.updates import Chain, Update, change, folded, mapped
+from patchkit.maths.updates import Chain, Update, delta_of, folded, mapped
 from patchkit.model.arch import Architecture
 from patchkit.model.weights import Site, read_weight
 
@@ -27,7 +27,7 @@ from patchkit.model.weights import Site, read_weight
 class SiteHistory:
     """Edit history of one site: its updates, and the keys and residuals they were solved from.
 
-    Columns are in the order of the solves: by batch, then sweep, then fact (`patch.history.solves` finds them again).
+    Columns are in the order of the solves: by batch, then sweep, then fact (`patch.history.solve_records` finds them).
     """
 
     def __init__(self, chain: Chain, keys: Tensor, residuals: Tensor, gradient_columns: Sequence[int] = ()) -> None:
@@ -74,7 +74,7 @@ class SiteHistory:
 
     def delta(self, weight: Callable[[], Tensor]) -> Delta | None:
         """All updates as one low-rank delta of the base weight, which `weight` gives (d_out, d_in)."""
-        return change(self.chain, weight) if self._updates else None
+        return delta_of(self.chain, weight) if self._updates else None
 
     def gradient_columns(self, before: int) -> tuple[Tensor, Tensor]:
         """Keys (d_in, m) and residuals (d_out, m) of those of the first `before` columns that hold gradients."""

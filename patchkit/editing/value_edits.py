@@ -56,7 +56,7 @@ class ValueTargets:
             site, keys, keys.new_zeros(site.d_out, len(requests)), session.prior_keys().get(site.layer)
         )
         count = len(session.plan.sites)
-        problem = problem.but(sites=min(count, 1 + 2 * method.neighbours) if selects_layers(session) else count)
+        problem = problem.replace(sites=min(count, 1 + 2 * method.neighbors) if selects_layers(session) else count)
         return ValueTerms(
             constrain=method.constrain and method.constrain(problem, settings),
             penalty=method.penalty and method.penalty(problem, settings),
@@ -112,7 +112,7 @@ class ValueEdits:
             return [_Part(tuple(range(len(requests))), sites, values)]
         values_at = [self.targets.find(requests, site) for site in sites[:-1]]
         values_at.append(self.targets.find(requests, sites[-1], advance))
-        selected, around = self._select(requests, values_at), self.session.method.neighbours
+        selected, around = self._select(requests, values_at), self.session.method.neighbors
         parts = list[_Part]()
         for place in sorted(set(selected)):
             members = tuple(i for i, wanted in enumerate(selected) if wanted == place)
@@ -131,7 +131,7 @@ class ValueEdits:
                 keys, current = (part.cpu() for part in reader.read(site))
             problems.append(session.problem(site, keys, values.targets.double().cpu() - current, None))
         return [
-            choose([p.but(keys=p.keys[:, [i]], residual=p.residual[:, [i]]) for p in problems], session.settings)
+            choose([p.replace(keys=p.keys[:, [i]], residual=p.residual[:, [i]]) for p in problems], session.settings)
             for i in range(len(requests))
         ]
 

@@ -37,8 +37,8 @@ from patchkit.io.checkpoint import (
 from patchkit.io.files import write_atomically
 from patchkit.maths.linalg import Delta
 from patchkit.maths.onednn import linear
-from patchkit.maths.rounding import TEXT_DIRECTIONS, Feedback, Metric, Spectrum
-from patchkit.maths.updates import change
+from patchkit.maths.rounding import TEXT_DIRECTIONS, Feedback, RoundingMetric, Spectrum
+from patchkit.maths.updates import delta_of
 from patchkit.model.weights import find_module, find_weight, is_transposed, same_weight, skeleton, tensor_digest
 from patchkit.patch.manifest import Manifest
 from patchkit.patch.patch import Patch
@@ -261,7 +261,7 @@ def _feedback(task: _Task) -> Feedback | None:
     keys, spectrum = task.edit.keys, task.text[1] if task.text else None
     # In a metric that is the same in all directions there is nothing to make up for.
     alike = keys.numel() == 0 and spectrum is None
-    return None if alike or task.rounding == "nearest" else Feedback(Metric.of(keys, spectrum), task.edit.work)
+    return None if alike or task.rounding == "nearest" else Feedback(RoundingMetric.of(keys, spectrum), task.edit.work)
 
 
 @contextmanager
@@ -316,7 +316,7 @@ def _collect(patches: Sequence[Patch], checkpoint: Mapping[str, StoredTensor], s
             name = find_weight(weight, checkpoint, str(source), _OTHER_MODEL)
             stored = checkpoint[name]
             lies = _lies_transposed(name, stored, shapes[weight], source)
-            delta = change(chain, partial(_oriented, stored, lies))
+            delta = delta_of(chain, partial(_oriented, stored, lies))
             keys = patch.state.get(f"{weight}.keys", delta.right.new_zeros(delta.right.shape[1], 0))
             digests = frozenset({(weight, patch.manifest.base.weights[weight])})
             edit = _Edit(name, stored, lies, delta, keys, digests)

@@ -29,7 +29,7 @@ from patchkit.export.merge import MANIFEST
 from patchkit.io.checkpoint import find_checkpoint, stored_tensors
 from patchkit.io.files import write_folder
 from patchkit.maths.linalg import Delta
-from patchkit.maths.updates import change
+from patchkit.maths.updates import delta_of
 from patchkit.model.loading import DTYPES
 from patchkit.model.weights import find_module, find_weight, is_transposed, oriented, shape_of, skeleton
 from patchkit.patch.card import Card
@@ -113,7 +113,7 @@ def export_peft(
     factors, weights = {}, []
     for weight, chain in patch.updates.items():
         module = _module_of(tree, weight, patch.shapes[weight])
-        delta = change(chain, partial(_weight_on_disk, name, commit, module, tree.get_submodule(module)))
+        delta = delta_of(chain, partial(_weight_on_disk, name, commit, module, tree.get_submodule(module)))
         factors[module] = low_rank(delta, rank).to(DTYPES[dtype])
         error = _error(factors[module], delta)
         weights.append(ExportedWeight(weight=weight, module=module, rank=factors[module].rank, error=error))

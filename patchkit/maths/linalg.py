@@ -46,7 +46,7 @@ class Delta:
 
 @dataclass(frozen=True, eq=False)
 class Covariance:
-    """C = E[k k'] over the tokens of plain text, uncentred, (d_in, d_in), with the factorisations methods ask for.
+    """C = E[k k'] over the tokens of plain text, uncentered, (d_in, d_in), with the factorizations methods ask for.
 
     Its scale is fixed once: a mean over tokens, weighted as in `stats`. So a multiple λ·C weighs like λ tokens of text.
     """
@@ -117,7 +117,7 @@ class NullSpace:
         return self.covariance.project_null(columns, self.energy) / self.l2
 
 
-Metric = Damped | NullSpace
+SolveMetric = Damped | NullSpace
 """A symmetric G that is given by what it does to columns (d_in, n). Equal ones do the same."""
 
 
@@ -131,7 +131,7 @@ class PriorKeys:
     def __init__(self, matrix: Tensor) -> None:
         self._pieces = [matrix]
         self._count = matrix.shape[1]
-        self._solved: dict[Metric, _Inverse] = {}
+        self._inverses: dict[SolveMetric, _Inverse] = {}
         self._source: PriorKeys | None = None  # the last one before that was solved with
 
     def __len__(self) -> int:
@@ -150,20 +150,20 @@ class PriorKeys:
         longer = PriorKeys(keys)
         longer._pieces = _joined([*self._pieces, keys], 1)
         longer._count = self._count + keys.shape[1]
-        longer._source = self if self._solved else self._source
+        longer._source = self if self._inverses else self._source
         return longer
 
-    def inverse(self, metric: Metric) -> Callable[[Tensor], Tensor]:
+    def inverse(self, metric: SolveMetric) -> Callable[[Tensor], Tensor]:
         """(G⁻¹ + Kp Kp')⁻¹, read as G - G Kp (I + Kp'G Kp)⁻¹ Kp'G where G is singular, as a function of columns."""
-        if metric not in self._solved:
+        if metric not in self._inverses:
             source, self._source = self._source, None
-            inherited = None if source is None else source._solved.pop(metric, None)
+            inherited = None if source is None else source._inverses.pop(metric, None)
             if source is None or inherited is None:
                 inherited = _Inverse(metric, self.matrix)
             else:
                 inherited.extend(self._last(len(self) - len(source)))
-            self._solved = {metric: inherited}
-        return self._solved[metric]
+            self._inverses = {metric: inherited}
+        return self._inverses[metric]
 
     def _last(self, count: int) -> Tensor:
         """The last `count` columns, without joining the rest."""
@@ -178,7 +178,7 @@ class PriorKeys:
 class _Inverse:
     """H = (G⁻¹ + Kp Kp')⁻¹ for growing Kp: G - Y'Y with Y (m, d_in) while m <= d_in, then as a (d_in, d_in) matrix."""
 
-    def __init__(self, metric: Metric, prior: Tensor) -> None:
+    def __init__(self, metric: SolveMetric, prior: Tensor) -> None:
         self.metric = metric
         self.factors: list[Tensor] = []
         self.dense: Tensor | None = None
@@ -222,7 +222,7 @@ def _joined(pieces: list[Tensor], dim: int) -> list[Tensor]:
     return pieces
 
 
-def preserving_solve(residual: Tensor, keys: Tensor, prior: PriorKeys, metric: Metric) -> Delta:
+def preserving_solve(residual: Tensor, keys: Tensor, prior: PriorKeys, metric: SolveMetric) -> Delta:
     """Minimiser of ‖ΔK - R‖² + ‖ΔKp‖² + tr(Δ G⁻¹ Δ'): Δ = [R, 0](I + E'GE)⁻¹E'G with E = [K, Kp].
 
     With H = (G⁻¹ + KpKp')⁻¹ that is R(I + K'HK)⁻¹K'H, an n x n system whatever came before; where a batch has more

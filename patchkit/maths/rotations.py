@@ -28,7 +28,7 @@ class Rotation:
     """R = I + Q(T - I)Q' as an update of a weight: W' = R W on the left side, W' = W R on the right.
 
     planes: Q, (d, 2p); columns 2i and 2i+1 span plane i. Orthonormal to the precision of its dtype; every use
-        orthonormalises it again in float64 (`frame`), so that R is orthogonal to that precision however it was stored.
+        orthonormalizes it again in float64 (`frame`), so that R is orthogonal to that precision however it was stored.
     angles: (p,), radians; u = Q[:, 2i] goes to cos(angle) u + sin(angle) v with v = Q[:, 2i+1].
     """
 
@@ -187,7 +187,7 @@ def polar(matrix: Tensor, steps: int = 40) -> Tensor:
 
 
 def procrustes(matrix: Tensor) -> Tensor:
-    """The rotation R, det R = 1, with the largest tr(R'M): the minimiser of ||RA - B||_F for M = BA' (n, n).
+    """The rotation R, det R = 1, with the largest tr(R'M): the minimizer of ||RA - B||_F for M = BA' (n, n).
 
     The polar factor, unless that contains a reflection; then the least singular direction is turned round, as
     Kabsch does, since a reflection is no product of plane rotations.

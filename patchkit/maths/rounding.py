@@ -14,7 +14,7 @@ largest directions gave the same errors as the whole of it (within 1 % at d_in 1
 
 What can be had: with up to d_in / 16 keys the error along them falls below 1/8 of nearest's. On plain text it is below
 nearest's, too, where C's eigenvalues fall like 1/i or faster and C is known. It cannot be where C is flat, least of all
-for changes far smaller than the grid: nearest is what minimises the error in a metric that is the same in all
+for changes far smaller than the grid: nearest is what minimizes the error in a metric that is the same in all
 directions, and each entry moved for the keys' sake is off by more. There text fares up to 1.3 times worse than by
 nearest at ‖Δ‖/‖W‖ = 1e-3 (and 1.1 times at 1e-2), and where C is not known up to 1.9 times (1.1 times).
 """
@@ -57,7 +57,7 @@ class Spectrum:
 
 
 @dataclass(frozen=True)
-class Metric:
+class RoundingMetric:
     """H = floor·I + basis @ basis', basis (d_in, r) in float64, and how many sweeps it takes to round well in it."""
 
     basis: Tensor
@@ -65,7 +65,7 @@ class Metric:
     sweeps: int
 
     @classmethod
-    def of(cls, keys: Tensor, text: Spectrum | None) -> Metric:
+    def of(cls, keys: Tensor, text: Spectrum | None) -> RoundingMetric:
         """The metric of edited keys (d_in, n), n possibly 0, and of plain text where its statistics are at hand.
 
         Without them every direction counts the same beside the keys.
@@ -121,7 +121,7 @@ class _Block:
 class Feedback:
     """Rounds one weight in a metric that is factored once, some columns of all rows at a time."""
 
-    def __init__(self, metric: Metric, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, metric: RoundingMetric, dtype: torch.dtype = torch.float32) -> None:
         """`dtype` is what is computed in; it has to hold the weights to be rounded exactly."""
         self._floor, self._sweeps = metric.floor, metric.sweeps
         self._blocks = [_cast(block, dtype) for block in _factor(metric.basis, metric.floor)]

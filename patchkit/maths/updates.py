@@ -165,7 +165,7 @@ def additive(chain: Sequence[Update]) -> bool:
     return not any(isinstance(update, Rotation) for update in chain)
 
 
-def change(chain: Sequence[Update], weight: Callable[[], Tensor]) -> Delta:
+def delta_of(chain: Sequence[Update], weight: Callable[[], Tensor]) -> Delta:
     """What the chain amounts to: W' - W (d_out, d_in), in factors.
 
     Args:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict, create_model, model_validator
 from torch import Tensor
 
 from patchkit.errors import InputError
@@ -31,26 +31,31 @@ Loss = Callable[[Update | None], tuple[float, Tensor]]
 
 @dataclass(frozen=True)
 class LayerProblem:
-    """Everything a method may look at, for one site. Maths dtype: float64 on the CPU.
+    """One solve: everything a method may look at, for one site. All tensors are float64, on the CPU.
 
-    keys: K (d_in, n); residual: R (d_out, n), this site's share of V - W K; covariance: C, or None for a method that
-    declares needs_statistics=False; prior: the keys of earlier edits at this site; base: gives W of the
-    untouched base (d_out, d_in); changed: gives what earlier edits have changed it by, or None; gradient: G
-    (d_out, q), the left singular vectors of the loss's gradient on plain text, leading ones first, for a method that
-    declares needs_gradients; loss: for one whose targets are "none", which gets no keys; measured: gives the keys and
-    residuals of those earlier columns that were made of gradients; sites: over how many sites the residual of a value
-    is spread, for `constrain` and `penalty`.
+    Attributes:
+        keys: K (d_in, n).
+        residual: R (d_out, n), this site's share of V - W K.
+        covariance: C, or None for a method that declares needs_statistics=False.
+        prior: the keys of earlier edits at this site.
+        read_base: gives `base_weight`.
+        read_earlier: gives `earlier`, None where the site has not been edited.
+        gradient: G (d_out, q), the left singular vectors of the loss's gradient on plain text, leading ones first, for
+            a method that declares needs_gradients.
+        loss: for a method whose targets are "none", which gets no keys.
+        gradient_columns: gives `prior_gradients`, None where there are none.
+        sites: over how many sites the residual of a value is spread, for `constrain` and `penalty`.
     """
 
     keys: Tensor
     residual: Tensor
     covariance: Covariance | None
     prior: PriorKeys
-    base: Callable[[], Tensor]
-    changed: Callable[[], Delta | None] = lambda: None
+    read_base: Callable[[], Tensor]
+    read_earlier: Callable[[], Delta | None] = lambda: None
     gradient: Tensor | None = None
     loss: Loss | None = None
-    measured: Callable[[], tuple[Tensor, Tensor] | None] = lambda: None
+    gradient_columns: Callable[[], tuple[Tensor, Tensor] | None] = lambda: None
     sites: int = 1
 
     @property
@@ -61,32 +66,45 @@ class LayerProblem:
     @cached_property
     def base_weight(self) -> Tensor:
         """W of the untouched base, (d_out, d_in)."""
-        return self.base()
+        return self.read_base()
 
     @cached_property
     def earlier(self) -> Delta:
-        """What earlier edits have changed W by, possibly of rank 0."""
-        return self.changed() or Delta(self.residual[:, :0], self.keys[:, :0].T)
+        """All earlier edits of W as one delta, possibly of rank 0."""
+        return self.read_earlier() or Delta(self.residual[:, :0], self.keys[:, :0].T)
 
     @cached_property
     def prior_gradients(self) -> tuple[Tensor, Tensor]:
-        """Of earlier edits by methods with gradients for targets: their keys (d_in, m) and gradients (d_out, m)."""
-        return self.measured() or (self.keys[:, :0], self.residual[:, :0])
+        """Keys (d_in, m) and gradients (d_out, m) of earlier edits by methods whose targets are gradients."""
+        return self.gradient_columns() or (self.keys[:, :0], self.residual[:, :0])
 
     @cached_property
     def weight(self) -> Tensor:
         """W as it is now, earlier edits included, (d_out, d_in)."""
         return self.base_weight + self.earlier.dense() if self.earlier.rank else self.base_weight
 
-    def but(self, **changes: Any) -> LayerProblem:
+    def replace(self, **parts: Any) -> LayerProblem:
         """The same problem with some of its parts replaced."""
-        return replace(self, **changes)
+        return replace(self, **parts)
 
 
 class MethodConfig(BaseModel):
     """Base of every method's own settings: frozen, unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    aliases: ClassVar[Mapping[str, str]] = {}
+    """Names that settings had in earlier recipes and patches -> their names now."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, data: Any) -> Any:
+        return cls.renamed(data) if isinstance(data, Mapping) else data
+
+    @classmethod
+    def renamed(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """`settings` under the names they have now."""
+        return {cls.aliases.get(name, name): value for name, value in settings.items()}
 
 
 Solve = Callable[[LayerProblem, Any], Update]
@@ -97,13 +115,13 @@ class Method:
     """A registered method and what it declares about itself.
 
     update: what it writes. one_by_one: facts are never solved for together. single_site: it edits one layer.
-    targets: what residuals are made of: "values" optimised at the subject's last token, "gradients" of the target's
+    targets: what residuals are made of: "values" optimized at the subject's last token, "gradients" of the target's
     loss at every site ("keys" are then the inputs at the target's positions), or "none" for a method that fits the
     loss itself. value_at: where values live, if not where the model's structure says. attention: values are
-    optimised along with a second, discarded one at the attention's output. constrain, penalty: given the value site's
+    optimized along with a second, discarded one at the attention's output. constrain, penalty: given the value site's
     problem (residual 0) and the config, how values are held and what is added to their loss. choose: given one fact's
     problems at the recipe's layers, in their order, the place of the one to edit, unless a setting choose_layer is
-    false; neighbours: how many of those layers on either side of it are edited with it. spends_directions: every fact
+    false; neighbors: how many of those layers on either side of it are edited with it. spends_directions: every fact
     uses up an output direction, so that users hear how many are left.
     """
 
@@ -125,7 +143,7 @@ class Method:
     constrain: Callable[[LayerProblem, Any], Constraint] | None = None
     penalty: Callable[[LayerProblem, Any], Penalty] | None = None
     choose: Callable[[Sequence[LayerProblem], Any], int] | None = None
-    neighbours: int = 0
+    neighbors: int = 0
     spends_directions: bool = False
 
     @property

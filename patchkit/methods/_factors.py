@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from patchkit.maths.linalg import Delta
-from patchkit.maths.updates import Full, Update, change
+from patchkit.maths.updates import Full, Update, delta_of
 from patchkit.methods import LayerProblem
 
 
@@ -24,9 +24,9 @@ def column_space(delta: Delta, tolerance: float = 1e-9) -> Tensor:
     return u[:, values > tolerance * values.max()] if values.any() else u[:, :0]
 
 
-def solved(update: Update, problem: LayerProblem) -> Delta:
+def as_delta(update: Update, problem: LayerProblem) -> Delta:
     """An inner method's update as an additive change of the problem's weight."""
-    return update if isinstance(update, Delta) else change((update,), lambda: problem.weight)
+    return update if isinstance(update, Delta) else delta_of((update,), lambda: problem.weight)
 
 
 def as_stored(delta: Delta, inner: Update) -> Update:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from patchkit.maths.updates import Sparse
 from patchkit.methods import LayerProblem, method
-from patchkit.methods._factors import singular_triplets, solved
+from patchkit.methods._factors import as_delta, singular_triplets
 from patchkit.methods.alphaedit import AlphaEditConfig, alphaedit
 from patchkit.methods.memit import MemitConfig, memit
 
@@ -41,7 +41,7 @@ def adaedit(problem: LayerProblem, config: AdaEditConfig) -> Sparse:
     mean the same on every model, with a k for each side. The paper's Δ is MEMIT's (`over`); AlphaEdit's is spared more
     of what others say when it is cut. docs/adaedit.md has both ablations. The dense Δ is never formed.
     """
-    delta = solved(alphaedit(problem, config) if config.over == "alphaedit" else memit(problem, config), problem)
+    delta = as_delta(alphaedit(problem, config) if config.over == "alphaedit" else memit(problem, config), problem)
     u, values, v = singular_triplets(delta)
     count = min(max(1, round(config.rank * delta.rank)), len(values))
     left = largest(u[:, :count], max(1, round(config.keep_left * len(u)))) * values[:count]

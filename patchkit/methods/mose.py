@@ -19,7 +19,7 @@ class MoseConfig(MethodConfig):
     preserve: float = Field(10.0, gt=0, description="λ of eq. 17: weight of plain text's outputs, in the edit's energy")
     earlier: float = Field(1.0, ge=0, description="weight of each earlier key's output beside an edited one's 1")
     values: Literal["sphere", "free"] = Field("sphere", description="free: the paper's, brought to that length last")
-    choose_layer: bool = Field(False, description="eq. 21-22: each fact at one of the layers and both its neighbours")
+    choose_layer: bool = Field(False, description="eq. 21-22: each fact at one of the layers and both its neighbors")
     tolerance: float = Field(1e-4, gt=0, description="planes that turn by less, in radians, are left out")
 
 
@@ -56,7 +56,7 @@ def _resized(rows: Tensor, like: Tensor) -> Tensor:
     update="rotation",
     constrain=on_spheres,
     choose=wisest,
-    neighbours=1,
+    neighbors=1,
 )
 def mose(problem: LayerProblem, config: MoseConfig) -> Rotation:
     """Rotates outputs, W' = R W: the singular values stay exactly as they are.
@@ -65,7 +65,7 @@ def mose(problem: LayerProblem, config: MoseConfig) -> Rotation:
     nearest rotation where that would be a reflection. λ is relative: at 1 plain text weighs as much as the mean edit,
     λ tr(W C W') = λ ‖W K_E‖² / n. V_E is brought to the length of W K_E, to which all that a rotation gives is bound.
 
-    The paper edits, for each fact, the layer that eq. 21-22 choose and both its neighbours (`choose_layer`). All of the
+    The paper edits, for each fact, the layer that eq. 21-22 choose and both its neighbors (`choose_layer`). All of the
     recipe's layers together need smaller turns of each and hold longer (docs/mose.md), so that is the default.
 
     The authors' released code is another method: a block-diagonal Cayley rotation on the input side, trained with Adam.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -17,8 +19,10 @@ class MoseRightConfig(MethodConfig):
 
     null_energy: float = Field(0.5, gt=0, lt=1, description="share of plain text's key energy that R may turn")
     earlier: float = Field(3.0, ge=0, description="weight of each earlier key beside an edited one's 1")
-    still: float = Field(1e-3, gt=0, description="weight of every other direction, in the edited keys' mean energy")
+    identity_weight: float = Field(1e-3, gt=0, description="weight of ‖R - I‖², in the edited keys' mean energy")
     tolerance: float = Field(1e-4, gt=0, description="planes that turn by less, in radians, are left out")
+
+    aliases: ClassVar[Mapping[str, str]] = {"still": "identity_weight"}
 
 
 @dataclass(frozen=True)
@@ -93,16 +97,16 @@ def mose_right(problem: LayerProblem, config: MoseRightConfig) -> Rotation:
 
     A left rotation turns all outputs alike; on the right it can single out keys, and is not bound to ‖Wk‖. R is the
     identity on the eigenvectors that hold all but `null_energy` of the text's key energy (AlphaEdit's guarantee), and
-    in the rest, N, the minimiser of Σ‖Ra - b‖² + `earlier`·Σ‖Rp - p‖² + `still`·‖R - I‖² over rotations: a, p are
-    N'K and N'Kp, b is what `_Reach.turned` gives. That is Procrustes' problem (MOSE eq. 18-20) in key space; only the
-    span of a, b and p moves, so R - I is of low rank and the update a LoRA exactly.
+    in the rest, N, the minimizer of Σ‖Ra - b‖² + `earlier`·Σ‖Rp - p‖² + `identity_weight`·‖R - I‖² over rotations: a, p
+    are N'K and N'Kp, b is what `_Reach.turned` gives. That is Procrustes' problem (MOSE eq. 18-20) in key space; only
+    the span of a, b and p moves, so R - I is of low rank and the update is exactly a LoRA.
     """
     at = _Reach.of(problem, config)
     target = at.turned(problem.residual)  # b (q, n)
     earlier = at.basis.T @ problem.prior_keys  # (q, m)
     span = torch.linalg.qr(torch.cat([at.keys, target, earlier], 1))[0]  # (q, s)
     keys, target, earlier = span.T @ at.keys, span.T @ target, span.T @ earlier
-    floor = config.still * keys.square().sum() / max(1, keys.shape[1])
+    floor = config.identity_weight * keys.square().sum() / max(1, keys.shape[1])
     moment = target @ keys.T + config.earlier * earlier @ earlier.T  # (s, s)
     moment = moment + floor * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     return rotation_from(procrustes(moment), "right", config.tolerance, basis=at.basis @ span)

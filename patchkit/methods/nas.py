@@ -30,7 +30,7 @@ def nas(problem: LayerProblem, config: NasConfig, solve: Callable[[LayerProblem]
 
     Each column of V = WK + R becomes V·min(1, m/‖V‖), and R what is then missing. m is `anchor` times the root mean
     square of ‖W₀k‖ over plain text, √tr(W₀CW₀'); a fact whose output is longer than that already may keep its length.
-    The paper rescales in both directions, once, at the value's layer, to the mean norm of values optimised on the
+    The paper rescales in both directions, once, at the value's layer, to the mean norm of values optimized on the
     unedited model, and drops values over twice that norm. Here it is done at every site, on its share of the residual;
     scaling up as well would change outputs of which the facts ask nothing.
     """
@@ -43,4 +43,4 @@ def nas(problem: LayerProblem, config: NasConfig, solve: Callable[[LayerProblem]
     tiny = torch.finfo(wanted.dtype).tiny
     scale = (longest / wanted.norm(dim=0).clamp_min(tiny)).clamp_max(1)
     # Written so that nothing asked for stays nothing to the last bit.
-    return solve(problem.but(residual=problem.residual * scale - now * (1 - scale)))
+    return solve(problem.replace(residual=problem.residual * scale - now * (1 - scale)))

@@ -9,7 +9,7 @@ from pydantic import Field
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import Update
 from patchkit.methods import LayerProblem, MethodConfig, wrapper
-from patchkit.methods._factors import as_stored, solved
+from patchkit.methods._factors import as_delta, as_stored
 
 
 class NullSpaceConfig(MethodConfig):
@@ -35,5 +35,5 @@ def nullspace(problem: LayerProblem, config: NullSpaceConfig, solve: Callable[[L
     """
     assert problem.covariance is not None
     inner = solve(problem)
-    new = solved(inner, problem)
+    new = as_delta(inner, problem)
     return as_stored(Delta(new.left, problem.covariance.project_null(new.right.T, config.energy).T), inner)

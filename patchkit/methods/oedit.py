@@ -12,7 +12,7 @@ from torch import Tensor
 
 from patchkit.maths.linalg import Delta
 from patchkit.methods import LayerProblem, Penalty, method
-from patchkit.methods._factors import column_space, solved
+from patchkit.methods._factors import as_delta, column_space
 from patchkit.methods.emmet import EmmetConfig, emmet
 from patchkit.methods.memit import MemitConfig, memit
 
@@ -52,8 +52,8 @@ def spared(problem: LayerProblem, config: OverConfig) -> tuple[Tensor, Tensor]:
 def underneath(problem: LayerProblem, config: OverConfig) -> Delta:
     """The change of the method that O-Edit goes over."""
     if config.over == "memit":
-        return solved(memit(problem, config), problem)
-    return solved(emmet(problem, EmmetConfig(damping=config.damping)), problem)
+        return as_delta(memit(problem, config), problem)
+    return as_delta(emmet(problem, EmmetConfig(damping=config.damping)), problem)
 
 
 def penalty(problem: LayerProblem, config: OEditConfig) -> Penalty:
@@ -65,7 +65,7 @@ def penalty(problem: LayerProblem, config: OEditConfig) -> Penalty:
 
 def _cosines(bases: list[Tensor], weight: float, facts: Tensor, start: Tensor, delta: Tensor) -> Tensor:
     total = 0 * delta[:, 0]
-    # Far under any real delta's length, it only keeps the gradient finite where the optimiser starts, at 0.
+    # Far under any real delta's length, it only keeps the gradient finite where the optimizer starts, at 0.
     floor = 1e-3 * start.norm(dim=1, keepdim=True)
     direction = delta / (delta.square().sum(1, keepdim=True) + floor.square()).sqrt()  # (k, d)
     for basis in bases:
@@ -86,7 +86,7 @@ def oedit(problem: LayerProblem, config: OEditConfig) -> Delta:
     """MEMIT or ROME with values drawn off the directions of earlier edits and of plain text's gradient.
 
     The value's loss gets λ1·mean|cos(V_ΔW, v* - Wk)| + λ2·mean|cos(V_∇G, v* - Wk)|. The paper writes cos; singular
-    vectors have no sign, so minimising it would seek the opposite direction instead of an orthogonal one: hence |cos|.
+    vectors have no sign, so minimizing it would seek the opposite direction instead of an orthogonal one: hence |cos|.
     V_ΔW is all that was changed before, since every earlier change counts (r = its rank). λ1 = λ2 as in the paper, but
     in units of 1/E|cos| of random directions, √(πd/2), which grows with the model: the paper's 50 is 0.6 of them.
     """

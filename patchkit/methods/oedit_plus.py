@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import ClassVar
 from warnings import warn
 
 from pydantic import Field
@@ -17,13 +18,17 @@ from patchkit.methods.oedit import OverConfig, spared, underneath
 class OEditPlusConfig(OverConfig):
     """Settings of O-Edit+."""
 
-    aimed: bool = Field(True, description="optimise values inside the free directions; the paper only cuts afterwards")
+    constrain_values: bool = Field(
+        True, description="optimize values inside the free directions; the paper only projects afterwards"
+    )
     warn_below: float = Field(0.2, ge=0, le=1, description="warn when less than this share of d_out is free")
+
+    aliases: ClassVar[Mapping[str, str]] = {"aimed": "constrain_values"}
 
 
 def inside(problem: LayerProblem, config: OEditPlusConfig) -> Constraint:
     """Holds a value's delta to the directions that are free at its site."""
-    return partial(_cut, spared(problem, config) if config.aimed else ())
+    return partial(_cut, spared(problem, config) if config.constrain_values else ())
 
 
 def _cut(bases: Sequence[Tensor], facts: Tensor, start: Tensor, delta: Tensor) -> Tensor:
@@ -47,7 +52,7 @@ def oedit_plus(problem: LayerProblem, config: OEditPlusConfig) -> Delta:
 
     Δ - V_ΔW V_ΔW'Δ - V_∇G V_∇G'Δ with V_∇G itself orthogonal to V_ΔW. Only `left` changes. Every fact uses up one of
     the d_out directions, and the gradient its share, so that a warning comes before none are left. In the paper the
-    projection takes its part of a value that was optimised without it; here values are optimised where it takes none.
+    projection takes its part of a value that was optimized without it; here values are optimized where it takes none.
     """
     delta = underneath(problem, config)
     left = delta.left

@@ -13,7 +13,7 @@ from torch import Tensor
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import Update
 from patchkit.methods import LayerProblem, MethodConfig, wrapper
-from patchkit.methods._factors import as_stored, singular_triplets, solved
+from patchkit.methods._factors import as_delta, as_stored, singular_triplets
 
 
 class PruneConfig(MethodConfig):
@@ -39,7 +39,7 @@ def prune(problem: LayerProblem, config: PruneConfig, solve: Callable[[LayerProb
     Where m is small the logarithm's published form would enlarge σ; it never may here.
     """
     inner = solve(problem)
-    new = solved(inner, problem)
+    new = as_delta(inner, problem)
     total = Delta.stack([problem.earlier, new])
     largest = float(torch.linalg.eigvalsh(_gram(problem.base_weight))[-1].clamp_min(0).sqrt())
     u, values, v = singular_triplets(total)

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from patchkit.maths.updates import Full, Update
 from patchkit.methods import LayerProblem, MethodConfig, wrapper
-from patchkit.methods._factors import solved
+from patchkit.methods._factors import as_delta
 
 
 class RectConfig(MethodConfig):
@@ -33,7 +33,7 @@ def rect(problem: LayerProblem, config: RectConfig, solve: Callable[[LayerProble
     The others, to which little of the edit is owed, stay as they were (40 % are kept, as in the paper's comparisons). W
     is the weight as it is now, earlier edits included.
     """
-    dense = solved(solve(problem), problem).dense()  # (d_out, d_in)
+    dense = as_delta(solve(problem), problem).dense()  # (d_out, d_in)
     tiny = torch.finfo(dense.dtype).tiny
     relative = (dense.abs() / problem.weight.abs().clamp_min(tiny)).flatten()
     kept = relative.topk(ceil(config.keep * len(relative)), sorted=False).indices

@@ -11,7 +11,7 @@ from torch import Tensor
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import Update
 from patchkit.methods import LayerProblem, MethodConfig, wrapper
-from patchkit.methods._factors import as_stored, solved
+from patchkit.methods._factors import as_delta, as_stored
 
 
 class SphereConfig(MethodConfig):
@@ -36,14 +36,14 @@ def sphere(problem: LayerProblem, config: SphereConfig, solve: Callable[[LayerPr
     edited so far.
     """
     inner = solve(problem)
-    new = solved(inner, problem)
+    new = as_delta(inner, problem)
     directions = principal_directions(problem.base_weight, config.energy)
     right = new.right - config.strength * (new.right @ directions) @ directions.T  # (r, d_in)
     return as_stored(Delta(new.left, right), inner)
 
 
 def principal_directions(weight: Tensor, energy: float) -> Tensor:
-    """U (d_in, r): leading right singular vectors of the row-normalised W, from the smaller Gram matrix."""
+    """U (d_in, r): leading right singular vectors of the row-normalized W, from the smaller Gram matrix."""
     rows = weight / weight.norm(dim=1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)  # (d_out, d_in)
     wide = weight.shape[0] <= weight.shape[1]
     values, vectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)

@@ -28,24 +28,24 @@ class UltraEditConfig(MethodConfig):
     targets="gradients",
 )
 def ultraedit(problem: LayerProblem, config: UltraEditConfig) -> Delta:
-    """Least squares towards one step against the gradient, both normalised over all edits so far.
+    """Least squares towards one step against the gradient, both normalized over all edits so far.
 
     Δ = V K'(KK' + c·I)⁻¹ with V = -η ‖h‖² g per column, where (h, g) are the columns of K and of the gradient G,
     less their running mean and over their running standard deviation. The paper has c = 1 and η per model; here both
-    are relative, to the keys' mean squared norm and to what W puts out for them. Its normalisation is nothing for a
+    are relative, to the keys' mean squared norm and to what W puts out for them. Its normalization is nothing for a
     first column and noise for the next few, so here it begins with `warm_up` columns around zero of the usual size.
     """
     keys, gradients = problem.keys, problem.residual
     prior_keys, prior_gradients = problem.prior_gradients
-    h = normalised(keys, prior_keys, config.warm_up)  # (d_in, n)
-    g = normalised(gradients, prior_gradients, config.warm_up)  # (d_out, n)
+    h = normalized(keys, prior_keys, config.warm_up)  # (d_in, n)
+    g = normalized(gradients, prior_gradients, config.warm_up)  # (d_out, n)
     output = (problem.base_weight @ keys).square().sum(0).mean().sqrt()
     rate = config.rate * output / (len(h) * len(g) ** 0.5)
     values = -rate * h.square().sum(0) * g  # (d_out, n)
     return _ridge(values, keys, config.ridge * keys.square().sum(0).mean())
 
 
-def normalised(columns: Tensor, earlier: Tensor, warm_up: float) -> Tensor:
+def normalized(columns: Tensor, earlier: Tensor, warm_up: float) -> Tensor:
     """Columns (d, n), each row less its mean and over its standard deviation, both over all of earlier (d, m) and n.
 
     They begin as those of `warm_up` columns with mean zero and the mean square of all entries, the same in each row.

@@ -33,13 +33,13 @@ def wisest(problems: Sequence[LayerProblem], config: MethodConfig) -> int:
     config=WilkeConfig,
     paper="https://arxiv.org/abs/2402.10987",
     equations="section 5, layer selection; ROME eq. 2",
-    use_when="one fact at a time, where no one layer suits all facts; a value is optimised at every candidate layer",
+    use_when="one fact at a time, where no one layer suits all facts; a value is optimized at every candidate layer",
     one_by_one=True,
     choose=wisest,
 )
 def wilke(problem: LayerProblem, config: WilkeConfig) -> Update:
     """ROME at the layer that suits each fact best.
 
-    The paper's candidates are all layers; here they are those of the recipe, a value being optimised at each of them.
+    The paper's candidates are all layers; here they are those of the recipe, a value being optimized at each of them.
     """
     return rome(problem, config)

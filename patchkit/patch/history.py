@@ -22,7 +22,7 @@ from patchkit.patch.manifest import EditedFact, Manifest, Run
 
 
 @dataclass(frozen=True)
-class Solve:
+class SolveRecord:
     """One solve at one site: its columns in the site's keys and residuals, the id of each column's fact, and the column
     where its batch begins; all columns before that one are keys of earlier edits."""
 
@@ -34,7 +34,7 @@ class Solve:
     batch_start: int
 
 
-def solves(manifest: Manifest, layer: int) -> Iterator[Solve]:
+def solve_records(manifest: Manifest, layer: int) -> Iterator[SolveRecord]:
     """The solves at `layer` whose facts are still in the patch: by run, batch and sweep, as they were made.
 
     One source of truth: which facts a batch has stands in `facts` (run, batch), how often it was swept in the recipe.
@@ -47,7 +47,7 @@ def solves(manifest: Manifest, layer: int) -> Iterator[Solve]:
     for (run, batch), facts in batches.items():
         batch_start = start
         for sweep in range(int(manifest.history[run].recipe.get("sweeps", 1))):
-            yield Solve(run, batch, sweep, tuple(facts), range(start, start + len(facts)), batch_start)
+            yield SolveRecord(run, batch, sweep, tuple(facts), range(start, start + len(facts)), batch_start)
             start += len(facts)
 
 
@@ -148,7 +148,7 @@ def _moment(text: str) -> datetime:
 
 
 @dataclass(frozen=True)
-class Changes:
+class FactChanges:
     """What one run did to the facts: added, superseded (old, new), reverted."""
 
     added: tuple[EditedFact, ...]
@@ -156,21 +156,21 @@ class Changes:
     reverted: tuple[EditedFact, ...]
 
 
-def changes(manifest: Manifest, number: int) -> Changes:
+def fact_changes(manifest: Manifest, number: int) -> FactChanges:
     """The changes of run `number`, from 0. Facts that left the patch later are still known from what took them out."""
     run = manifest.history[number]
     ever = (*manifest.facts, *(fact for later in manifest.history for fact in later.removed))
     written = {fact.id: fact for fact in ever if fact.run == number}
     pairs = tuple((old, written[run.superseded[old.id]]) for old in run.removed if old.id in run.superseded)
     replacing = {new.id for _, new in pairs}
-    return Changes(
+    return FactChanges(
         tuple(written[fact_id] for fact_id in run.facts if fact_id in written.keys() - replacing),
         pairs,
         tuple(fact for fact in run.removed if fact.id not in run.superseded),
     )
 
 
-class Changed(BaseModel):
+class ChangedTarget(BaseModel):
     """A prompt that two patches complete differently."""
 
     model_config = ConfigDict(frozen=True)
@@ -186,7 +186,7 @@ class Difference(BaseModel):
     same_base: bool
     only_a: tuple[EditedFact, ...]
     only_b: tuple[EditedFact, ...]
-    changed: tuple[Changed, ...]
+    changed: tuple[ChangedTarget, ...]
     same: int
     updates: dict[str, tuple[float | None, float | None]]
     methods: tuple[tuple[str, ...], tuple[str, ...]]
@@ -197,7 +197,7 @@ def difference(a: Manifest, b: Manifest) -> Difference:
     """How patch `b` differs from patch `a`; facts are matched by their prompts."""
     in_a, in_b = ({fact.prompt: fact for fact in manifest.facts} for manifest in (a, b))
     both = [(in_a[prompt], in_b[prompt]) for prompt in in_a if prompt in in_b]
-    changed = tuple(Changed(prompt=x.prompt, a=x, b=y) for x, y in both if x.target_new != y.target_new)
+    changed = tuple(ChangedTarget(prompt=x.prompt, a=x, b=y) for x, y in both if x.target_new != y.target_new)
     norms = [{u.weight: u.norm / u.weight_norm for u in manifest.updates} for manifest in (a, b)]
     weights = a.base.weights.keys() & b.base.weights.keys()
     return Difference(

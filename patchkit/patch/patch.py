@@ -7,7 +7,7 @@ my-patch/
   manifest.json       patchkit.patch.manifest.Manifest
   README.md           model card made from the manifest
   state.safetensors   <weight>.keys (d_in, n), <weight>.residuals (d_out, n): the columns of each fact in each solve, in
-                      the order of patch.history.solves; values.targets and values.start (d, n): one for each fact
+                      the order of patch.history.solve_records; values.targets, values.start (d, n): one for each fact
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from patchkit.evaluate.report import Outcome
 from patchkit.io.files import write_folder
 from patchkit.io.hub import patch_folder
 from patchkit.maths.linalg import Delta
-from patchkit.maths.updates import KINDS, Chain, Update, change, tensors_of
+from patchkit.maths.updates import KINDS, Chain, Update, delta_of, tensors_of
 from patchkit.model.arch import Architecture
 from patchkit.model.weights import Site, find_weight, read_weight, tensor_digest, weight_digest
 from patchkit.patch.card import model_card
@@ -69,7 +69,7 @@ class Patch:
         """
         sites = self.sites(arch, force)
         return {
-            sites[name].layer: change(chain, lambda site=sites[name]: read_weight(site).float())  # type: ignore[misc]
+            sites[name].layer: delta_of(chain, lambda site=sites[name]: read_weight(site).float())  # type: ignore[misc]
             for name, chain in self.updates.items()
         }
 

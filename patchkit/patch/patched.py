@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from patchkit.errors import InputError
 from patchkit.maths.linalg import Delta
-from patchkit.maths.updates import Update, change
+from patchkit.maths.updates import Update, delta_of
 from patchkit.model.hooks import LiveDelta
 from patchkit.model.weights import is_quantized, loaded_weight, oriented, shape_of, weight_of
 
@@ -31,7 +31,7 @@ class PatchedModule:
     def show(self, updates: Sequence[Update], merged: bool) -> None:
         """Act with `updates`, in their order, and with nothing else."""
         self._restore()
-        total = change(updates, self._rotatable) if updates else None
+        total = delta_of(updates, self._rotatable) if updates else None
         self._live.set([total] if total is not None and not merged else [])
         if self._handle is None:
             # First, so that a hook of the user's sees what the patched module puts out.

@@ -25,9 +25,9 @@ from patchkit.editing.values import ValueStates
 from patchkit.errors import InputError
 from patchkit.maths.linalg import Covariance, PriorKeys
 from patchkit.maths.rotations import Rotation
-from patchkit.maths.updates import Chain, Update, change, kind_of, mapped, tensors_of
+from patchkit.maths.updates import Chain, Update, delta_of, kind_of, mapped, tensors_of
 from patchkit.model.weights import Site, read_weight
-from patchkit.patch.history import Solve, solves
+from patchkit.patch.history import SolveRecord, solve_records
 from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
 from patchkit.patch.patch import Patch, updates_digest
 
@@ -62,7 +62,7 @@ def state_of(patch: Patch, sites: Sites) -> EditState:
 
 
 def _column_tensor(patch: Patch, name: str, layer: int) -> Tensor:
-    wanted = sum(len(made.columns) for made in solves(patch.manifest, layer))
+    wanted = sum(len(made.columns) for made in solve_records(patch.manifest, layer))
     tensor = patch.state.get(name)
     if tensor is None or tensor.shape[1] != wanted:
         raise InputError(f"state.safetensors: {name} does not belong to the patch's manifest; get the patch again")
@@ -71,7 +71,7 @@ def _column_tensor(patch: Patch, name: str, layer: int) -> Tensor:
 
 def _gradient_columns(manifest: Manifest, layer: int) -> list[int]:
     """The columns whose residuals are gradients."""
-    made = (each for each in solves(manifest, layer) if _targets(manifest, each.run) == "gradients")
+    made = (each for each in solve_records(manifest, layer) if _targets(manifest, each.run) == "gradients")
     return [column for each in made for column in each.columns]
 
 
@@ -93,7 +93,7 @@ def without(patch: Patch, gone: Collection[str], sites: Sites, statistics_of: St
     state, manifest = state_of(patch, sites), patch.manifest
     stay = [i for i, fact in enumerate(manifest.facts) if fact.id not in gone]
     facts = tuple(manifest.facts[i] for i in stay)
-    again = _Again(manifest, gone, {site.layer: site for site in sites.values()}, state, statistics_of)
+    again = _Recompute(manifest, gone, {site.layer: site for site in sites.values()}, state, statistics_of)
     again.run()
     changed = _reached(manifest, gone)
     state.sites = {layer: again.made[layer] if layer in changed else solved for layer, solved in state.sites.items()}
@@ -128,7 +128,7 @@ def _layers(manifest: Manifest, fact: EditedFact) -> Sequence[int]:
     return fact.layers or manifest.history[fact.run].layers
 
 
-class _Again:
+class _Recompute:
     """All of a patch's solves made once more, side by side with every fact and without those that go."""
 
     def __init__(
@@ -147,9 +147,9 @@ class _Again:
 
     def run(self) -> None:
         """Make them, in the order in which they were made."""
-        everything = [(made, layer) for layer in self.old for made in solves(self.manifest, layer)]
+        everything = [(made, layer) for layer in self.old for made in solve_records(self.manifest, layer)]
         everything.sort(key=lambda pair: (pair[0].run, pair[0].batch, pair[0].sweep, pair[1]))
-        batches: dict[tuple[int, int, int], list[tuple[Solve, int]]] = {}
+        batches: dict[tuple[int, int, int], list[tuple[SolveRecord, int]]] = {}
         for made, layer in everything:
             batches.setdefault((made.run, made.batch, made.sweep), []).append((made, layer))
         with_all = {layer: SiteHistory.empty(self.sites[layer]) for layer in self.old}
@@ -166,7 +166,7 @@ class _Again:
                 self._solve(made, layer, with_all[layer], before, residual, range(len(made.facts)), 1)
                 self._solve(made, layer, self.made[layer], now, residual + share, kept, -1)
 
-    def _put_back(self, batch: Sequence[tuple[Solve, int]]) -> Tensor:
+    def _put_back(self, batch: Sequence[tuple[SolveRecord, int]]) -> Tensor:
         """What the facts of a batch lack, (d_out, n), because facts that go no longer contribute at their keys."""
         missing = torch.zeros(())
         if _targets(self.manifest, batch[0][0].run) == "values":
@@ -179,7 +179,7 @@ class _Again:
 
     def _solve(
         self,
-        made: Solve,
+        made: SolveRecord,
         layer: int,
         solved: SiteHistory,
         prior: PriorKeys,
@@ -187,7 +187,7 @@ class _Again:
         facts: Sequence[int],
         sign: int,
     ) -> None:
-        """Solve for some of the facts of `made` on top of `solved`, and count what that changes the weight by."""
+        """SolveRecord for some of the facts of `made` on top of `solved`, and count what that changes the weight by."""
         if not facts:
             return
         config = validate(self.manifest.history[made.run].recipe, "the patch's recipe")
@@ -198,7 +198,7 @@ class _Again:
         )
         problem = problem_at(self.sites[layer], keys, residual, covariance, solved, prior, gradient)
         update = solve_at(methods.get(config.method), config.method_config(), self.sites[layer], problem)
-        self.lost[layer] = self.lost.get(layer, 0) + sign * change((update,), lambda: problem.weight).dense()
+        self.lost[layer] = self.lost.get(layer, 0) + sign * delta_of((update,), lambda: problem.weight).dense()
         solved.add(update, keys, residual, _targets(self.manifest, made.run) == "gradients")
 
 
@@ -237,7 +237,7 @@ def _infos(name: str, site: Site, chain: Chain) -> Iterator[UpdateInfo]:
     weight = read_weight(site)  # (d_out, d_in)
     weight_norm = float(weight.float().norm())
     for place, update in enumerate(chain):
-        made = change(chain[: place + 1], lambda: weight.float().cpu())
+        made = delta_of(chain[: place + 1], lambda: weight.float().cpu())
         norm = made.norm()
         yield UpdateInfo(
             weight=name,

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from patchkit.export.merge import Rounding, merge
 from patchkit.maths.linalg import Delta
-from patchkit.maths.rounding import TEXT_DIRECTIONS, Feedback, Metric, Spectrum
+from patchkit.maths.rounding import TEXT_DIRECTIONS, Feedback, RoundingMetric, Spectrum
 from patchkit.model.weights import tensor_digest
 from patchkit.patch.manifest import BaseInfo, Manifest, Run, UpdateInfo
 from patchkit.patch.patch import Patch, updates_digest
@@ -206,7 +206,7 @@ def trial(ratio: float, decay: float = 1.0, facts: int = 32, d_in: int = 1024, d
     top = TEXT_DIRECTIONS
     spectrum = Spectrum(values[:top], vectors[:, :top], float(values[top:].mean()))
     rounded = torch.empty_like(wanted, dtype=torch.bfloat16)
-    Feedback(Metric.of(keys, spectrum if text else None)).round(wanted.__getitem__, rounded)
+    Feedback(RoundingMetric.of(keys, spectrum if text else None)).round(wanted.__getitem__, rounded)
 
     def errors(result: Tensor) -> tuple[float, float]:
         error = result.double().T - (weight + change)  # (d_out, d_in)

@@ -25,7 +25,7 @@ from patchkit.evaluate.verify import verify
 from patchkit.facts.reader import read_facts
 from patchkit.maths.linalg import Delta
 from patchkit.maths.rotations import Rotation
-from patchkit.maths.updates import change
+from patchkit.maths.updates import delta_of
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import live_deltas
@@ -107,7 +107,7 @@ class Bench:
             assert len(history.chain) == 1
         for tolerance in TOLERANCES:
             cut = {layer: rotation_at(state, layer).truncated(tolerance) for layer in state.sites}
-            changes = {layer: change((rotation,), self._weight(layer)) for layer, rotation in cut.items()}
+            changes = {layer: delta_of((rotation,), self._weight(layer)) for layer, rotation in cut.items()}
             print(self.row(f"{label}, tolerance {tolerance:g}", changes, share(list(cut.values())), 0), flush=True)
 
     def _weight(self, layer: int) -> Callable[[], Tensor]:

@@ -87,7 +87,7 @@ class _Run:
     def batch(self, requests: Sequence[EditRequest]) -> None:
         """All values, then layer by layer: every fact's key, every fact's current state, one dense solve."""
         with self.timed("values"):
-            found = [optimise_value(self.arch, request, self.plan, self.config.value) for request in requests]
+            found = [optimize_value(self.arch, request, self.plan, self.config.value) for request in requests]
         targets = torch.stack([target for target, _ in found], 1).double().cpu()  # (d, n)
         for i, site in enumerate(self.plan.sites):
             with self.timed("keys"):
@@ -108,7 +108,7 @@ class _Run:
 # --- values: gradient descent on the state at the subject's last token ------------------------------------------------
 
 
-def optimise_value(arch: Architecture, request: EditRequest, how: Plan, config: ValueConfig) -> tuple[Tensor, int]:
+def optimize_value(arch: Architecture, request: EditRequest, how: Plan, config: ValueConfig) -> tuple[Tensor, int]:
     """One fact's target state (d,) and the number of Adam steps it took (ROME eq. 4).
 
     The drift term is taken after "{subject} is a", as in the paper.

@@ -15,7 +15,7 @@ from patchkit.editing.keys import SubjectStates
 from patchkit.editing.values import optimize
 
 from .common import Bench, fresh_peak, parser, peak_memory, prepared, seconds, show
-from .oracle import _key, _state, optimise_value
+from .oracle import _key, _state, optimize_value
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
         return optimize(bench.runner, requests, site, bench.plan.value_at, config)
 
     def oracle() -> Any:
-        return [optimise_value(bench.runner.arch, request, bench.plan, config) for request in requests]
+        return [optimize_value(bench.runner.arch, request, bench.plan, config) for request in requests]
 
     with fresh_peak(device):
         first, found = seconds(ours, device)
