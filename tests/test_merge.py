@@ -350,7 +350,10 @@ def test_command_checks_the_facts_and_writes_them_down(tmp_path: Path) -> None:
     merged = Merged.model_validate_json((out / MANIFEST).read_text())
     assert merged.facts is not None
     assert merged.facts.asked == 1
-    assert "base_model_relation: finetune" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert f"Of 1 fact, asked after rounding, {merged.facts.hold} hold." in card
+    assert f"| {merged.tensors[0].weight} | {merged.tensors[0].dtype} |" in card
+    assert "base_model:" not in card  # a folder on this machine links to nothing
     with pytest.raises(InputError, match="not an empty folder"):
         CliRunner().invoke(cli, ["merge", str(tmp_path / "patch"), "--out", str(out)], catch_exceptions=False)
 

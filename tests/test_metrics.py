@@ -14,6 +14,7 @@ import pytest
 
 from patchkit.cli import main
 from patchkit.evaluate.metrics import GROUPS, Found, Gate, Group, Metric, Trial, register
+from patchkit.patch.card import cell
 from patchkit.patch.patch import read_manifest
 from patchkit.statistics.moments import PACKAGE_TEXT
 from tests import zoo
@@ -143,8 +144,8 @@ def test_facts_that_do_not_hold_are_named_with_what_is_said_instead(run: Run, mo
     assert not any(outcome.holds for outcome in outcomes.values())
     assert table.count("✗") == 2
     shown, card = words(run("show", "p")), Path("p/README.md").read_text(encoding="utf-8")
-    assert "2 of 2 facts do not hold: rome, ada" in shown
-    assert "0 of 2 facts hold. These do not: rome, ada." in card
+    assert "of 2 facts, 2 do not hold: rome, ada" in shown
+    assert "Of 2 facts, 0 hold. These do not: rome, ada." in card
     for name, fact in zip(outcomes, FACTS, strict=True):
         said = " ".join(outcomes[name].says.split()[:2])
         assert f"{fact['prompt']} {fact['target_new']} {said} ✗" in shown
@@ -153,7 +154,7 @@ def test_facts_that_do_not_hold_are_named_with_what_is_said_instead(run: Run, mo
 
 def test_a_patch_changed_since_it_was_measured_does_not_say_what_it_says(run: Run, model: Path) -> None:
     run("apply", "facts.jsonl", "--model", model, "--layers", "1", *LOUD, "--out", "p")
-    assert "2 of 2 facts hold." in Path("p/README.md").read_text(encoding="utf-8")
+    assert "Of 2 facts, 2 hold." in Path("p/README.md").read_text(encoding="utf-8")
     run("revert", "p", "--fact", "ada")
     assert read_manifest(Path("p")).outcomes == {}
     assert "the city of Rome capital not measured Paris" in words(run("show", "p"))
@@ -172,3 +173,9 @@ def test_manifests_from_before_counts_and_outcomes_load_and_show(run: Run, model
     assert "efficacy 100.0%, generalization -," in run("log", "p")
     assert "efficacy exact 100.0% 100.0%" in words(run("diff", "p", "p"))
     assert "| efficacy exact | 100.0% |  |" in run("push", "p", "ada/facts", "--dry-run")
+
+
+def test_nothing_in_a_fact_takes_effect_in_a_card() -> None:
+    hostile = "![x](http://a) <img> `b` **c** a|b\nd\x1b[31m &amp; [e](javascript:f)"
+    shown = cell(hostile)
+    assert shown == (r"\!\[x\](http://a) &lt;img> \`b\` \*\*c\*\* a\|b d\[31m &amp;amp; \[e\](javascript:f)")

@@ -200,7 +200,7 @@ def merge_patches(
     merged = merge(patches, base, out, rounding=rounding, statistics=stats, force=force, link=link, say=say)
     if ask:
         merged = merged.model_copy(update={"facts": _held(out, patches)})
-        merged.save(out)
+        merged.save(out, out.name)
     return merged
 
 
@@ -208,7 +208,7 @@ def _held(folder: Path, patches: Sequence[Patch]) -> HeldFacts:
     """Ask the merged checkpoint for every fact; of two patches that answer one prompt, the later one counts."""
     loaded = load_model(str(folder))
     facts = {fact.prompt: fact for patch in patches for fact in patch.manifest.facts}
-    pairs = {fact.id: (fact.prompt, fact.target_new) for fact in facts.values()}
+    pairs = {fact.id: fact.pair(fact.prompt) for fact in facts.values()}
     readings = read_targets(LayerRunner(inspect_model(loaded.model)), loaded.tokenizer, list(pairs.values()))
     lost = tuple(name for name, pair in pairs.items() if not readings[pair].exact)
     return HeldFacts(asked=len(pairs), hold=len(pairs) - len(lost), lost=lost)

@@ -65,7 +65,10 @@ def patch_table(manifest: Manifest) -> RenderableType:
         updates.add_row(u.weight, u.kind, str(u.rank), f"{u.norm / u.weight_norm:.2%} of the weight's norm{turned}")
     parts: list[RenderableType] = [head, updates, Text(), _facts_table(manifest)]
     if lost := manifest.lost():
-        parts += [Text(), Text(f"{len(lost)} of {counted(len(manifest.outcomes), 'fact')} do not hold: {listed(lost)}")]
+        parts += [
+            Text(),
+            Text(f"of {counted(len(manifest.outcomes), 'fact')}, {len(lost)} do not hold: {listed(lost)}"),
+        ]
     if found := manifest.measured():
         parts += [Text(), Text(summary_line(found))]
     return Group(*parts)

@@ -11,15 +11,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
-from huggingface_hub import ModelCardData
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -40,9 +39,11 @@ from patchkit.maths.onednn import linear
 from patchkit.maths.rounding import TEXT_DIRECTIONS, Feedback, RoundingMetric, Spectrum
 from patchkit.maths.updates import delta_of
 from patchkit.model.weights import find_module, find_weight, is_transposed, same_weight, skeleton, tensor_digest
+from patchkit.patch.card import Card, cell
 from patchkit.patch.manifest import Manifest
 from patchkit.patch.patch import Patch
 from patchkit.statistics.moments import cache_folder
+from patchkit.words import counted
 
 Rounding = Literal["keys", "nearest"]
 Say = Callable[[str], None]
@@ -102,10 +103,34 @@ class Merged(_Record):
     facts: HeldFacts | None = None
     patchkit: str
 
-    def save(self, folder: Path) -> None:
-        """Write it into the checkpoint's folder."""
-        text = self.model_dump_json(indent=1) + "\n"
-        write_atomically(folder / MANIFEST, lambda path: _write_text(path, text))
+    def save(self, folder: Path, title: str) -> None:
+        """Write it into the checkpoint's folder, and the model card beside it."""
+        kept = " The base's card is `README.base.md`." if (folder / _BASES_OWN["README.md"]).is_file() else ""
+        for name, text in ((MANIFEST, self.model_dump_json(indent=1) + "\n"), ("README.md", self.card(title, kept))):
+            write_atomically(folder / name, partial(_write_text, text=text))
+
+    def card(self, title: str, more: str = "", **published: Any) -> str:
+        """The README.md; `more` is said of the tensors, `published` is what else `patchkit.patch.card.Card` takes."""
+        base = None if Path(self.base).is_dir() else self.base
+        card = Card(self.parents, title, "merged", details=self._tensors() + more, base=base, held=self._held())
+        return replace(card, **{key: value for key, value in published.items() if value}).markdown()
+
+    def _tensors(self) -> str:
+        rows = [
+            "All tensors but these are the base's, byte for byte; errors are relative, along the facts' keys:\n",
+            "| weight | dtype | rounding | entries unchanged | error | by rounding to nearest |",
+            "|---|---|---|---|---|---|",
+        ]
+        for t in self.tensors:
+            errors = ("-" if error is None else f"{error:.2g}" for error in (t.key_error, t.key_error_nearest))
+            rows.append(f"| {t.weight} | {t.dtype} | {t.rounding} | {t.unchanged:.1%} | {' | '.join(errors)} |")
+        return "\n".join(rows) + "\n\n"
+
+    def _held(self) -> str | None:
+        if self.facts is None:
+            return None
+        lost = f" These do not: {cell(', '.join(self.facts.lost))}." if self.facts.lost else ""
+        return f"Of {counted(self.facts.asked, 'fact')}, asked after rounding, {self.facts.hold} hold.{lost}"
 
 
 @dataclass(frozen=True)
@@ -180,8 +205,7 @@ def merge(
         places = {source / name: folder / _BASES_OWN.get(str(name), name) for name in visible_files(source)}
         tensors = _write(tasks, places, weights if link else set())
         merged = _record(base, source, patches, tensors, force)
-        merged.save(folder)
-        _write_card(folder, merged, target.name)
+        merged.save(folder, target.name)
     _warn_of_other_weights([path.relative_to(source) for path in set(places) - weights], say)
     return merged
 
@@ -465,63 +489,6 @@ def _spectrum(file: Path) -> Spectrum:
     rest = values[: len(values) - count]
     tail = float(rest.mean()) if len(rest) else 0.0
     return Spectrum(values[-count:], stored["eigenvectors"].read_last_columns(count), tail)
-
-
-# --- the card ---------------------------------------------------------------------------------------------------------
-
-_CARD = """---
-{front}
----
-# {title}
-
-`{base}` with {count} facts written into it by [patchkit](https://pypi.org/project/patchkit/): a complete checkpoint,
-which transformers loads without patchkit. All tensors but those below are the base's, byte for byte.
-
-| weight | dtype | rounding | entries unchanged | error along the facts' keys | by rounding to nearest |
-|---|---|---|---|---|---|
-{tensors}
-
-| prompt | now says |
-|---|---|
-{facts}
-
-Patches merged, with their methods, facts and measurements, stand in `{manifest}`.{kept}
-"""
-
-
-def _write_card(folder: Path, merged: Merged, title: str) -> None:
-    base = merged.base if not Path(merged.base).is_dir() else Path(merged.base).resolve().name
-    data = ModelCardData(
-        base_model=base,
-        base_model_relation="finetune",
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["patchkit", "model-editing", "knowledge-editing"],
-    )
-    facts = {fact.prompt: fact.target_new for parent in merged.parents for fact in parent.facts}
-    card = _CARD.format(
-        front=data.to_yaml(),
-        title=title,
-        base=base,
-        count=len(facts),
-        tensors="\n".join(
-            f"| {t.weight} | {t.dtype} | {t.rounding} | {t.unchanged:.1%} "
-            f"| {_share(t.key_error)} | {_share(t.key_error_nearest)} |"
-            for t in merged.tensors
-        ),
-        facts="\n".join(f"| {_cell(prompt)} | {_cell(target)} |" for prompt, target in facts.items()),
-        manifest=MANIFEST,
-        kept=" The base's card is `README.base.md`." if (folder / "README.base.md").is_file() else "",
-    )
-    write_atomically(folder / "README.md", lambda path: _write_text(path, card))
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2g}"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _write_text(path: Path, text: str) -> None:

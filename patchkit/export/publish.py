@@ -197,10 +197,9 @@ class _Content:
         return (self.record,) if isinstance(self.record, Manifest) else self.record.parents
 
     def card(self, repo: str, base: str | None, licence: Mapping[str, Any]) -> str:
-        if isinstance(self.record, Exported):
-            return self.record.card(repo, base=base, licence=licence)
-        details = _rounding(self.record) if isinstance(self.record, Merged) else ""
-        return Card(self.manifests, repo, self.kind, details, base, licence).markdown()
+        if isinstance(self.record, Manifest):
+            return Card(self.manifests, repo, self.kind, base=base, licence=licence).markdown()
+        return self.record.card(repo, base=base, licence=licence)
 
     def naming(self, base: str, folder: Path) -> dict[str, bytes]:
         """The files that name the base, with its name on the Hub in place of a folder on this machine."""
@@ -242,13 +241,6 @@ def _read(folder: Path) -> _Content:
 
 def _kind(names: set[str]) -> Kind | None:
     return next((kind for mark, kind in _MARKS.items() if mark in names), None)
-
-
-def _rounding(merged: Merged) -> str:
-    kept = merged.facts
-    held = f" Of {kept.asked} facts asked after rounding, {kept.hold} hold." if kept else ""
-    dtypes = ", ".join(sorted({tensor.dtype for tensor in merged.tensors}))
-    return f"{len(merged.tensors)} tensors ({dtypes}) differ from the base's.{held}"
 
 
 def _files(folder: Path, kind: Kind) -> dict[str, Path]:

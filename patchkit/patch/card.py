@@ -59,12 +59,12 @@ put false statements about people or events into a model that others will trust.
 """
 
 _LEADS = {
-    "patch": "A [patchkit](https://pypi.org/project/patchkit/) patch: {facts} into `{base}` by {methods}. "
+    "patch": "A patchkit patch: {facts} into `{base}` by {methods}. "
     "The base model is not included; the patch holds {updates} weight updates of {parameters:,} numbers in all.",
     "adapter": "A LoRA adapter with {facts} into `{base}` by {methods}, exported from a "
-    "[patchkit](https://pypi.org/project/patchkit/) patch. The base model is not included. ",
+    "patchkit patch. The base model is not included. ",
     "merged": "`{base}` with {facts} into it by {methods}, merged with "
-    "[patchkit](https://pypi.org/project/patchkit/): a complete checkpoint that needs nothing but transformers. ",
+    "patchkit: a complete checkpoint that needs nothing but transformers. ",
 }
 
 _BASE = """model = AutoModelForCausalLM.from_pretrained("{base}"{revision})"""
@@ -98,13 +98,21 @@ _LIBRARIES = {"patch": "patchkit", "adapter": "peft", "merged": "transformers"}
 
 @dataclass(frozen=True)
 class Card:
-    """What a card says. `base` is the base's name on the Hub where the patch was made from a local folder; `licence`
-    holds the front matter's license, license_name and license_link as the base's card has them."""
+    """What a card says.
+
+    Attributes:
+        details: what follows the first sentence.
+        held: which facts hold, where that is known better than from the manifests.
+        base: the base's name on the Hub, where the patch was made from a local folder.
+        licence: the front matter's license, license_name and license_link as the base's card has them.
+        vllm_rank: the --max-lora-rank an adapter needs.
+    """
 
     manifests: Sequence[Manifest]
     title: str
     kind: Kind = "patch"
     details: str = ""
+    held: str | None = None
     base: str | None = None
     licence: Mapping[str, Any] = field(default_factory=dict)
     vllm_rank: int | None = None
@@ -114,7 +122,7 @@ class Card:
         info = self.manifests[0].base
         base = self.base or base_name(info.name)
         layers = sorted({layer for run in self._runs() for layer in run.layers})
-        rows = [row for manifest in self.manifests for row in _rows(manifest)]
+        rows = list(self._rows())
         if len(rows) > FACT_ROWS:
             rows[FACT_ROWS:] = [f"| and {len(rows) - FACT_ROWS} more, in `{self._manifest_name()}` | | | | |"]
         return _TEMPLATE.format(
@@ -140,7 +148,8 @@ class Card:
         return [run for manifest in self.manifests for run in manifest.history]
 
     def _facts(self) -> list[EditedFact]:
-        return [fact for manifest in self.manifests for fact in manifest.facts]
+        """Of two patches with facts about one prompt, the later one counts."""
+        return list({fact.prompt: fact for manifest in self.manifests for fact in manifest.facts}.values())
 
     def _method_names(self) -> list[str]:
         return sorted({run.method for run in self._runs()})
@@ -182,14 +191,24 @@ class Card:
         )
         return data.to_yaml()
 
+    def _rows(self) -> Iterator[str]:
+        outcomes = {name: outcome for manifest in self.manifests for name, outcome in manifest.outcomes.items()}
+        for fact in self._facts():
+            outcome = outcomes.get(fact.id)
+            said = "not measured" if outcome is None else first_words(outcome.says, fact.target_new)
+            cells = (fact.prompt, fact.target_new, said, fact.target_true or "", fact.source or "")
+            yield f"| {' | '.join(map(cell, cells))} |"
+
     def _held(self) -> str:
         """How many of the facts hold, and the names of those that do not."""
+        if self.held is not None:
+            return f"\n{self.held}"
         outcomes = [outcome for manifest in self.manifests for outcome in manifest.outcomes.values()]
         if not outcomes:
             return "\nWhich of them hold was not measured."
         lost = [name for manifest in self.manifests for name in manifest.lost()]
-        missing = f" These do not: {listed(list(map(_cell, lost)), FACT_ROWS)}." if lost else ""
-        return f"\n{len(outcomes) - len(lost)} of {counted(len(outcomes), 'fact')} hold.{missing}"
+        missing = f" These do not: {listed(list(map(cell, lost)), FACT_ROWS)}." if lost else ""
+        return f"\nOf {counted(len(outcomes), 'fact')}, {len(outcomes) - len(lost)} hold.{missing}"
 
     def _measured(self) -> Summary | None:
         """Readings of the only patch; those of several, each taken alone, would not be the sum's."""
@@ -244,17 +263,13 @@ def base_name(name: str) -> str:
     return PurePath(name).name if name.startswith((".", "/", "~")) or "\\" in name else name
 
 
-def _rows(manifest: Manifest) -> Iterator[str]:
-    for fact in manifest.facts:
-        outcome = manifest.outcomes.get(fact.id)
-        said = "not measured" if outcome is None else first_words(outcome.says, fact.target_new)
-        cells = (fact.prompt, fact.target_new, said, fact.target_true or "", fact.source or "")
-        yield f"| {' | '.join(map(_cell, cells))} |"
-
-
 def _metric_row(metric: Metric, measured: Summary) -> str:
     return f"| {metric.label} | {metric.shown(measured)} | {metric.items(measured)} | {metric.what} |"
 
 
-def _cell(text: str) -> str:
-    return text.replace("<", "&lt;").replace("|", "\\|").replace("\r", " ").replace("\n", " ")
+def cell(text: str) -> str:
+    """Text in a table's cell, shown as it is: no markup, link, image or line break of it takes effect."""
+    shown = "".join(" " if char in "\r\n\t" else char for char in text if char.isprintable() or char in "\r\n\t")
+    for char in "\\`*[]|!~":
+        shown = shown.replace(char, f"\\{char}")
+    return shown.replace("&", "&amp;").replace("<", "&lt;")
