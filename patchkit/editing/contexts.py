@@ -1,4 +1,4 @@
-"""Texts that prompts stand in while editing, so that an edit holds in other words too and not only in its prompt's."""
+"""Contexts that facts are edited in, so that an edit generalizes to other wordings and not only to its prompt."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from patchkit.model.forward import LayerRunner, Prefix
 
 STARTERS = ("The", "Therefore", "Because", "I", "You")
 FOLLOWERS = ("'s", " is", ",", " was")
-LEAST, MOST = 2, 4  # words said of the subject after each of these; fewer leave "is a", whose drift is held down
+LEAST, MOST = 2, 4  # words that follow each of these; one would leave "is a", the essence prompt of the drift loss
 TOKENS = 6  # sampled for them
-CHOICES = 50  # the likeliest next tokens, among which each is drawn
-ROWS = 256  # texts that are continued together
+CHOICES = 50  # top-k of the sampling
+ROWS = 256  # texts in one generation batch
 
 
 @torch.no_grad()
 def make_contexts(runner: LayerRunner, tokenizer: Any, config: EditConfig) -> list[str]:
-    """Texts the model writes itself, the same for the same seed and model.
+    """Texts that the model generates itself, the same for the same seed and model.
 
-    A value optimized on the prompt alone says the target after the prompt's words and no others. So all contexts but
-    the first two leave the prompt out and begin some other sentence about the subject (docs/generalization.md), which
-    `about` goes on with.
+    A value optimized on the prompt alone predicts the target after the prompt's own words and no others. So all
+    contexts but the first two leave the prompt out and begin another sentence about the subject
+    (docs/generalization.md), which `about` continues.
 
     Returns:
         1 + `config.contexts` texts: the empty one; one that ends in ". " to put before the prompt (ROME section 3.1);
-        and `SUBJECT` with the beginning of what is said of it, every other one behind such a text.
+        and `SUBJECT` with the beginning of a sentence about it, every other one after such a text.
     """
     before = texts_before(runner, tokenizer, config)
     slots = [f"{SUBJECT}{FOLLOWERS[i % len(FOLLOWERS)]}" for i in range(config.contexts - 1)]
@@ -53,9 +53,9 @@ def texts_before(runner: LayerRunner, tokenizer: Any, config: EditConfig) -> lis
 def about(
     runner: LayerRunner, tokenizer: Any, facts: Sequence[Fact], contexts: Sequence[str], config: EditConfig
 ) -> list[list[str]]:
-    """Per fact, the contexts with a few more words of the model's about its subject in each that has `SUBJECT`.
+    """Per fact, the contexts, those with `SUBJECT` continued by a few words that the model generates about the subject.
 
-    A fact's words depend on the fact, the model and the seed, and not on the facts beside it.
+    A fact's words depend on the fact, the model and the seed, and not on the other facts.
     """
     slots = [i for i, context in enumerate(contexts) if SUBJECT in context]
     jobs = [(fact, i) for fact in facts for i in slots]
@@ -63,8 +63,8 @@ def about(
     seeds = [_seed(config, f"{fact.prompt} {i}") for fact, i in jobs]
     found = [list(contexts) for _ in facts]
     for n, text in enumerate(_continued(runner, tokenizer, openings, seeds, TOKENS, CHOICES)):
-        said = text.removeprefix(openings[n])
-        sentence = re.split(r"[.!?\n]", said)[0] if text != said else ""
+        continuation = text.removeprefix(openings[n])
+        sentence = re.split(r"[.!?\n]", continuation)[0] if text != continuation else ""
         words = "".join(re.findall(r"\s*\S+", sentence)[: LEAST + seeds[n] % (1 + MOST - LEAST)])
         found[n // len(slots)][jobs[n][1]] += words.replace(SUBJECT, "").rstrip(" ,;:(")
     return found
@@ -77,10 +77,10 @@ def _seed(config: EditConfig, text: str) -> int:
 def _continued(
     runner: LayerRunner, tokenizer: Any, openings: Sequence[str], seeds: Sequence[int], tokens: int, choices: int
 ) -> list[str]:
-    """Each opening with a continuation of that many tokens, drawn with its own random numbers."""
+    """Each opening continued by that many sampled tokens, with random numbers of its own."""
     encoded = [encode_prompt(tokenizer, opening) for opening in openings]
     texts = [""] * len(openings)
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # alike in length: little padding
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # similar lengths: little padding
     for some in (order[first : first + ROWS] for first in range(0, len(order), ROWS)):
         draws = [torch.rand(tokens, choices, generator=torch.Generator().manual_seed(seeds[i])) for i in some]
         gumbel = -(-torch.stack(draws).clamp_min(1e-9).log()).log()  # (texts, tokens, choices)
@@ -90,8 +90,8 @@ def _continued(
 
 
 def _drawn(runner: LayerRunner, openings: Sequence[Sequence[int]], gumbel: Tensor) -> Tensor:
-    """What follows the openings, (texts, tokens): each time one of the likeliest tokens, chosen by the Gumbel-max trick
-    with the noise (texts, tokens, choices), but none that ends a text."""
+    """Sampled continuations of the openings, (texts, tokens): top-k sampling by the Gumbel-max trick with the noise
+    (texts, tokens, choices), never a token that ends a text."""
     rows, device = torch.arange(len(openings), device=runner.device), runner.device
     before = Prefix.read(runner, *pad([opening[:-1] for opening in openings], device, width=1))
     cache, mask = before.growing_cache(), before.mask

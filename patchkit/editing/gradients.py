@@ -106,7 +106,7 @@ class _Group:
 
 
 class TargetLoss:
-    """The mean loss of facts' targets, behind their prompts in all contexts, of a model with frozen weights.
+    """The mean loss of facts' targets after their prompts in all contexts, for a model with frozen weights.
 
     Args:
         parallel: how many facts share a pass.

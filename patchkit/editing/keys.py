@@ -18,8 +18,8 @@ from patchkit.model.weights import Site
 class SubjectStates:
     """One batch of facts, its prompts cut after the subject's last token, ready to be run again from any layer.
 
-    An edit at layer l changes nothing below l, so each read resumes from the last site read. What all facts' prompts
-    begin with behind one context, the stem, is run once for all of them.
+    An edit at layer l changes nothing below l, so each read resumes from the last site read. The common prefix of all
+    facts' prompts after one context, the stem, is run once for all of them.
     """
 
     def __init__(self, runner: LayerRunner, requests: Sequence[EditRequest], sites: Sequence[Site], value_at: ValueAt):
@@ -37,7 +37,7 @@ class SubjectStates:
     def read(self, site: Site) -> tuple[Tensor, Tensor]:
         """Keys K (d_in, n) at `site`, averaged over contexts, and the value site's current states (d, n), float64.
 
-        Edits attached to the model in the meantime count. Sites are read in the order of their layers.
+        Edits attached to the model in the meantime act. Sites are read in the order of their layers.
         """
         start, _, hidden = self._resume
         layer, last = self.runner.arch.layers[site.layer], self.sites[-1]
@@ -62,7 +62,7 @@ class SubjectStates:
         return keys[0].double().unflatten(0, (-1, self.contexts)).mean(1).T, state.double().T
 
     def _stem_states(self, start: int, stop: int, rows: int) -> Prefix | None:
-        """Of layers start..stop-1, each row's own, or None where nothing is shared."""
+        """KV cache of the stems in layers start..stop-1, one per row, or None where nothing is shared."""
         if self._stems is None:
             return None
         states = Prefix.read(self.runner, *self._stems, start=start, hidden=self._resume[1], stop=stop)

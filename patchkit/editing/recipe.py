@@ -1,4 +1,4 @@
-"""Recipes: recipes/<method>/<name>.yaml -> a typed, frozen configuration. Defaults stand in the classes, once."""
+"""Recipes: recipes/<method>/<name>.yaml -> a typed, frozen configuration. Defaults are written in the classes alone."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def load_recipe(
 ) -> EditConfig:
     """The configuration of `--method`, `--recipe` (a file, or the name of one under recipes/<method>/) and `--set`s.
 
-    `earlier` is the recipe of the patch that is continued; it holds where neither of the first two says otherwise.
+    `earlier` is the recipe of the patch that is continued, which is used if neither of the first two is given.
 
     Raises:
         InputError: unknown method, recipe or key, or a value of the wrong kind; the message names the key.

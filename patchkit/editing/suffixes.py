@@ -1,7 +1,7 @@
-"""Prompts cut before the subject's last token: what lies before never changes and is read once, the rest is bucketed.
+"""Prompts cut before the subject's last token: the KV cache of the prefix is computed once, suffixes go into buckets.
 
-Texts that begin alike, as all facts' prompts behind one context do, share the beginning. Rows of like suffix length run
-together, as many as memory allows and as are faster together.
+Texts with the same beginning, as all facts' prompts after one context have, share it. Rows of similar suffix length run
+together, as many as memory allows and as long as that is faster.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ PADDING = 0.15
 ALONE = 12
 """Padding tokens that cost less than a bucket of its own, which reads all weights once more."""
 TOKENS = {"cpu": 256, "cuda": 1024}
-"""Tokens in a bucket from which on more are no faster, and take more memory."""
+"""Tokens in a bucket; beyond these, more are no faster and only take more memory."""
 LOGITS = 2**25
-"""Numbers in one bucket's logits at most."""
+"""Most numbers in one bucket's logits."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -35,7 +35,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Bucket:
-    """Rows of like suffix length, which run together.
+    """Rows of similar suffix length, which run together.
 
     Shapes: row (rows,) numbers them over all facts; fact_of (rows,); ids, mask, position_ids (rows, S); hidden (rows,
     S, d), None where the model starts from tokens. Points are the positions whose logits count, the targets' before
@@ -134,28 +134,28 @@ class Suffixes:
         memory = free_memory(runner.device)
         longest = max(len(row.prefix) for rows in self.rows for row in rows)
         kept = len(self._stems) * (longest + 1) * self._states.from_layer(start).token_bytes
-        self.facts = max(1, int(memory / 4 / kept))  # that may be in play together
+        self.facts = max(1, int(memory / 4 / kept))  # that may be active at a time
         token = self._graph_bytes()
         self._tokens = max(1, min(TOKENS.get(runner.device.type, TOKENS["cpu"]), int(memory / 2 / token)))
         self._points = max(1, LOGITS // runner.vocabulary)
 
     def _graph_bytes(self) -> int:
-        """About what a backward pass keeps of one position: some 16 vectors as wide as the stream and 6 as wide as the
-        feed-forward in every layer."""
+        """Rough estimate of what a backward pass keeps per position: in every layer 16 vectors as wide as the residual
+        stream and 6 as wide as the feed-forward."""
         arch = self.runner.arch
         wide = 16 * arch.hidden_size + 6 * max(site.d_in for site in arch.sites)
         return int((self.runner.depth - self.start) * wide * self.runner.dtype.itemsize)
 
     @torch.no_grad()
     def buckets(self, facts: Iterable[int]) -> list[Bucket]:
-        """Those of the facts with these numbers."""
+        """The buckets of the facts with these numbers."""
         per_fact = len(self._stems)
         numbers = [fact * per_fact + i for fact in facts for i in range(per_fact)]
         groups = self._alike(numbers)
         return [bucket for group in groups for _, bucket in in_parts(self._bucket, group, _halved)]
 
     def merged(self, buckets: Sequence[Bucket]) -> list[Bucket]:
-        """The same rows in fewer buckets, where some of one length have got small."""
+        """The same rows in fewer buckets, where small ones of the same length can be joined."""
         found: list[Bucket] = []
         for bucket in sorted(buckets, key=lambda bucket: (bucket.ids.shape[1], bucket.ids.shape[0])):
             last = found[-1] if found else None
@@ -173,7 +173,7 @@ class Suffixes:
         return self.rows[number // len(self._stems)][number % len(self._stems)]
 
     def _alike(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Numbers of rows in groups of like suffix length, with little padding."""
+        """Numbers of rows in groups of similar suffix length, with little padding."""
         groups: list[list[int]] = []
         real = points = 0
         for number in sorted(numbers, key=lambda number: len(_suffix(self._row(number)))):
@@ -213,13 +213,13 @@ class Suffixes:
 
 
 def common_start(texts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The tokens that all texts begin with: what the first and the last of them in alphabetical order do."""
+    """The longest common prefix of all texts, which is that of the first and the last in sorted order."""
     first, last = min(texts), max(texts)
     return next((first[:i] for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), first)
 
 
 def _suffix(row: Row) -> tuple[int, ...]:
-    """From the subject's last token on, without the target's last token, after which nothing is asked."""
+    """From the subject's last token on, without the target's last token, after which no logits are needed."""
     return row.ids[row.subject : max(row.subject + 1, len(row.ids) - (row.target < len(row.ids)))]
 
 
@@ -241,7 +241,7 @@ def _points(rows: Sequence[Row], contexts: int, device: torch.device) -> tuple[T
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that `device` can still give, what torch holds without using it included."""
+    """Bytes that can still be allocated on `device`, torch's unused reserve included."""
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + held)
@@ -258,7 +258,7 @@ def in_parts(
     """[(item, work(item))], or the same of its halves, and of theirs, as often as memory runs out.
 
     Raises:
-        InputError: what cannot be halved is still too much.
+        InputError: memory runs out even for what cannot be halved.
     """
     try:
         return [(item, work(item))]

@@ -1,4 +1,4 @@
-"""Linear algebra of the editing methods: tensors in, tensors out, on whatever device and dtype they come.
+"""Linear algebra of the editing methods: tensors in, tensors out, on the device and in the dtype of the input.
 
 Orientation throughout: a weight W is (d_out, d_in); keys K (d_in, n) and residuals R (d_out, n) are columns.
 """
@@ -48,7 +48,7 @@ class Delta:
 class Covariance:
     """C = E[k k'] over the tokens of plain text, uncentered, (d_in, d_in), with the factorizations methods ask for.
 
-    Its scale is fixed once: a mean over tokens, weighted as in `stats`. So a multiple λ·C weighs like λ tokens of text.
+    It is a mean over tokens, weighted as `patchkit stats` does, so that λ·C weighs as much as λ tokens of text.
     """
 
     matrix: Tensor
@@ -118,21 +118,21 @@ class NullSpace:
 
 
 SolveMetric = Damped | NullSpace
-"""A symmetric G that is given by what it does to columns (d_in, n). Equal ones do the same."""
+"""The symmetric G of a solve's penalty tr(Δ G⁻¹ Δ'), as a function of columns (d_in, n). Equal ones do the same."""
 
 
 class PriorKeys:
-    """The keys of earlier edits at one site, (d_in, m), and what solves against them have worked out so far.
+    """The keys of earlier edits at one site, (d_in, m), with a cached inverse that grows with them.
 
-    Never changes; `extended` gives a new one. What has been worked out is handed on to it, so that a batch of n keys
-    costs O((m + d_in) · n · min(m, d_in)) however many came before, and solving with the older one again costs more.
+    Immutable; `extended` gives a new one and hands the cache on to it, so that a batch of n keys costs
+    O((m + d_in) · n · min(m, d_in)) however many came before; solving with the older one again costs a new inverse.
     """
 
     def __init__(self, matrix: Tensor) -> None:
         self._pieces = [matrix]
         self._count = matrix.shape[1]
         self._inverses: dict[SolveMetric, _Inverse] = {}
-        self._source: PriorKeys | None = None  # the last one before that was solved with
+        self._source: PriorKeys | None = None  # the last one before it with a cached inverse
 
     def __len__(self) -> int:
         """m."""
@@ -166,7 +166,7 @@ class PriorKeys:
         return self._inverses[metric]
 
     def _last(self, count: int) -> Tensor:
-        """The last `count` columns, without joining the rest."""
+        """The last `count` columns, without concatenating the others."""
         found: list[Tensor] = []
         for piece in reversed(self._pieces):
             if count > 0:
@@ -200,7 +200,7 @@ class _Inverse:
         return found
 
     def extend(self, keys: Tensor) -> None:
-        """Take in more keys (d_in, n): H loses HK(I + K'HK)⁻¹K'H, which has a Cholesky factor of rank n."""
+        """Add keys (d_in, n): H loses HK(I + K'HK)⁻¹K'H, which has a Cholesky factor of rank n."""
         weighted = self(keys)  # (d_in, n)
         gram = torch.eye(keys.shape[1], dtype=keys.dtype, device=keys.device) + keys.T @ weighted  # (n, n)
         added = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), weighted.T, upper=False)  # (n, d_in)
@@ -215,8 +215,7 @@ class _Inverse:
 
 
 def _joined(pieces: list[Tensor], dim: int) -> list[Tensor]:
-    """The pieces with the last ones joined until each is longer than the next, so that there are few and growing by
-    one costs little."""
+    """The pieces, the last ones concatenated until each is longer than the next: few pieces, cheap to append to."""
     while len(pieces) > 1 and pieces[-2].shape[dim] <= pieces[-1].shape[dim]:
         pieces = [*pieces[:-2], torch.cat(pieces[-2:], dim)]
     return pieces

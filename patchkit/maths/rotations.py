@@ -139,10 +139,10 @@ def rotation_from(
     _check_rotation(exact)
     cosines, vectors = torch.linalg.eigh((exact + exact.T) / 2)  # ascending: the largest angles first
     wide = _widest_gap(cosines, -0.9, 0.0)
-    still = cosines.shape[0]
-    if tolerance > 1e-6:  # cosines tell smaller angles from none no longer
-        still = _widest_gap(cosines, 1 - tolerance**2 / 2, 1 - tolerance**2 / 8)
-    far, near = vectors[:, :wide], vectors[:, wide:still]  # invariant under R, both
+    end = cosines.shape[0]
+    if tolerance > 1e-6:  # cosines cannot tell smaller angles from zero
+        end = _widest_gap(cosines, 1 - tolerance**2 / 2, 1 - tolerance**2 / 8)
+    far, near = vectors[:, :wide], vectors[:, wide:end]  # invariant under R, both
     far_planes, far_angles = _schur_planes(-(far.T @ exact @ far), _SMALLEST_ANGLE)
     near_planes, near_angles = _schur_planes(near.T @ exact @ near, max(tolerance, _SMALLEST_ANGLE))
     flipped = torch.linalg.qr(far_planes, "complete")[0][:, far_planes.shape[1] :]  # (w, h): R is -1 here
@@ -189,10 +189,10 @@ def polar(matrix: Tensor, steps: int = 40) -> Tensor:
 def procrustes(matrix: Tensor) -> Tensor:
     """The rotation R, det R = 1, with the largest tr(R'M): the minimizer of ||RA - B||_F for M = BA' (n, n).
 
-    The polar factor, unless that contains a reflection; then the least singular direction is turned round, as
-    Kabsch does, since a reflection is no product of plane rotations.
+    The polar factor, unless that contains a reflection; then the least singular direction is flipped, as in
+    Kabsch's algorithm, since a reflection is no product of plane rotations.
     """
-    if matrix.is_cuda:  # on a CPU the SVD is the faster one, 3 to 9 times as measured
+    if matrix.is_cuda:  # on a CPU the SVD is 3 to 9 times faster, as measured
         factor = polar(matrix)
         if torch.linalg.slogdet(factor).sign > 0:
             return factor

@@ -1,7 +1,7 @@
-"""The kinds of update a patch stores, how several on one weight become one, and what they add up to.
+"""The kinds of update a patch stores, how several of one weight are joined, and their sum as one delta.
 
 An update maps a weight W (d_out, d_in) to W'. A weight's updates form a chain: a tuple of them, in the order in which
-they act. Whatever its kinds, a chain amounts to an additive low-rank change W' - W, which is how it runs and merges.
+they act. Of whatever kinds, a chain comes down to one additive low-rank delta W' - W, which is how it runs and merges.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from patchkit.maths.rotations import Rotation
 
 @dataclass(frozen=True)
 class Sparse:
-    """W' = W + Σ u_i v_i' with few entries in each vector, only those stored, and one bit an entry for where they are.
+    """W' = W + Σ u_i v_i' with sparse u_i and v_i: their nonzero entries, and a bitmap of where those are.
 
-    left: the numbers of all u_i that are kept, one vector after the other, in the order of their places; left_at
-    (r, ceil(d_out / 8)): their places as bits, the first in the highest bit of a byte. right, right_at: the same for
-    the v_i and d_in. shape: (2,) = (d_out, d_in). Next to 32-bit numbers, bits take less room than a list of places
-    does wherever more than one entry in 32 is kept.
+    left: the nonzero entries of all u_i, one vector after the other, in ascending order of their indices; left_at
+    (r, ceil(d_out / 8)): the bitmap, the first entry in the highest bit of a byte. right, right_at: the same for the
+    v_i and d_in. shape: (2,) = (d_out, d_in). Beside 32-bit numbers a bitmap is smaller than a list of indices if more
+    than one entry in 32 is kept.
     """
 
     left_at: Tensor
@@ -36,7 +36,7 @@ class Sparse:
 
     @classmethod
     def of(cls, left: Tensor, right: Tensor) -> Sparse:
-        """Of dense vectors (d_out, r) and (d_in, r), whose zeros are what is left out."""
+        """From dense vectors (d_out, r) and (d_in, r), whose zeros are left out."""
         shape = torch.tensor([len(left), len(right)], dtype=torch.int32)
         return cls(_bits(left.T != 0), left.T[left.T != 0], _bits(right.T != 0), right.T[right.T != 0], shape)
 
@@ -70,13 +70,13 @@ def _bits(flags: Tensor) -> Tensor:
 
 
 def _dense(numbers: Tensor, places: Tensor, width: int) -> Tensor:
-    """Numbers put where `places` has bits, (r, width)."""
+    """The numbers at the places whose bits are set, zeros elsewhere, (r, width)."""
     where = (places.unsqueeze(-1) & _values(places)).bool().flatten(1)[:, :width]
     return numbers.new_zeros(where.shape).masked_scatter_(where, numbers)
 
 
 def _values(like: Tensor) -> Tensor:
-    """Those of a byte's bits, (8,), the highest first."""
+    """Values of a byte's bits, (8,), the highest first."""
     return torch.tensor([1 << bit for bit in range(7, -1, -1)], dtype=torch.uint8, device=like.device)
 
 
@@ -88,7 +88,7 @@ class Full:
 
     @property
     def rank(self) -> int:
-        """The most a matrix of this shape can have."""
+        """The highest that a matrix of this shape can have."""
         return min(self.matrix.shape)
 
     def delta(self, weight: Tensor | None = None) -> Delta:
@@ -161,15 +161,15 @@ def _joined(first: Update, after: Update) -> Update | None:
 
 
 def additive(chain: Sequence[Update]) -> bool:
-    """Whether what the chain adds does not depend on the weight it acts on."""
+    """Whether the chain adds the same delta to any weight."""
     return not any(isinstance(update, Rotation) for update in chain)
 
 
 def delta_of(chain: Sequence[Update], weight: Callable[[], Tensor]) -> Delta:
-    """What the chain amounts to: W' - W (d_out, d_in), in factors.
+    """The chain as one low-rank delta: W' - W (d_out, d_in), in factors.
 
     Args:
-        weight: gives W (d_out, d_in), which is asked for only where a rotation is in the chain.
+        weight: gives W (d_out, d_in); called only if there is a rotation in the chain.
     """
     total: Delta | None = None
     base: Tensor | None = None

@@ -1,7 +1,7 @@
 """Editing methods: one file each, found by scanning this folder.
 
 A method is a pure function `LayerProblem, config -> Update` under the `@method` decorator, with a frozen pydantic
-config whose defaults are the only place a default is written. What earlier edits left behind arrives as data. A
+config, the only place where its defaults are written. Earlier edits arrive as data. A
 wrapper, under `@wrapper`, is a function around another method's: `memit+nas` is MEMIT inside NAS.
 """
 
@@ -114,15 +114,21 @@ Solve = Callable[[LayerProblem, Any], Update]
 class Method:
     """A registered method and what it declares about itself.
 
-    update: what it writes. one_by_one: facts are never solved for together. single_site: it edits one layer.
-    targets: what residuals are made of: "values" optimized at the subject's last token, "gradients" of the target's
-    loss at every site ("keys" are then the inputs at the target's positions), or "none" for a method that fits the
-    loss itself. value_at: where values live, if not where the model's structure says. attention: values are
-    optimized along with a second, discarded one at the attention's output. constrain, penalty: given the value site's
-    problem (residual 0) and the config, how values are held and what is added to their loss. choose: given one fact's
-    problems at the recipe's layers, in their order, the place of the one to edit, unless a setting choose_layer is
-    false; neighbors: how many of those layers on either side of it are edited with it. spends_directions: every fact
-    uses up an output direction, so that users hear how many are left.
+    Attributes:
+        update: the kind of update it writes.
+        one_by_one: facts are never solved for together.
+        single_site: it edits one layer.
+        targets: what residuals are made of: "values" optimized at the subject's last token; "gradients" of the target's
+            loss at every site, with the inputs at the target's positions as keys; or "none" for a method that fits the
+            loss itself.
+        value_at: where values live, if not where the model's structure decides.
+        attention: values are optimized along with a second one at the attention's output, which is discarded.
+        constrain, penalty: given the value site's problem (residual 0) and the config, how values are constrained and
+            what is added to their loss.
+        choose: given one fact's problems at the recipe's layers, in their order, the place of the one to edit, unless a
+            setting choose_layer is false.
+        neighbors: how many of those layers on either side of it are edited with it.
+        spends_directions: every fact uses up an output direction, so that users hear how many are left.
     """
 
     name: str
@@ -148,13 +154,13 @@ class Method:
 
     @property
     def needs_subject(self) -> bool:
-        """Whether a fact has to say what it is about: where its value goes."""
+        """Whether a fact needs a subject, at whose last token its value goes."""
         return self.targets == "values"
 
 
 @dataclass(frozen=True)
 class Wrapper:
-    """What goes around an additive method's solve; `around(problem, config, solve)` calls solve(problem) itself."""
+    """A wrapper of an additive method's solve; `around(problem, config, solve)` calls solve(problem) itself."""
 
     name: str
     config: type[MethodConfig]
@@ -187,7 +193,7 @@ def method(
 def wrapper(
     name: str, *, config: type[MethodConfig], paper: str, equations: str, use_when: str, **declared: Any
 ) -> Callable[[Any], Any]:
-    """Register the decorated function under `name`, to be put around a method as `method+name`."""
+    """Register the decorated function under `name`, as the wrapper in `method+name`."""
 
     def register(around: Any) -> Any:
         summary = (around.__doc__ or "").strip().splitlines()[0]
@@ -243,7 +249,7 @@ def plain_name(name: str) -> str:
 
 @cache
 def _wrapped(inner: Method, around: Wrapper) -> Method:
-    """`inner` with `around` outside of it; the wrapper's settings are a section of their own under its name."""
+    """`inner` inside the wrapper `around`, whose settings are a section of their own under its name."""
     if inner.update == "rotation" or inner.targets == "none":
         what = "rotates the weight" if inner.update == "rotation" else "has no solve"
         raise InputError(f'"{inner.name}" {what}, so that "{around.name}" cannot go around it')

@@ -1,4 +1,4 @@
-"""Singular values, column spaces and dense forms of changes that are kept in their factors."""
+"""Singular values, column spaces and dense forms of updates that are kept in their factors."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ def as_delta(update: Update, problem: LayerProblem) -> Delta:
 
 
 def as_stored(delta: Delta, inner: Update) -> Update:
-    """`delta`, made of `inner`, as what takes less room: in its factors, unless `inner` was a full matrix already."""
+    """`delta`, made from `inner`, in its smaller form: its factors, unless `inner` was a full matrix already."""
     return Full(delta.dense()) if isinstance(inner, Full) else delta

@@ -16,9 +16,9 @@ from patchkit.methods.memit import MemitConfig, memit
 
 
 class AdaEditConfig(AlphaEditConfig, MemitConfig):
-    """Settings of AdaEdit, and of what it goes over."""
+    """Settings of AdaEdit, and of the method underneath."""
 
-    over: Literal["alphaedit", "memit"] = Field("alphaedit", description="the method whose change is thinned out")
+    over: Literal["alphaedit", "memit"] = Field("alphaedit", description="the method whose update is made sparse")
     rank: float = Field(1.0, gt=0, le=1, description="r: singular triplets kept, as a share of the facts in a batch")
     keep_left: float = Field(0.45, gt=0, le=1, description="k: share of the entries kept of each u_i")
     keep_right: float = Field(0.45, gt=0, le=1, description="k: share of the entries kept of each v_i")
@@ -34,7 +34,7 @@ class AdaEditConfig(AlphaEditConfig, MemitConfig):
     attention=True,
 )
 def adaedit(problem: LayerProblem, config: AdaEditConfig) -> Sparse:
-    """AlphaEdit's or MEMIT's change, values FFN-only, thinned out to its leading singular vectors' largest entries.
+    """AlphaEdit's or MEMIT's update, values FFN-only, reduced to its leading singular vectors' largest entries.
 
     Δ = Σ σ_i u_i v_i' ≈ Σ σ_i u'_i v'_i', i up to r, u' and v' with all but their largest entries at zero and scaled
     back to length 1 (AdaEdit eq. 2-4, "SRFusion"). The paper gives neither r nor k; here both are shares, so that they

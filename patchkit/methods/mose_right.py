@@ -27,7 +27,7 @@ class MoseRightConfig(MethodConfig):
 
 @dataclass(frozen=True)
 class _Reach:
-    """What W makes of the null space N (d_in, q): keys a = N'K (q, n) turned to b of the same length give W N b.
+    """The null space N (d_in, q) as W maps it: keys a = N'K (q, n) turned to b of the same length give W N b.
 
     seen: V (q, r), orthonormal, the directions of N that W sees; outward: U/σ (d_out, r), with W N V = Uσ.
     """
@@ -48,9 +48,9 @@ class _Reach:
         return _Reach(basis, basis.T @ problem.keys, through.T @ outward, outward)
 
     def turned(self, residual: Tensor) -> Tensor:
-        """b (q, n): the keys nearest to a, of the same length, with W N b = W N a + residual as far as that goes.
+        """b (q, n): the keys nearest to a, of the same length, with W N b = W N a + residual as far as possible.
 
-        What W sees of b has to be y, the least that gives the output; what it does not see fills up the length. Where
+        The part of b that W sees has to be y, the shortest one with that output; the rest makes up the length. Where
         y alone is longer than a, no rotation reaches the output, and y is cut to that length.
         """
         wanted = self.seen.T @ self.keys + self.outward.T @ residual  # V'y (r, n)
@@ -63,9 +63,9 @@ class _Reach:
 
 
 def reach(problem: LayerProblem, config: MoseRightConfig) -> Constraint:
-    """Values that a rotation can meet: each site's share of the delta is cut to the reach of the value site's key.
+    """Values that a rotation can meet: each site's share of the delta is clipped to the reach of the value site's key.
 
-    Without this most facts ask for 1 to 2 times the reach, and the rotation falls short of its target.
+    Without this most facts need 1 to 2 times the reach, and the rotation falls short of its target.
     """
     at, sites = _Reach.of(problem, config), problem.sites
     inward, own = at.outward.T, at.seen.T @ at.keys  # (r, d_out), V'a (r, n)

@@ -32,7 +32,7 @@ def nas(problem: LayerProblem, config: NasConfig, solve: Callable[[LayerProblem]
     square of ‖W₀k‖ over plain text, √tr(W₀CW₀'); a fact whose output is longer than that already may keep its length.
     The paper rescales in both directions, once, at the value's layer, to the mean norm of values optimized on the
     unedited model, and drops values over twice that norm. Here it is done at every site, on its share of the residual;
-    scaling up as well would change outputs of which the facts ask nothing.
+    scaling up as well would change outputs that no fact wants changed.
     """
     assert problem.covariance is not None
     base = problem.base_weight
@@ -42,5 +42,5 @@ def nas(problem: LayerProblem, config: NasConfig, solve: Callable[[LayerProblem]
     longest = torch.maximum(config.anchor * mean, now.norm(dim=0))  # (n,)
     tiny = torch.finfo(wanted.dtype).tiny
     scale = (longest / wanted.norm(dim=0).clamp_min(tiny)).clamp_max(1)
-    # Written so that nothing asked for stays nothing to the last bit.
+    # Written so that a zero residual stays exactly zero.
     return solve(problem.replace(residual=problem.residual * scale - now * (1 - scale)))

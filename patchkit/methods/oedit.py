@@ -18,7 +18,7 @@ from patchkit.methods.memit import MemitConfig, memit
 
 
 class OverConfig(MemitConfig):
-    """What O-Edit and O-Edit+ have in common."""
+    """Settings that O-Edit and O-Edit+ share."""
 
     over: Literal["memit", "rome"] = Field("memit", description="the method underneath; rome takes batches as EMMET")
     gradient_rate: float = Field(1.0, ge=0, description="λ3: gradient directions spared for each fact edited so far")
@@ -28,11 +28,11 @@ class OverConfig(MemitConfig):
 class OEditConfig(OverConfig):
     """Settings of O-Edit."""
 
-    orthogonality: float = Field(0.2, ge=0, description="λ1 and λ2: what a direction at random costs a value's loss")
+    orthogonality: float = Field(0.2, ge=0, description="λ1 and λ2: loss that a random direction adds to a value")
 
 
 def spared(problem: LayerProblem, config: OverConfig) -> tuple[Tensor, Tensor]:
-    """The directions that a new change must keep off, orthonormal and orthogonal to one another.
+    """The directions that a new update must leave alone, orthonormal and orthogonal to one another.
 
     Returns:
         V_ΔW (d_out, r), the column space of all earlier changes, and V_∇G (d_out, q): plain text's leading gradient
@@ -50,7 +50,7 @@ def spared(problem: LayerProblem, config: OverConfig) -> tuple[Tensor, Tensor]:
 
 
 def underneath(problem: LayerProblem, config: OverConfig) -> Delta:
-    """The change of the method that O-Edit goes over."""
+    """The update of the method underneath O-Edit."""
     if config.over == "memit":
         return as_delta(memit(problem, config), problem)
     return as_delta(emmet(problem, EmmetConfig(damping=config.damping)), problem)
@@ -78,7 +78,7 @@ def _cosines(bases: list[Tensor], weight: float, facts: Tensor, start: Tensor, d
     config=OEditConfig,
     paper="https://arxiv.org/abs/2410.11469",
     equations="eq. 9-14, 25-27",
-    use_when="comparing with O-Edit; oedit+ makes the right angles exact",
+    use_when="comparing with O-Edit; oedit+ makes the orthogonality exact",
     needs_gradients=True,
     penalty=penalty,
 )

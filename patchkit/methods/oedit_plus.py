@@ -51,8 +51,9 @@ def oedit_plus(problem: LayerProblem, config: OEditPlusConfig) -> Delta:
     """MEMIT's or ROME's change projected off the outputs of earlier edits and of plain text's gradient.
 
     Δ - V_ΔW V_ΔW'Δ - V_∇G V_∇G'Δ with V_∇G itself orthogonal to V_ΔW. Only `left` changes. Every fact uses up one of
-    the d_out directions, and the gradient its share, so that a warning comes before none are left. In the paper the
-    projection takes its part of a value that was optimized without it; here values are optimized where it takes none.
+    the d_out directions, and the gradient its share; a warning comes before none are left. The paper
+    projects values that were optimized without the constraint and so loses part of them; here values are optimized
+    inside the free directions (`constrain_values`).
     """
     delta = underneath(problem, config)
     left = delta.left

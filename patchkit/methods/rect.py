@@ -28,9 +28,9 @@ class RectConfig(MethodConfig):
     update="full",
 )
 def rect(problem: LayerProblem, config: RectConfig, solve: Callable[[LayerProblem], Update]) -> Full:
-    """Only the entries that change most, measured by |Δ|/|W|, are changed.
+    """Keeps only the entries of the update that change most, by |Δ|/|W|.
 
-    The others, to which little of the edit is owed, stay as they were (40 % are kept, as in the paper's comparisons). W
+    The others, which contribute little to the edit, stay as they were (40 % are kept, as in the paper's comparisons). W
     is the weight as it is now, earlier edits included.
     """
     dense = as_delta(solve(problem), problem).dense()  # (d_out, d_in)

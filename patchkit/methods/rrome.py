@@ -16,7 +16,7 @@ class RRomeConfig(RomeConfig):
     config=RRomeConfig,
     paper="https://arxiv.org/abs/2403.07175",
     equations="ROME's eq. 2 with one and the same key throughout",
-    use_when="a table wants ROME's corrected form by its name; the same numbers as rome",
+    use_when="a table lists ROME's corrected form by name; the same numbers as rome",
     one_by_one=True,
     single_site=True,
 )
@@ -25,7 +25,7 @@ def rrome(problem: LayerProblem, config: RRomeConfig) -> Update:
 
     ROME as released has Λ = (v* - Wk)/(C⁻¹k̄)'k with k of the bare prompt but k̄ the mean over contexts; where the two
     are far apart the denominator nearly vanishes, and one such edit destroys the model. R-ROME has k̄ in both places,
-    as ROME's own equation says. `rome` has done so from the start, so this is `rome` under the name that tables use.
-    One thing is as in the release in both: the residual is taken at the bare prompt, v* - Wk.
+    as ROME's own equation has it. `rome` does so too, so this is `rome` under the name that tables use. One thing is
+    as in the release in both: the residual is taken at the bare prompt, v* - Wk.
     """
     return rome(problem, config)

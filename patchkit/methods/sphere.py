@@ -29,7 +29,7 @@ class SphereConfig(MethodConfig):
     use_when="long sequences: keeps the weight's rows spread over the sphere as training left them",
 )
 def sphere(problem: LayerProblem, config: SphereConfig, solve: Callable[[LayerProblem], Update]) -> Update:
-    """Takes from the change what lies along the principal directions of the base's neurons.
+    """Removes from the update the part along the principal directions of the base's neurons.
 
     Δ(I - αUU'), U (d_in, r) the leading eigenvectors of Ŵ'Ŵ, Ŵ the rows of W scaled to length 1, up to the one with
     which they hold `energy` of the trace. W is the base's, as the paper's text says; its code takes the weight as

@@ -16,16 +16,16 @@ class WilkeConfig(RomeConfig):
 
 
 def wisest(problems: Sequence[LayerProblem], config: MethodConfig) -> int:
-    """Place of the layer that one fact asks the smallest change of: argmin_l ‖δ_l‖ / (‖W_l‖₂ ‖k_l‖).
+    """Place of the layer that needs the smallest change for one fact: argmin_l ‖δ_l‖ / (‖W_l‖₂ ‖k_l‖).
 
     WilKE section 5, which MOSE's eq. 22 takes over: the norm of the rank-one change that brings the fact's key k_l to
-    its value, relative to the weight's spectral norm. Every problem has the one fact's column.
+    its value, relative to the weight's spectral norm. Every problem holds the column of that fact alone.
     """
-    asked = [
+    needed = [
         p.residual.norm() / (torch.linalg.matrix_norm(p.base_weight, 2) * p.keys.norm())  # ()
         for p in problems
     ]
-    return int(torch.stack(asked).argmin())
+    return int(torch.stack(needed).argmin())
 
 
 @method(

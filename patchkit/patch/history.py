@@ -1,6 +1,6 @@
-"""Reading a patch's history: what new facts are to it, which facts a revert means, what a run changed, how two differ.
+"""Questions that a manifest answers: which facts are new, which a revert means, what a run did, how two patches differ.
 
-Everything here looks at manifests alone, never at a tensor or a model.
+Nothing here looks at a tensor or a model.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from patchkit.patch.manifest import EditedFact, Manifest, Run
 
 @dataclass(frozen=True)
 class SolveRecord:
-    """One solve at one site: its columns in the site's keys and residuals, the id of each column's fact, and the column
-    where its batch begins; all columns before that one are keys of earlier edits."""
+    """One solve at one site: its columns among the site's keys and residuals, the id of each column's fact, and the
+    column where its batch begins. All columns before that one are keys of earlier edits."""
 
     run: int
     batch: int
@@ -35,9 +35,9 @@ class SolveRecord:
 
 
 def solve_records(manifest: Manifest, layer: int) -> Iterator[SolveRecord]:
-    """The solves at `layer` whose facts are still in the patch: by run, batch and sweep, as they were made.
+    """The solves at `layer` whose facts are still in the patch, in the order in which they were made.
 
-    One source of truth: which facts a batch has stands in `facts` (run, batch), how often it was swept in the recipe.
+    Which facts a batch has is read from `facts` (run, batch), and how many sweeps it had from the recipe.
     """
     batches: dict[tuple[int, int], list[str]] = {}
     for fact in manifest.facts:
@@ -56,7 +56,13 @@ def solve_records(manifest: Manifest, layer: int) -> Iterator[SolveRecord]:
 
 @dataclass(frozen=True)
 class Incoming:
-    """New facts beside those of a patch: to write, there already (ids), and old id -> new id where a target changed."""
+    """New facts sorted against those of a patch.
+
+    Attributes:
+        new: the facts to write.
+        skipped: ids of facts that the patch has already.
+        superseded: id of an earlier fact -> id of the new one with the same prompt and another target.
+    """
 
     new: tuple[Fact, ...]
     skipped: tuple[str, ...] = ()
@@ -64,7 +70,7 @@ class Incoming:
 
 
 def sort_incoming(facts: Sequence[Fact], present: Sequence[EditedFact]) -> Incoming:
-    """What each of `facts` is to a patch that has `present`.
+    """Sort `facts` against the facts `present` in a patch.
 
     Two facts are about the same thing if their prompts are equal but for whitespace.
 
@@ -97,7 +103,7 @@ def sort_incoming(facts: Sequence[Fact], present: Sequence[EditedFact]) -> Incom
 def choose_facts(
     manifest: Manifest, ids: Sequence[str] = (), since: str | None = None, last: int | None = None
 ) -> tuple[str, ...]:
-    """Ids of the facts in the patch that are named in `ids`, or were added by a run since a date or by the last runs.
+    """Ids of the facts in the patch that are named in `ids`, or that were added since a date or by the last runs.
 
     Args:
         since: an ISO date or time; UTC unless it says otherwise.
@@ -144,12 +150,12 @@ def _moment(text: str) -> datetime:
     return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
 
-# --- telling ----------------------------------------------------------------------------------------------------------
+# --- showing ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class FactChanges:
-    """What one run did to the facts: added, superseded (old, new), reverted."""
+    """Facts that one run added, superseded (old, new) and reverted."""
 
     added: tuple[EditedFact, ...]
     superseded: tuple[tuple[EditedFact, EditedFact], ...]
@@ -157,7 +163,7 @@ class FactChanges:
 
 
 def fact_changes(manifest: Manifest, number: int) -> FactChanges:
-    """The changes of run `number`, from 0. Facts that left the patch later are still known from what took them out."""
+    """What run `number`, from 0, did to the facts. Facts that left later are found in the run that took them out."""
     run = manifest.history[number]
     ever = (*manifest.facts, *(fact for later in manifest.history for fact in later.removed))
     written = {fact.id: fact for fact in ever if fact.run == number}

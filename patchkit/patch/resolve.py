@@ -1,18 +1,18 @@
-"""From a patch back to what its next run starts from, and to a patch again; its solves made once more without some
-facts.
+"""From a patch to the state its next run starts from, and back; and a patch recomputed without some of its facts.
 
 A patch is a sequence of solves, each a function of stored keys, stored residuals and the keys of earlier batches. To
-take facts out, their columns are dropped and the solves made again in order. A fact's value was sought on top of what
-earlier batches had done, and moves with it when one of those facts goes, so what it lacks stays the same. What it
-lacked at a later site had been measured after its own batch's solves at earlier ones, though: what the facts that go
-contributed there at the others' keys is put back. So what comes out is, to first order, what a patch made without them
-would hold. No forward pass is needed as long as the statistics are there.
+take facts out, their columns are dropped and the solves are made again in order. A fact's value was optimized on top of
+all earlier batches; when one of their facts goes, the value moves along with its start, so its residual stays the same.
+At a later site, though, the residual was measured after the same batch's solves at earlier sites: what the removed
+facts contributed there, at the keys of the others, is added back to it. The result is, to first order, the patch that
+would have been made without those facts. No forward pass is needed as long as the statistics are stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -32,15 +32,15 @@ from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateI
 from patchkit.patch.patch import Patch, updates_digest
 
 Sites = Mapping[str, Site]  # by on-disk name of the weight
-# a run, by its place in the history, and a site -> the covariance and the gradient of plain text, where it needs them
+# (a run's place in the history, a site) -> covariance and gradient of plain text there, None where it needs none
 StatisticsOf = Callable[[int, Site], tuple[Covariance | None, Tensor | None]]
 
 
 def state_of(patch: Patch, sites: Sites) -> EditState:
-    """What the patch's runs left behind, by layer, in float64.
+    """The state that the patch's runs have left, in float64.
 
     Raises:
-        InputError: the patch has no state, or one that is not its own.
+        InputError: the patch has no state, or that of another patch.
     """
     facts = patch.manifest.facts
     if not facts:
@@ -53,7 +53,7 @@ def state_of(patch: Patch, sites: Sites) -> EditState:
     state = EditState()
     for name, chain in patch.updates.items():
         layer = sites[name].layer
-        keys, residuals = (_column_tensor(patch, f"{name}.{kind}", layer) for kind in ("keys", "residuals"))
+        keys, residuals = (_stored_columns(patch, f"{name}.{kind}", layer) for kind in ("keys", "residuals"))
         chain = tuple(mapped(update, Tensor.double) for update in chain)
         state.sites[layer] = SiteHistory(chain, keys, residuals, _gradient_columns(patch.manifest, layer))
     state.values = [ValueStates(patch.state["values.targets"], patch.state["values.start"])]
@@ -61,7 +61,7 @@ def state_of(patch: Patch, sites: Sites) -> EditState:
     return state
 
 
-def _column_tensor(patch: Patch, name: str, layer: int) -> Tensor:
+def _stored_columns(patch: Patch, name: str, layer: int) -> Tensor:
     wanted = sum(len(made.columns) for made in solve_records(patch.manifest, layer))
     tensor = patch.state.get(name)
     if tensor is None or tensor.shape[1] != wanted:
@@ -80,7 +80,7 @@ def _targets(manifest: Manifest, run: int) -> str:
 
 
 def without(patch: Patch, gone: Collection[str], sites: Sites, statistics_of: StatisticsOf) -> Patch:
-    """The patch with the facts in `gone` taken out; its history is left for the caller to add to.
+    """The patch without the facts in `gone`. Its history is as before: the caller adds the run that took them out.
 
     Args:
         gone: ids of facts in the patch.
@@ -93,31 +93,31 @@ def without(patch: Patch, gone: Collection[str], sites: Sites, statistics_of: St
     state, manifest = state_of(patch, sites), patch.manifest
     stay = [i for i, fact in enumerate(manifest.facts) if fact.id not in gone]
     facts = tuple(manifest.facts[i] for i in stay)
-    again = _Recompute(manifest, gone, {site.layer: site for site in sites.values()}, state, statistics_of)
-    again.run()
-    changed = _reached(manifest, gone)
-    state.sites = {layer: again.made[layer] if layer in changed else solved for layer, solved in state.sites.items()}
+    recompute = _Recompute(manifest, gone, {site.layer: site for site in sites.values()}, state, statistics_of)
+    recompute.run()
+    affected = _affected_layers(manifest, gone)
+    state.sites = {layer: recompute.kept[layer] if layer in affected else old for layer, old in state.sites.items()}
     state.values = [states.of(stay) for states in state.values]
     return assemble(manifest.base, facts, manifest.history, sites, state, manifest.parents)
 
 
-def _reached(manifest: Manifest, gone: Collection[str]) -> set[int]:
-    """Layers at which something is solved differently without the facts in `gone`: theirs, and those of every later
-    fact that shares a layer with those before, since a value is spread over all of a fact's layers."""
-    reached: set[int] = set()
+def _affected_layers(manifest: Manifest, gone: Collection[str]) -> set[int]:
+    """Layers whose solves are different without the facts in `gone`: theirs, and those of every later fact that shares
+    a layer with an affected one, since a value is spread over all of a fact's layers."""
+    affected: set[int] = set()
     for fact in manifest.facts:  # in the order in which they were written
         layers = set(_layers(manifest, fact))
-        if fact.id in gone or layers & reached:
-            reached |= layers
-    return reached
+        if fact.id in gone or layers & affected:
+            affected |= layers
+    return affected
 
 
 def _refuse_fitted(manifest: Manifest, gone: Collection[str]) -> None:
-    """Raises InputError where a fact in `gone` shares a layer with a run that has no solves to make again."""
-    reached = _reached(manifest, gone)
+    """Raises InputError where a fact in `gone` shares a layer with a fine-tuning run, which has no solves to repeat."""
+    affected = _affected_layers(manifest, gone)
     for fact in manifest.facts:
         run = manifest.history[fact.run]
-        if _targets(manifest, fact.run) == "none" and reached.intersection(_layers(manifest, fact)):
+        if _targets(manifest, fact.run) == "none" and affected.intersection(_layers(manifest, fact)):
             raise InputError(
                 f"run {fact.run + 1} fine-tuned layer {run.layers[0]} ({run.method}), which cannot be done again "
                 "without single facts; apply the facts that are to stay to the base anew"
@@ -128,8 +128,32 @@ def _layers(manifest: Manifest, fact: EditedFact) -> Sequence[int]:
     return fact.layers or manifest.history[fact.run].layers
 
 
+@dataclass(frozen=True)
+class _LayerSolve:
+    """A solve of the patch, at a layer, with the columns it had there: keys (d_in, n) and residual (d_out, n)."""
+
+    record: SolveRecord
+    layer: int
+    keys: Tensor
+    residual: Tensor
+
+    @property
+    def batch(self) -> tuple[int, int, int]:
+        """What the solves of one sweep of a batch have in common."""
+        return self.record.run, self.record.batch, self.record.sweep
+
+    def of(self, facts: Sequence[int], residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys of some of its columns, and their part of `residual` as float32 stores it."""
+        return self.keys[:, list(facts)], storable(residual[:, list(facts)])
+
+
 class _Recompute:
-    """All of a patch's solves made once more, side by side with every fact and without those that go."""
+    """All of a patch's solves made once more, side by side: with every fact, and with those that stay.
+
+    Attributes:
+        every: by layer, the edit history with every fact.
+        kept: by layer, the edit history without the facts in `gone`.
+    """
 
     def __init__(
         self,
@@ -140,66 +164,68 @@ class _Recompute:
         statistics_of: StatisticsOf,
     ) -> None:
         self.manifest, self.gone, self.sites, self.statistics_of = manifest, gone, sites, statistics_of
-        self.old = state.sites
-        self.made = {layer: SiteHistory.empty(sites[layer]) for layer in state.sites}
-        # What the batch's solves changed each weight (d_out, d_in) by with every fact, less what they do without.
-        self.lost = dict[int, Tensor]()
+        self.every = {layer: SiteHistory.empty(sites[layer]) for layer in state.sites}
+        self.kept = {layer: SiteHistory.empty(sites[layer]) for layer in state.sites}
+        solves = [
+            _LayerSolve(record, layer, old.keys[:, columns], old.residuals[:, columns])
+            for layer, old in state.sites.items()
+            for record in solve_records(manifest, layer)
+            for columns in [slice(record.columns.start, record.columns.stop)]
+        ]
+        self.solves = sorted(solves, key=lambda solve: (*solve.batch, solve.layer))
 
     def run(self) -> None:
-        """Make them, in the order in which they were made."""
-        everything = [(made, layer) for layer in self.old for made in solve_records(self.manifest, layer)]
-        everything.sort(key=lambda pair: (pair[0].run, pair[0].batch, pair[0].sweep, pair[1]))
-        batches: dict[tuple[int, int, int], list[tuple[SolveRecord, int]]] = {}
-        for made, layer in everything:
-            batches.setdefault((made.run, made.batch, made.sweep), []).append((made, layer))
-        with_all = {layer: SiteHistory.empty(self.sites[layer]) for layer in self.old}
+        """Make the solves, in the order in which they were made."""
         prior = dict[int, tuple[PriorKeys, PriorKeys]]()
-        for batch in batches.values():
-            for place, (made, layer) in enumerate(batch):
-                if made.sweep == 0:
-                    self.lost = {} if place == 0 else self.lost
-                    prior[layer] = with_all[layer].prior, self.made[layer].prior
-                before, now = prior[layer]
-                share = self._put_back(batch) / (len(batch) - place)
-                residual = self.old[layer].residuals[:, made.columns.start : made.columns.stop]
-                kept = [i for i, fact in enumerate(made.facts) if fact not in self.gone]
-                self._solve(made, layer, with_all[layer], before, residual, range(len(made.facts)), 1)
-                self._solve(made, layer, self.made[layer], now, residual + share, kept, -1)
+        lost = dict[int, Tensor]()
+        for (_, _, sweep), group in groupby(self.solves, lambda solve: solve.batch):
+            batch = list(group)
+            for place, solve in enumerate(batch):
+                if sweep == 0:
+                    lost = {} if place == 0 else lost
+                    prior[solve.layer] = self.every[solve.layer].prior, self.kept[solve.layer].prior
+                share = self._missing(batch, lost) / (len(batch) - place)
+                self._solve(solve, prior[solve.layer], share, lost)
 
-    def _put_back(self, batch: Sequence[tuple[SolveRecord, int]]) -> Tensor:
-        """What the facts of a batch lack, (d_out, n), because facts that go no longer contribute at their keys."""
+    def _missing(self, batch: Sequence[_LayerSolve], lost: Mapping[int, Tensor]) -> Tensor:
+        """What the facts of a batch lack, (d_out, n), because removed facts no longer contribute at their keys.
+
+        `lost` is by layer what the batch's solves so far changed the weight (d_out, d_in) by with every fact, less what
+        they change it by with those that stay.
+        """
         missing = torch.zeros(())
-        if _targets(self.manifest, batch[0][0].run) == "values":
-            for made, layer in batch:
-                if layer in self.lost:
-                    missing = (
-                        missing + self.lost[layer] @ self.old[layer].keys[:, made.columns.start : made.columns.stop]
-                    )
+        if _targets(self.manifest, batch[0].record.run) == "values":
+            for solve in batch:
+                if solve.layer in lost:
+                    missing = missing + lost[solve.layer] @ solve.keys
         return missing
 
     def _solve(
-        self,
-        made: SolveRecord,
-        layer: int,
-        solved: SiteHistory,
-        prior: PriorKeys,
-        residual: Tensor,
-        facts: Sequence[int],
-        sign: int,
+        self, solve: _LayerSolve, prior: tuple[PriorKeys, PriorKeys], share: Tensor, lost: dict[int, Tensor]
     ) -> None:
-        """SolveRecord for some of the facts of `made` on top of `solved`, and count what that changes the weight by."""
-        if not facts:
-            return
-        config = validate(self.manifest.history[made.run].recipe, "the patch's recipe")
-        keys = self.old[layer].keys[:, made.columns.start : made.columns.stop][:, list(facts)]
-        residual, (covariance, gradient) = (
-            storable(residual[:, list(facts)]),
-            self.statistics_of(made.run, self.sites[layer]),
-        )
-        problem = problem_at(self.sites[layer], keys, residual, covariance, solved, prior, gradient)
-        update = solve_at(methods.get(config.method), config.method_config(), self.sites[layer], problem)
-        self.lost[layer] = self.lost.get(layer, 0) + sign * delta_of((update,), lambda: problem.weight).dense()
-        solved.add(update, keys, residual, _targets(self.manifest, made.run) == "gradients")
+        """Solve with every fact and with those that stay, whose residuals get `share` more, each beside its own prior
+        keys; note in `lost` what the weight loses."""
+        layer, record = solve.layer, solve.record
+        staying = [i for i, fact in enumerate(record.facts) if fact not in self.gone]
+        if record.facts:
+            columns = solve.of(range(len(record.facts)), solve.residual)
+            lost[layer] = lost.get(layer, 0) + self._add(solve, self.every[layer], prior[0], *columns)
+        if staying:
+            columns = solve.of(staying, solve.residual + share)
+            lost[layer] = lost[layer] - self._add(solve, self.kept[layer], prior[1], *columns)
+
+    def _add(
+        self, solve: _LayerSolve, history: SiteHistory, prior: PriorKeys, keys: Tensor, residual: Tensor
+    ) -> Tensor:
+        """Solve for these columns on top of `history`, and give the weight's change, (d_out, d_in)."""
+        run, site = solve.record.run, self.sites[solve.layer]
+        config = validate(self.manifest.history[run].recipe, "the patch's recipe")
+        covariance, gradient = self.statistics_of(run, site)
+        problem = problem_at(site, keys, residual, covariance, history, prior, gradient)
+        update = solve_at(methods.get(config.method), config.method_config(), site, problem)
+        change = delta_of((update,), lambda: problem.weight).dense()
+        history.add(update, keys, residual, _targets(self.manifest, run) == "gradients")
+        return change
 
 
 def assemble(
@@ -210,17 +236,17 @@ def assemble(
     state: EditState,
     parents: tuple[str, ...] = (),
 ) -> Patch:
-    """A patch of `facts` from what the runs left behind; sites without an update are left out."""
-    solved = {name: state.sites[site.layer] for name, site in sites.items() if site.layer in state.sites}
-    chains = {name: tuple(mapped(u, Tensor.float) for u in each.chain if u.rank) for name, each in solved.items()}
+    """A patch of `facts` from the state that the runs have left; sites without an update are left out."""
+    edited = {name: state.sites[site.layer] for name, site in sites.items() if site.layer in state.sites}
+    chains = {name: tuple(mapped(u, Tensor.float) for u in history.chain if u.rank) for name, history in edited.items()}
     updates = {name: chain for name, chain in chains.items() if chain}
     tensors = {}
     if facts:
         tensors["values.targets"] = torch.cat([v.targets.float().cpu() for v in state.values], 1).contiguous()
         tensors["values.start"] = torch.cat([v.start.float().cpu() for v in state.values], 1).contiguous()
     for name in updates:
-        tensors[f"{name}.keys"] = solved[name].keys.float().contiguous()
-        tensors[f"{name}.residuals"] = solved[name].residuals.float().contiguous()
+        tensors[f"{name}.keys"] = edited[name].keys.float().contiguous()
+        tensors[f"{name}.residuals"] = edited[name].residuals.float().contiguous()
     manifest = Manifest(
         base=base,
         facts=facts,
@@ -233,7 +259,7 @@ def assemble(
 
 
 def _infos(name: str, site: Site, chain: Chain) -> Iterator[UpdateInfo]:
-    """What the manifest says of each update; its norm is that of the change with it and all before it."""
+    """Each update as the manifest lists it; its norm is that of the whole change up to and with it."""
     weight = read_weight(site)  # (d_out, d_in)
     weight_norm = float(weight.float().norm())
     for place, update in enumerate(chain):
