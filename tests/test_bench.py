@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import harmonic_mean
@@ -14,11 +15,12 @@ import pytest
 import torch
 
 import patchkit
-from patchkit.bench import run as bench_module
-from patchkit.bench.run import Outcome, Row, run_bench, score, weight_drift
+from patchkit import methods
+from patchkit.bench.drift import weight_drift
+from patchkit.bench.records import Result, score
+from patchkit.bench.run import Outcome, run_bench
 from patchkit.cli import main
 from patchkit.errors import InputError
-from patchkit.evaluate import verify as verify_module
 from patchkit.evaluate.report import Report
 from patchkit.maths.linalg import Delta
 from patchkit.model.arch import inspect_model
@@ -42,13 +44,14 @@ def eval_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, eval_text: Path) -> Bench:
+def bench(tmp_path: Path, eval_text: Path, watch: Watch) -> Bench:
     """Runs the benchmark on the embedded model, four facts of its world unless told otherwise."""
 
     def run(*methods: str, **more: Any) -> Outcome:
         usual = {"methods": methods, "edits": 4, "checkpoints": (2,), "settings": QUICK, "eval_text": str(eval_text)}
         data, out = more.pop("data", WORLD), more.pop("out", tmp_path / "out")
         model = more.pop("model", FACTWORLD)
+        more = {"progress": watch, **more}
         return run_bench(data, ModelChoice(str(model), "cpu", "float32"), out, **{**usual, **more})
 
     return run
@@ -59,17 +62,37 @@ def loaded() -> LoadedModel:
     return load_model(str(FACTWORLD), "cpu", "float32")
 
 
+class Watch:
+    """What a run reports of its progress; raises where it is told to, as a kill or a failure there would.
+
+    edited: each method with the number of every fact edited. measured: how often the base, and how often a patch was.
+    """
+
+    def __init__(self) -> None:
+        self.edited: list[tuple[str, int]] = []
+        self.measured: Counter[str] = Counter()
+        self._last: tuple[str, int] | None = None
+        self._stops: dict[tuple[str, int], BaseException] = {}
+
+    def stop(self, phase: str, done: int, error: BaseException) -> None:
+        """Raise `error` when `phase` has got that far; once."""
+        self._stops[phase, done] = error
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if error := self._stops.pop((phase, done), None):
+            raise error
+        if phase not in methods.available():
+            self._last = None
+            self.measured[phase] += done == total
+            return
+        if self._last == (phase, done - 1):  # the first of a stretch says where it starts
+            self.edited.append((phase, done))
+        self._last = (phase, done)
+
+
 @pytest.fixture
-def edited(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Every call of apply from here on: the method and how many facts."""
-    calls: list[tuple[str, int]] = []
-
-    def counted(model: Any, tokenizer: Any, facts: Any, method: str, **more: Any) -> patchkit.Patch:
-        calls.append((method, len(facts)))
-        return patchkit.apply(model, tokenizer, facts, method, **more)
-
-    monkeypatch.setattr(bench_module, "apply", counted)
-    return calls
+def watch() -> Watch:
+    return Watch()
 
 
 def places(outcome: Outcome) -> list[tuple[str, int, int]]:
@@ -146,13 +169,10 @@ def test_batches_follow_one_another_and_the_last_may_be_smaller(bench: Bench) ->
         assert [size for run in manifest.history for size in run.batches] == batches
 
 
-def test_the_base_is_asked_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    times = []
-    monkeypatch.setattr(
-        verify_module, "perplexity", lambda *args, asked=verify_module.perplexity: times.append(1) or asked(*args)
-    )
+def test_the_base_is_asked_once(bench: Bench, watch: Watch) -> None:
     assert len(bench("alphaedit", "rome", "memit").rows) == 7
-    assert len(times) == 7
+    assert watch.measured["the base"] == 1
+    assert watch.measured["measuring"] == 6
 
 
 @pytest.mark.parametrize(
@@ -189,27 +209,16 @@ class Killed(BaseException):
     """What no handler catches."""
 
 
-def test_a_killed_run_goes_on_from_the_last_patch_it_saved(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edited: list[tuple[str, int]]
-) -> None:
-    monkeypatch.setattr(bench_module, "SAVE_EVERY", 2)
-    whole = bench("alphaedit", edits=5, checkpoints=(), out=tmp_path / "whole")
-    assert edited == [("alphaedit", 2), ("alphaedit", 2), ("alphaedit", 1)]
-    counted = bench_module.apply
-
-    def dies(*args: Any, onto: Any, **more: Any) -> patchkit.Patch:
-        if onto and len(onto.manifest.facts) == 4:
-            raise Killed
-        return counted(*args, onto=onto, **more)
-
-    monkeypatch.setattr(bench_module, "apply", dies)
+def test_a_killed_run_goes_on_from_the_last_patch_it_saved(bench: Bench, tmp_path: Path, watch: Watch) -> None:
+    whole = bench("alphaedit", edits=5, checkpoints=(), save_every=2, out=tmp_path / "whole")
+    assert watch.edited == [("alphaedit", count) for count in (1, 2, 3, 4, 5)]
+    watch.stop("alphaedit", 5, Killed())
     with pytest.raises(Killed):
-        bench("alphaedit", edits=5, checkpoints=())
+        bench("alphaedit", edits=5, checkpoints=(), save_every=2)
     assert len(patchkit.Patch.load(tmp_path / "out" / "alphaedit" / "unfinished").manifest.facts) == 4
-    monkeypatch.setattr(bench_module, "apply", counted)
-    edited.clear()
-    again = bench("alphaedit", edits=5, checkpoints=())
-    assert edited == [("alphaedit", 1)]
+    watch.edited.clear()
+    again = bench("alphaedit", edits=5, checkpoints=(), save_every=2)
+    assert watch.edited == [("alphaedit", 5)]
     assert not (again.folder / "alphaedit" / "unfinished").exists()
     patches = [patchkit.Patch.load(run.folder / "alphaedit" / "5").manifest.digest for run in (whole, again)]
     assert patches[0] == patches[1]
@@ -221,38 +230,33 @@ def bare(outcome: Outcome) -> list[dict[str, Any]]:
     return [row.model_dump(exclude={"seconds"}) for row in outcome.rows]
 
 
-def test_one_killed_while_measuring_edits_nothing_again(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, edited: list[tuple[str, int]]
-) -> None:
-    def dies(*args: Any) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patched:
-        patched.setattr(bench_module, "weight_drift", dies)
-        with pytest.raises(Killed):
-            bench("memit", checkpoints=())
-    assert edited == [("memit", 4)]
+def test_one_killed_while_measuring_edits_nothing_again(bench: Bench, watch: Watch) -> None:
+    watch.stop("measuring", 6, Killed())
+    with pytest.raises(Killed):
+        bench("memit", checkpoints=())
+    assert watch.edited == [("memit", count) for count in (1, 2, 3, 4)]
+    watch.edited.clear()
     assert places(bench("memit", checkpoints=())) == [("unedited", 0, 4), ("memit", 4, 4)]
-    assert edited == [("memit", 4)]
+    assert not watch.edited
 
 
-def test_what_is_there_is_not_computed_again(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, edited: list[tuple[str, int]]
-) -> None:
+def test_what_is_there_is_not_computed_again(bench: Bench, watch: Watch) -> None:
     first = bench("alphaedit")
     lines = (first.folder / "results.jsonl").read_bytes()
-    edited.clear()
-    monkeypatch.setattr(bench_module, "ask_base", None)  # not even the base
+    watch.edited.clear()
+    watch.measured.clear()
     assert bench("alphaedit").rows == first.rows
-    assert not edited
+    assert not watch.edited
+    assert not watch.measured  # not even the base
     assert (first.folder / "results.jsonl").read_bytes() == lines
 
 
-def test_methods_checkpoints_and_facts_are_added_later(bench: Bench, edited: list[tuple[str, int]]) -> None:
+def test_methods_checkpoints_and_facts_are_added_later(bench: Bench, watch: Watch) -> None:
     bench("alphaedit", edits=4, checkpoints=(2,))
-    edited.clear()
+    watch.edited.clear()
     outcome = bench("memit", "alphaedit", edits=5, checkpoints=(3,))
-    assert edited == [("memit", 3), ("memit", 2), ("alphaedit", 1), ("alphaedit", 1)]
+    # alphaedit's patch of two is on the way to three, and its patch of four on the way to five
+    assert watch.edited == [*(("memit", count) for count in (1, 2, 3, 4, 5)), ("alphaedit", 3), ("alphaedit", 5)]
     assert places(outcome) == [
         ("unedited", 0, 5),
         *(("alphaedit", count, count) for count in (2, 3, 4, 5)),
@@ -266,13 +270,8 @@ def test_methods_checkpoints_and_facts_are_added_later(bench: Bench, edited: lis
     ]
 
 
-def test_a_method_that_cannot_go_on_does_not_stop_the_others(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(model: Any, tokenizer: Any, facts: Any, method: str, onto: Any = None, **more: Any) -> patchkit.Patch:
-        if method == "rome" and onto:
-            raise InputError("the edit is not finite")
-        return patchkit.apply(model, tokenizer, facts, method, onto=onto, **more)
-
-    monkeypatch.setattr(bench_module, "apply", fails)
+def test_a_method_that_cannot_go_on_does_not_stop_the_others(bench: Bench, watch: Watch) -> None:
+    watch.stop("rome", 3, InputError("the edit is not finite"))
     said: list[str] = []
     outcome = bench("rome", "memit", say=said.append)
     assert places(outcome)[1:] == [("rome", 2, 2), ("memit", 2, 2), ("memit", 4, 4)]
@@ -322,7 +321,7 @@ def test_results_of_another_configuration_are_refused(
     bench: Bench,
     done: Path,
     tmp_path: Path,
-    edited: list[tuple[str, int]],
+    watch: Watch,
     change: Callable[[Path], dict[str, Any]],
     what: str,
 ) -> None:
@@ -330,19 +329,13 @@ def test_results_of_another_configuration_are_refused(
     with pytest.raises(InputError, match=what):
         bench("memit", **{"edits": 2, "checkpoints": (), "out": done, **change(tmp_path)})
     assert tree(done) == before
-    assert not edited
+    assert not watch.edited
 
 
-def test_a_saved_patch_of_another_recipe_is_refused(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def dies(*args: Any) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patched:
-        patched.setattr(bench_module, "weight_drift", dies)
-        with pytest.raises(Killed):
-            bench("memit", checkpoints=())
+def test_a_saved_patch_of_another_recipe_is_refused(bench: Bench, watch: Watch) -> None:
+    watch.stop("measuring", 6, Killed())
+    with pytest.raises(Killed):
+        bench("memit", checkpoints=())
     for options, what in (({"settings": (*QUICK, "preserve=20")}, "another recipe"), ({"text": WORLD}, "text")):
         with pytest.raises(InputError, match=what):
             bench("memit", checkpoints=(), **options)
@@ -362,11 +355,11 @@ def test_a_saved_patch_of_another_recipe_is_refused(
     ],
 )
 def test_what_cannot_be_done_is_refused_before_any_work(
-    bench: Bench, tmp_path: Path, edited: list[tuple[str, int]], options: dict[str, Any], message: str
+    bench: Bench, tmp_path: Path, watch: Watch, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
         bench("memit", **options)
-    assert not edited
+    assert not watch.edited
     assert not (tmp_path / "out").exists()
 
 
@@ -413,7 +406,7 @@ def test_the_same_table_three_times(command: Callable[..., tuple[int, str, str]]
     out = tmp_path / "out"
     status, printed, said = command("--methods", "memit, rome", "--checkpoints", "1,2", "--seed", 4, "--out", out)
     assert status == 0
-    rows = [Row.model_validate_json(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    rows = [Result.model_validate_json(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [(row.method, row.edits) for row in rows] == [
         ("unedited", 0),
         *(("memit", 1), ("memit", 2), ("rome", 1), ("rome", 2)),

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from patchkit.bench.run import Row, run_bench
+from patchkit.bench.records import Result
+from patchkit.bench.run import run_bench
 from patchkit.cli.jobs import ModelChoice
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -16,7 +17,7 @@ SETTINGS = ("contexts=1",)
 
 
 @pytest.fixture(scope="module")
-def after_fifty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Row]:
+def after_fifty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     """Each method's row."""
     out = tmp_path_factory.mktemp("bench") / "out"
     model = ModelChoice(str(EXAMPLES / "factworld"), "cpu", "float32")
@@ -25,7 +26,7 @@ def after_fifty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Row]:
     return {row.method: row for row in found.rows if row.edits == 50}
 
 
-def test_alphaedit_holds_fifty_facts(after_fifty: dict[str, Row]) -> None:
+def test_alphaedit_holds_fifty_facts(after_fifty: dict[str, Result]) -> None:
     row = after_fifty["alphaedit"]
     assert (row.efficacy.exact or 0) >= 0.95
     assert (row.generalization.success or 0) >= 0.90
@@ -34,13 +35,13 @@ def test_alphaedit_holds_fifty_facts(after_fifty: dict[str, Row]) -> None:
     assert row.perplexity.ratio <= 1.06
 
 
-def test_it_is_ahead_of_the_others(after_fifty: dict[str, Row]) -> None:
+def test_it_is_ahead_of_the_others(after_fifty: dict[str, Result]) -> None:
     """As on SmolLM2 (docs/sequential.md). The others are no further apart here than chance would have them."""
     scores = {method: row.score or 0 for method, row in after_fifty.items()}
     assert scores.pop("alphaedit") > max(scores.values())
 
 
-def test_additive_edits_grow_weights_and_rotations_do_not(after_fifty: dict[str, Row]) -> None:
+def test_additive_edits_grow_weights_and_rotations_do_not(after_fifty: dict[str, Result]) -> None:
     growth = {method: row.norm_change or 0 for method, row in after_fifty.items()}
     assert growth["rome"] > growth["memit"] > 0.1
     assert growth["alphaedit"] > 0.1

@@ -75,7 +75,8 @@ def command(
     condition number have moved. DIR gets results.jsonl, table.md, table.csv and the patches. What is there already is
     not computed again, so methods and checkpoints can be added later.
     """
-    from patchkit.bench.run import rich_table, run_bench
+    from patchkit.bench.run import run_bench
+    from patchkit.bench.tables import rich_table
 
     with progress_bars() as progress:
         done = run_bench(

@@ -17,7 +17,11 @@ from pathlib import Path, PurePath
 import torch
 
 from patchkit import methods
-from patchkit.bench.run import Bench, Results, Row, markdown_table, site_drift
+from patchkit.bench.drift import site_drift
+from patchkit.bench.measuring import Bench
+from patchkit.bench.records import Result
+from patchkit.bench.results import Results
+from patchkit.bench.tables import markdown_table
 from patchkit.editing.contexts import texts_before
 from patchkit.editing.editor import frozen
 from patchkit.editing.recipe import EditConfig, load_recipe
@@ -50,7 +54,7 @@ def main() -> None:
     print(markdown_table(bench.results.table(marks[-1])))
 
 
-def edit_and_measure(bench: Bench, config: EditConfig, name: str, marks: Sequence[int]) -> Iterator[Row]:
+def edit_and_measure(bench: Bench, config: EditConfig, name: str, marks: Sequence[int]) -> Iterator[Result]:
     """Edit batch after batch in place; at each of `marks` put the weights back, add a row and yield it."""
     arch, sites = bench.runner.arch, plan(bench.runner.arch, config).sites
     with frozen(bench.model):
@@ -64,7 +68,7 @@ def edit_and_measure(bench: Bench, config: EditConfig, name: str, marks: Sequenc
                 run.batch(requests[first : min(first + size, mark)])
         began = time.perf_counter()
         report = bench.measure(mark, lambda: added(arch, run.deltas))
-        row = Row.of(
+        row = Result.of(
             name,
             mark,
             report,

@@ -1,0 +1,118 @@
+"""Measuring in the benchmark: the base once, every patch beside it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from patchkit.api import EVAL_TOKENS, EVAL_WINDOW
+from patchkit.bench.drift import Spectra
+from patchkit.bench.records import UNEDITED, Result, Setup
+from patchkit.bench.results import Results
+from patchkit.editing.editor import Progress, frozen
+from patchkit.editing.session import ValueCache
+from patchkit.evaluate.metrics import Trial
+from patchkit.evaluate.report import Report
+from patchkit.evaluate.verify import Answers, ask_base, ask_unpatched, compare, verify
+from patchkit.facts.requests import build_request
+from patchkit.facts.schema import Fact
+from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner
+from patchkit.model.loading import LoadedModel
+from patchkit.model.weights import model_digest
+from patchkit.statistics.moments import default_text, read_corpus, window_of
+
+
+class Bench:
+    """A model, the facts to edit in order, the texts, and the folder with the results."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        facts: Sequence[Fact],
+        results: Results,
+        text: str | Path | None = None,
+        eval_text: str | Path | None = None,
+        progress: Progress = lambda phase, done, total: None,
+    ) -> None:
+        """Raises InputError for a text that cannot be read, a fact without tokens, a model that cannot be edited."""
+        self.model, self.tokenizer, self.results, self.progress = loaded.model, loaded.tokenizer, results, progress
+        self.facts, self.text = tuple(facts), text or default_text(loaded.name)
+        self.runner = LayerRunner(inspect_model(loaded.model))
+        self.corpus = read_corpus(self.text, self.tokenizer, window=window_of(self.model))
+        plain = eval_text or default_text(loaded.name, "eval")
+        self.plain = read_corpus(plain, self.tokenizer, EVAL_TOKENS, window_of(self.model, EVAL_WINDOW))
+        self.spectra: Spectra = {}
+        self.known: ValueCache = {}
+        for fact in self.facts:
+            build_request(fact, self.tokenizer)
+
+    @cached_property
+    def base(self) -> Answers:
+        """What the unedited model answers to all facts: asked once, for every method and checkpoint."""
+        with frozen(self.model):
+            self.progress("the base", 0, 1)
+            answers = ask_base(self._trial)
+        self.progress("the base", 1, 1)
+        return answers
+
+    def _measuring(self, done: int, total: int) -> None:
+        self.progress("measuring", done, total)
+
+    @property
+    def _trial(self) -> Trial:
+        return Trial(self.runner, self.tokenizer, self.facts, self.plain)
+
+    def measure(self, count: int, attached: Callable[[], AbstractContextManager[Any]]) -> Report:
+        """What `verify` says of the first `count` facts."""
+        facts, base = self.facts[:count], self.base
+        with frozen(self.model):
+            return verify(self.runner, self.tokenizer, facts, attached, self.plain, self._measuring, base)
+
+    def add_unedited(self) -> None:
+        """Add the row of the unedited model, unless it is there."""
+        count = len(self.facts)
+        if self.results.find(UNEDITED, 0, count) is None:
+            with frozen(self.model):
+                report = compare(self.facts, self.base, ask_unpatched(self._trial, self.base))
+            row = Result.of(UNEDITED, 0, report, self.setup(count, None), {})
+            self.results.add(row, report, count)
+
+    def setup(self, count: int, recipe: str | None) -> Setup:
+        """The setup of a row about the first `count` facts."""
+        return Setup(
+            model=self._model_digest,
+            dtype=str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            facts=_digest(fact.model_dump_json() for fact in self.facts[:count]),
+            text=f"{self.corpus.digest} in windows of {self.corpus.window}",
+            eval_text=self.plain.digest,
+            recipe=recipe,
+        )
+
+    def refuse_others(self, recipes: Mapping[str, str]) -> None:
+        """Refuse a folder with rows of another setup; `recipes` are the digests of this run's, by method.
+
+        Raises:
+            InputError: as `Results.refuse_others` does.
+        """
+
+        def wanted(method: str, facts: int) -> dict[str, Any]:
+            unknown = {*(["facts"] if facts > len(self.facts) else []), *([] if method in recipes else ["recipe"])}
+            return self.setup(facts, recipes.get(method)).model_dump(exclude=unknown)
+
+        self.results.refuse_others(wanted)
+
+    @cached_property
+    def _model_digest(self) -> str:
+        return model_digest(self.model.named_parameters())
+
+
+def _digest(lines: Iterator[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()

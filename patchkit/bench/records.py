@@ -1,0 +1,81 @@
+"""What the benchmark writes down: one line of results.jsonl, and what decides its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import harmonic_mean
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from patchkit.evaluate.report import Report, Summary
+
+UNEDITED = "unedited"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Setup(_Record):
+    """Digests of everything that decides a row's numbers; `facts` is that of the facts measured in it."""
+
+    model: str
+    dtype: str
+    facts: str
+    text: str
+    eval_text: str
+    recipe: str | None
+
+
+class Drift(_Record):
+    """How much of itself a weight has gained (0.01) or lost (-0.01) in Frobenius norm and in condition number."""
+
+    norm: float
+    condition: float
+
+
+class Result(Summary):
+    """One line of results.jsonl: a method after so many edits, measured on all facts edited so far.
+
+    norm_change, condition_change: the largest among the edited weights, without sign; weights: each of them; bytes:
+    size of patch.safetensors; rank: the largest of a weight's updates together; seconds: by phase, editing since the
+    first fact; score: harmonic mean of exact efficacy, generalization success (exact where no fact has a target_true)
+    and unchanged locality.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    method: str
+    edits: int
+    score: float | None
+    norm_change: float | None = None
+    condition_change: float | None = None
+    weights: dict[str, Drift] = Field(default_factory=dict)
+    bytes: int | None = None
+    rank: int | None = None
+    seconds: dict[str, float] = Field(default_factory=dict)
+    setup: Setup
+
+    @classmethod
+    def of(
+        cls, method: str, edits: int, report: Report, setup: Setup, weights: Mapping[str, Drift], **more: Any
+    ) -> Result:
+        """A row from what was found; `more` are its other fields."""
+        return cls(
+            method=method,
+            edits=edits,
+            score=score(report),
+            norm_change=max((abs(drift.norm) for drift in weights.values()), default=None),
+            condition_change=max((abs(drift.condition) for drift in weights.values()), default=None),
+            weights=dict(weights),
+            setup=setup,
+            **report.model_dump(exclude={"per_fact"}),
+            **more,
+        )
+
+
+def score(report: Report) -> float | None:
+    """Harmonic mean of exact efficacy, generalization success and unchanged locality; None where one is unknown."""
+    parts = (report.efficacy.exact, report.generalization.success_or_exact, report.locality.unchanged)
+    known = [part for part in parts if part is not None]
+    return harmonic_mean(known) if len(known) == len(parts) else None

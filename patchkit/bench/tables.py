@@ -1,0 +1,85 @@
+"""Results as tables: Markdown, CSV, and for a terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from patchkit.bench.records import Result
+from patchkit.evaluate.metrics import metrics
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its name in the CSV file, its heading for people (None: not for them), its value and how to show it."""
+
+    name: str
+    heading: str | None
+    value: Callable[[Result], Any]
+    form: str = ""
+
+    def cell(self, row: Result) -> str:
+        """The value as text for people."""
+        value = self.value(row)
+        return "-" if value is None else format(value, self.form)
+
+
+def _columns() -> tuple[Column, ...]:
+    """All columns, the metrics' as their table has them."""
+    return (
+        Column("method", "method", lambda r: r.method),
+        Column("edits", "edits", lambda r: r.edits),
+        Column("score", "score", lambda r: r.score, ".3f"),
+        *(Column(metric.key, metric.column, metric.of, metric.decimals) for metric in metrics()),
+        Column("norm_change", "norm change", lambda r: r.norm_change, ".1e"),
+        Column("condition_change", "condition change", lambda r: r.condition_change, ".1e"),
+        Column("rank", "rank", lambda r: r.rank),
+        Column("bytes", None, lambda r: r.bytes),
+        Column("kilobytes", "kB", lambda r: None if r.bytes is None else r.bytes / 1e3, ",.0f"),
+        Column("seconds_editing", "seconds", lambda r: _editing(r.seconds), ".1f"),
+        Column("seconds_measuring", None, lambda r: r.seconds.get("measuring")),
+    )
+
+
+def _shown() -> tuple[Column, ...]:
+    """Those for people."""
+    return tuple(column for column in _columns() if column.heading)
+
+
+def _editing(seconds: Mapping[str, float]) -> float | None:
+    phases = [spent for phase, spent in seconds.items() if phase != "measuring"]
+    return sum(phases) if phases else None
+
+
+def markdown_table(rows: Sequence[Result]) -> str:
+    """One line per row, as Markdown; numbers to the right."""
+    columns = _shown()
+    headings = " | ".join(column.heading or "" for column in columns)
+    rules = "|".join(["---", *("---:" for _ in columns[1:])])
+    body = "".join(f"| {' | '.join(column.cell(row) for column in columns)} |\n" for row in rows)
+    return f"| {headings} |\n|{rules}|\n{body}"
+
+
+def csv_table(rows: Sequence[Result]) -> str:
+    """All columns, numbers in full; an empty cell for what is not known."""
+    text, columns = io.StringIO(), _columns()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(column.name for column in columns)
+    writer.writerows([column.value(row) for column in columns] for row in rows)
+    return text.getvalue()
+
+
+def rich_table(rows: Sequence[Result]) -> Table:
+    """The same as the Markdown, for a terminal."""
+    table, columns = Table(box=None, padding=(0, 2, 0, 0), header_style="bold"), _shown()
+    for place, column in enumerate(columns):
+        heading = (column.heading or "").replace(" ", "\n")
+        table.add_column(heading, justify="right" if place else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(column.cell(row) for column in columns))
+    return table
