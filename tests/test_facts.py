@@ -16,6 +16,7 @@ import pytest
 from patchkit.errors import InputError
 from patchkit.facts.reader import parse_facts, read_facts, write_rejected
 from patchkit.facts.schema import Fact, Locality, Probe, fact_schema
+from patchkit.patch.manifest import EditedFact
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -516,3 +517,10 @@ def test_schema_describes_a_native_record() -> None:
     assert schema["required"] == ["prompt", "subject", "target_new"]
     assert set(schema["properties"]) == set(Fact.model_fields)
     assert "additionalProperties" not in schema
+
+
+def test_facts_of_older_manifests_load() -> None:
+    older = {"id": "a", "prompt": "Ada is", "subject": "Ada", "target_new": "x", "target_true": None, "source": None}
+    older |= {"paraphrases": ["y"], "locality": [{"prompt": "z", "target": None}], "run": 0, "batch": 0}
+    fact = EditedFact.model_validate({**older, "target_loss": 0.1, "steps": 3})
+    assert (fact.questions, fact.portability, fact.locality[0].aliases) == ((), {}, ())

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,17 @@ from typing import Any
 from pydantic import BaseModel
 
 from patchkit.errors import InputError
-from patchkit.facts.layouts import Layout, Options, ZsreTarget, layouts, recognize
+from patchkit.facts.checks import Check, counted, shortened, tidied, visible
+from patchkit.facts.containers import Entry
+from patchkit.facts.layout import Layout, Options, ZsreTarget
+from patchkit.facts.layouts import layouts, recognize
 from patchkit.facts.record import Record, Refused, quote, wrong_type
 from patchkit.facts.schema import Fact, FactFile, Rejected
-from patchkit.facts.sources import Entry, file_entries, object_entries
+from patchkit.facts.sources import file_entries, object_entries
 from patchkit.facts.text import same_wording
 
 _SHOWN = 20  # problems printed before "and N more"
+_NAME = 40  # characters of a field's name in a note
 
 
 def read_facts(
@@ -33,24 +38,28 @@ def read_facts(
     zsre_target: ZsreTarget = "alt",
     skip_bad: bool = False,
     token_count: Callable[[str], int] | None = None,
+    check: Check | None = None,
     limit: int | None = None,
     needs_subject: bool = True,
+    subjectless: Sequence[str] = (),
 ) -> FactFile:
     """Reads a file of facts: one JSON object a line, or one JSON array (told apart by the content, not the name).
 
     `path` "-" is standard input. `zsre_target` picks what a ZsRE record teaches: "alt", the counterfactual answer, with
     `pred` (the answer before the edit) as `target_true`; or "answers", the first true answer, with no `target_true`.
-    `token_count` says how many tokens a text becomes, so that a target that vanishes is refused here. Reading stops
-    after `limit` usable facts. With `skip_bad`, records that cannot be used are returned in `rejected`. Without
-    `needs_subject`, the subject of a record that has none is its whole prompt.
+    `token_count` says how many tokens a text becomes, so that a target that vanishes is refused here; `check` refuses
+    whatever else a tokenizer or a model cannot take (`patchkit.facts.limits`). Reading stops after `limit` usable
+    facts. With `skip_bad`, records that cannot be used are returned in `rejected`. Without `needs_subject`, the subject
+    of a record that has none is its whole prompt; otherwise `subjectless` names methods that take such a record.
 
     Of two records alike in everything one is kept; a later record with an earlier one's prompt or id is refused.
 
     Raises InputError with one line per unusable record, or when there is no usable fact at all.
     """
-    known = layouts(Options(zsre_target, needs_subject))
+    known = layouts(Options(zsre_target, needs_subject, tuple(subjectless)))
     name, entries = file_entries(path)
-    return _Reading(name, f"{name} ", "--skip-bad", known, token_count).run(entries, limit, skip_bad)
+    reading = _Reading(name, f"{name} ", "--skip-bad", known, _all_checks(token_count, check))
+    return reading.run(entries, limit, skip_bad)
 
 
 def parse_facts(
@@ -59,8 +68,10 @@ def parse_facts(
     zsre_target: ZsreTarget = "alt",
     skip_bad: bool = False,
     token_count: Callable[[str], int] | None = None,
+    check: Check | None = None,
     limit: int | None = None,
     needs_subject: bool = True,
+    subjectless: Sequence[str] = (),
 ) -> FactFile:
     """`read_facts` for records already in memory, as mappings or `Fact`s; messages say `facts[3]` for the fourth.
 
@@ -68,8 +79,19 @@ def parse_facts(
     """
     if isinstance(records, (Mapping, BaseModel, str, bytes)):
         raise InputError("facts: expected a list of facts, found a single value; put it in a list")
-    reading = _Reading("facts", "", "skip_bad=True", layouts(Options(zsre_target, needs_subject)), token_count)
+    known = layouts(Options(zsre_target, needs_subject, tuple(subjectless)))
+    reading = _Reading("facts", "", "skip_bad=True", known, _all_checks(token_count, check))
     return reading.run(object_entries(records), limit, skip_bad)
+
+
+def _all_checks(token_count: Callable[[str], int] | None, check: Check | None) -> Check:
+    checks = [one for one in (visible(token_count) if token_count else None, check) if one]
+
+    def all_checks(fact: Fact) -> None:
+        for one in checks:
+            one(fact)
+
+    return all_checks
 
 
 def write_rejected(path: str | Path, rejected: Iterable[Rejected]) -> None:
@@ -108,7 +130,7 @@ class _Reading:
     prefix: str
     skip_option: str
     known: tuple[Layout, ...]
-    token_count: Callable[[str], int] | None
+    check: Check
     count: int = 0
     facts: list[Fact] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
@@ -117,6 +139,8 @@ class _Reading:
     formats: set[str] = field(default_factory=set)
     prompts: dict[str, tuple[Fact, str]] = field(default_factory=dict)
     ids: dict[str, str] = field(default_factory=dict)
+    unused: Counter[str] = field(default_factory=Counter)
+    remarks: dict[str, list[str]] = field(default_factory=dict)
 
     def run(self, entries: Iterator[Entry], limit: int | None, skip_bad: bool) -> FactFile:
         if limit is not None and limit < 1:
@@ -124,7 +148,7 @@ class _Reading:
         for entry in entries:
             self.count += 1
             self._take(entry)
-            if len(self.facts) == limit:
+            if limit is not None and len(self.facts) >= limit:
                 break
         if self.count == 0:
             raise InputError(
@@ -134,55 +158,73 @@ class _Reading:
         if self.problems and not (skip_bad and self.facts):
             raise InputError(self._report(skip_bad))
         (layout,) = self.formats if len(self.formats) == 1 else {"mixed"}
-        return FactFile(tuple(self.facts), tuple(self.rejected), self.name, layout, tuple(self.lines))
+        kept = tuple(self.facts[:limit]), tuple(self.lines[:limit])
+        return FactFile(kept[0], tuple(self.rejected), self.name, layout, kept[1], tuple(self._notes()))
 
     def _take(self, entry: Entry) -> None:
+        """Take the facts of one record, or refuse it as a whole."""
         try:
-            fact, layout = self._fact(entry.value)
-            if self._is_repeat(fact, layout):
-                return
+            record = _record(entry.value)
+            layout = recognize(record, self.known)
+            facts = [(self._checked(layout, part), part) for part in layout.split(record)]
+            new = [(fact, part) for fact, part in facts if not self._is_repeat(fact, layout, part)]
         except Refused as bad:
             at = f"{bad.field}: " if bad.field else ""
             self.problems.append(f"{self.prefix}{entry.where}: {at}{bad.message}")
             self.rejected.append(Rejected(entry.line, bad.field, bad.message, entry.raw))
             return
+        self.formats.add(layout.name)
+        unused = set(record.unused()) - set(layout.metadata)
+        self.unused.update({name for name in unused if name.rpartition(".")[2] not in layout.metadata})
+        for fact, _ in new:
+            self._add(fact, entry)
+
+    def _add(self, fact: Fact, entry: Entry) -> None:
+        fact, remarks = tidied(fact)
+        for remark in remarks:
+            self.remarks.setdefault(remark, []).append(entry.where)
         self.facts.append(fact)
         self.lines.append(entry.line)
-        self.formats.add(layout.name)
         self.prompts[same_wording(fact.prompt)] = fact, entry.where
         self.ids[fact.id] = entry.where
 
-    def _fact(self, value: object) -> tuple[Fact, Layout]:
-        if isinstance(value, Refused):
-            raise value
-        if not isinstance(value, Mapping):
-            wrong_type(None, "a JSON object", value)
-        record = Record(value)
-        layout = recognize(record, self.known)
-        fact = layout.read(record)
-        if self.token_count is not None and self.token_count(f" {fact.target_new}") == 0:
-            raise Refused(layout.target_new, f"{quote(fact.target_new)} becomes no token; put visible text in it")
-        return fact, layout
+    def _checked(self, layout: Layout, part: Record) -> Fact:
+        fact = layout.read(part)
+        try:
+            self.check(fact)
+        except Refused as bad:  # by the name of the fact's field, which in the file may have another
+            raise Refused(part.named(getattr(layout, str(bad.field), None) or str(bad.field)), bad.message) from None
+        return fact
 
-    def _is_repeat(self, fact: Fact, layout: Layout) -> bool:
+    def _is_repeat(self, fact: Fact, layout: Layout, part: Record) -> bool:
         """Whether an equal fact is there already. Raises Refused for one that clashes with an earlier fact."""
         earlier, where = self.prompts.get(same_wording(fact.prompt), (None, ""))
-        if earlier == fact:
+        if earlier == tidied(fact)[0]:
             return True
         if earlier is not None and earlier.target_new == fact.target_new:
-            raise Refused(layout.prompt, f"repeats the prompt and target of {where} with other details; merge the two")
+            message = f"repeats the prompt and target of {where} with other details; merge the two"
+            raise Refused(part.named(layout.prompt), message)
         if earlier is not None:
             raise Refused(
-                layout.target_new,
+                part.named(layout.target_new),
                 f"{quote(fact.target_new)} contradicts {where}, where the target of the same prompt "
                 f"{quote(fact.prompt)} is {quote(earlier.target_new)}; keep one of them",
             )
         if fact.id in self.ids:
-            raise Refused(layout.id, f"{quote(fact.id)} is taken by {self.ids[fact.id]}; give each fact its own id")
+            message = f"{quote(fact.id)} is taken by {self.ids[fact.id]}; give each fact its own id"
+            raise Refused(part.named(layout.id), message)
         return False
 
+    def _notes(self) -> Iterator[str]:
+        if self.unused:
+            named = [f"{name[:_NAME]} ({counted(count, 'record')})" for name, count in self.unused.most_common()]
+            yield f"{self.name}: not used: {shortened(named)}"
+        for remark, places in self.remarks.items():
+            yield f"{self.name}: {remark}: {shortened(places)}"
+
     def _report(self, skip_bad: bool) -> str:
-        lines = [f"{self.name}: {len(self.problems)} of {self.count} facts cannot be used", *self.problems[:_SHOWN]]
+        lines = [f"{self.name}: {len(self.problems)} of {counted(self.count, 'fact')} cannot be used"]
+        lines += self.problems[:_SHOWN]
         if len(self.problems) > _SHOWN:
             lines.append(f"and {len(self.problems) - _SHOWN} more")
         if skip_bad:
@@ -192,3 +234,11 @@ class _Reading:
         else:
             lines.append(f"correct them ({self.skip_option} would leave no fact at all)")
         return "\n".join(lines)
+
+
+def _record(value: object) -> Record:
+    if isinstance(value, Refused):
+        raise value
+    if not isinstance(value, Mapping):
+        wrong_type(None, "a JSON object", value)
+    return Record(value)

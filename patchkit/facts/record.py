@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 MISSING = object()
@@ -27,54 +28,112 @@ class Refused(Exception):
 class Record:
     """A JSON object and its place in the record of the file: "locality[0]." before its fields' names, or nothing.
 
-    Fields are named with dots: `text("requested_rewrite.target_new.str")`.
+    Fields are named with dots: `text("requested_rewrite.target_new.str")`. `written` has the names under which the file
+    keeps fields that are known by another one. What has been read is remembered, so that the rest can be told.
     """
 
     value: Mapping[str, Any]
     at: str = ""
+    parent: Record | None = None
+    written: Mapping[str, str] = field(default_factory=dict)
+    _used: set[str] = field(default_factory=set, compare=False, repr=False)
+    _children: list[Record] = field(default_factory=list, compare=False, repr=False)
+
+    def known_as(self, synonyms: Mapping[str, str]) -> Record:
+        """The record with other names for its fields, written -> known, where a field is not there by its own name."""
+        written = {known: name for name, known in synonyms.items() if name in self.value and known not in self.value}
+        return replace(self, written=written)
+
+    def child(self, value: Mapping[str, Any], at: str) -> Record:
+        """An object inside this record."""
+        child = Record(value, f"{self.at}{at}.", self)
+        self._children.append(child)
+        return child
+
+    def named(self, name: str) -> str:
+        """A field as messages name it."""
+        return self.at + self.written.get(name, name)
+
+    def has(self, name: str) -> bool:
+        """Whether there is anything in the field, without reading it."""
+        return self.value.get(self.written.get(name, name)) is not None
 
     def get(self, name: str) -> object:
         """The value of a field, MISSING where there is none."""
         value: object = self.value
         walked: list[str] = []
-        for part in name.split("."):
+        for part in self.written.get(name, name).split("."):
             if not isinstance(value, Mapping):
                 wrong_type(self.at + ".".join(walked), "an object", value)
+            if not walked:
+                self._used.add(part)
             value = value.get(part, MISSING)
             if value is MISSING:
                 return MISSING
             walked.append(part)
         return value
 
+    def unused(self) -> Iterator[str]:
+        """The fields that nothing has read, those of objects inside included, without numbers of places."""
+        for name, value in self.value.items():
+            if name not in self._used and isinstance(name, str) and value not in (None, "", [], {}):
+                yield re.sub(r"\[\d+\]", "[]", self.at) + name
+        for child in self._children:
+            yield from child.unused()
+
+    def inside(self, name: str) -> Record | None:
+        """The object in a field; None where the field is missing or null."""
+        value = self.get(name)
+        if value is None or value is MISSING:
+            return None
+        if not isinstance(value, Mapping):
+            wrong_type(self.named(name), "an object", value)
+        return self.child(value, self.written.get(name, name))
+
+    def objects(self, name: str) -> tuple[Record, ...]:
+        """A list of objects; one object alone is a list of one, a missing or null field is empty."""
+        value = self.get(name)
+        if value is None or value is MISSING:
+            return ()
+        items = [value] if isinstance(value, Mapping) else value
+        if not isinstance(items, (list, tuple)):
+            wrong_type(self.named(name), "a list of objects", value)
+        return tuple(self._object(item, f"{self.written.get(name, name)}[{i}]") for i, item in enumerate(items))
+
+    def _object(self, value: object, at: str) -> Record:
+        if not isinstance(value, Mapping):
+            wrong_type(self.at + at, "an object", value)
+        return self.child(value, at)
+
     def text(self, name: str) -> str:
         """Text that has something to see in it."""
-        text = _text(self._first(name), self.at + name)
+        text = _text(self._first(name), self.named(name))
         if not text.strip():
-            raise Refused(self.at + name, f"is {'blank; put visible' if text else 'empty; put'} text in it")
+            raise Refused(self.named(name), f"is {'blank; put visible' if text else 'empty; put'} text in it")
         return text
 
     def optional(self, name: str | None) -> str | None:
         """Text without whitespace around it, or None where the field is missing, null or blank."""
-        value = None if name is None else self._first(name)
-        if value is None or value is MISSING:
+        value = MISSING if name is None else self._first(name)
+        if name is None or value is None or value is MISSING:
             return None
-        return _text(value, f"{self.at}{name}").strip() or None
+        return _text(value, self.named(name)).strip() or None
 
     def optional_space(self, name: str) -> str | None:
         """Text as it stands, which may be empty or blank; None where the field is missing or null."""
         value = self.get(name)
-        return None if value is None or value is MISSING else _text(value, f"{self.at}{name}")
+        return None if value is None or value is MISSING else _text(value, self.named(name))
 
     def texts(self, name: str | None) -> tuple[str, ...]:
         """A list of texts, blank ones included; one text alone is a list of one, a missing or null field is empty."""
-        value = None if name is None else self.get(name)
-        if value is None or value is MISSING:
+        value = MISSING if name is None else self.get(name)
+        if name is None or value is None or value is MISSING:
             return ()
         if isinstance(value, str):
-            return (_text(value, f"{self.at}{name}"),)
+            return (_text(value, self.named(name)),)
         if not isinstance(value, (list, tuple)):
-            wrong_type(f"{self.at}{name}", "a list of texts", value)
-        return tuple(_text(item, f"{self.at}{name}[{i}]") for i, item in enumerate(value))
+            wrong_type(self.named(name), "a list of texts", value)
+        return tuple(_text(item, f"{self.named(name)}[{i}]") for i, item in enumerate(value))
 
     def _first(self, name: str) -> object:
         value = self.get(name)
@@ -91,9 +150,9 @@ class Record:
 
     def refuse_typos(self, known: Sequence[str]) -> None:
         """Refuse a field with almost the name of a known one that is not there."""
-        absent = [name for name in known if name not in self.value]
+        absent = [name for name in known if name not in self.value and name not in self.written]
         for name in self.value:
-            if name in known or not isinstance(name, str):
+            if name in known or not isinstance(name, str) or name in self.written.values():
                 continue
             plain = name.strip().lower().replace("-", "_").replace(" ", "_")
             # "id" is too short for a ratio to mean anything, and "source_url" is a field of its own.

@@ -25,11 +25,15 @@ class Locality(BaseModel):
 
 
 class Probe(BaseModel):
-    """A prompt whose answer follows from a fact: each of `answers` is to be in it, in any of its forms."""
+    """A prompt whose answer follows from a fact: each of `answers` is to be in it, in any of its forms.
+
+    Where there are `alternatives` to the prompt, it is enough if one of them all is answered.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompt: str
+    alternatives: tuple[str, ...] = ()
     answers: tuple[tuple[str, ...], ...]
 
 
@@ -88,7 +92,8 @@ class Rejected:
 class FactFile:
     """What one file held. `format` is the name of a layout, such as native or counterfact, or mixed when they differ.
 
-    `lines` has the line of each fact, counted as in `Rejected`.
+    `lines` has the line of each fact, counted as in `Rejected`; `notes` has, a sentence each, what else a user should
+    know, such as fields that are not used.
     """
 
     facts: tuple[Fact, ...]
@@ -96,6 +101,7 @@ class FactFile:
     path: str
     format: str
     lines: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def fact_schema() -> dict[str, Any]:

@@ -1,15 +1,17 @@
-"""CounterFact (Meng et al. 2022), as published with ROME and flattened as EasyEdit ships it."""
+"""CounterFact (Meng et al. 2022), and formats that keep a fact in its `requested_rewrite`."""
 
 from __future__ import annotations
 
-from patchkit.facts.layouts import Layout, layout, pairs
+from collections.abc import Mapping
+
+from patchkit.facts.layout import Layout, layout, pairs
 from patchkit.facts.record import Record
 from patchkit.facts.schema import Locality
 
 
 @layout
 class CounterFact(Layout):
-    """`requested_rewrite` with `{}` for the subject; neighbors share the relation and its true object."""
+    """As published with ROME: `{}` for the subject; neighbors share the relation and its true object."""
 
     name = "counterfact"
     marks = (("requested_rewrite",),)
@@ -20,6 +22,7 @@ class CounterFact(Layout):
     paraphrases = "paraphrase_prompts"
     about = "generation_prompts"
     id = "case_id"
+    metadata = ("pararel_idx",)
     drops_trailing_space = True
 
     def locality(self, record: Record) -> tuple[Locality, ...]:
@@ -30,20 +33,40 @@ class CounterFact(Layout):
 
 
 @layout
-class EasyEditFlat(Layout):
-    """One fact a record, all parts at its top."""
+class Akew(CounterFact):
+    """AKEW (Wu et al. 2024): CounterFact and WikiUpdate with questions, aliases and an unrelated question.
 
-    name = "counterfact-flat"
-    marks = tuple(
-        ("prompt", "target_new", mark)
-        for mark in ("ground_truth", "rephrase_prompt", "locality_prompt", "locality_ground_truth")
-    )
-    target_true = "ground_truth"
-    paraphrases = "rephrase_prompt"
-    id = "case_id"
-    drops_trailing_space = True
-    foreign = ("target_true", "rewordings", "paraphrases", "locality")
+    The paragraph `fact_new_uns`, from which AKEW's unstructured half learns, is not read.
+    """
+
+    name = "akew"
+    aliases = "requested_rewrite.answer_new_aliases"
+    questions = "requested_rewrite.question"
+
+    @classmethod
+    def fit(cls, record: Record) -> int:
+        """By what CounterFact's own records do not have."""
+        rewrite = record.value.get("requested_rewrite")
+        return 2 if isinstance(rewrite, Mapping) and ("fact_new_uns" in rewrite or "answer_new" in rewrite) else 0
 
     def locality(self, record: Record) -> tuple[Locality, ...]:
-        """Prompts and answers in two fields."""
-        return pairs(record, "locality_prompt", "locality_ground_truth")
+        """CounterFact's neighbors, and `loc`."""
+        return (*super().locality(record), *pairs(record, "loc", "loc_ans"))
+
+
+@layout
+class RomeRequest(Layout):
+    """The requests of ROME's and MEMIT's code: `target_new` is an object with `str`."""
+
+    name = "rome-request"
+    marks = (("prompt", "subject", "target_new"),)
+    target_new = "target_new.str"
+    target_true = "target_true.str"
+    id = "case_id"
+    metadata = ("relation_id",)
+    drops_trailing_space = True
+
+    @classmethod
+    def fit(cls, record: Record) -> int:
+        """By the object that holds the target."""
+        return 3 if isinstance(record.value.get("target_new"), Mapping) and "prompt" in record.value else 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
-from patchkit.facts.layouts import Layout, answers, layout
+from patchkit.facts.layout import Layout, answers, layout
 from patchkit.facts.record import MISSING, Record, Refused, wrong_type
 from patchkit.facts.schema import Fact, Locality, Probe
 
@@ -16,20 +17,26 @@ class Native(Layout):
     name = "native"
     marks = (("prompt",), ("prompt", "target_new"))
     target_true = "target_true"
+    aliases = "aliases"
     paraphrases = "paraphrases"
     rewordings = "rewordings"
     questions = "questions"
     about = "about"
-    aliases = "aliases"
     optional = (
         *("id", "target_true", "aliases", "rewordings", "paraphrases", "questions", "about", "locality"),
         *("portability", "separator", "case", "source"),
     )
+    synonyms: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("target_old", "target_original"), "target_true"),
+        **dict.fromkeys(("rephrase", "rephrases"), "paraphrases"),
+        **dict.fromkeys(("question", "queries"), "questions"),
+        "alias": "aliases",
+    }
 
     def read(self, record: Record) -> Fact:
         """The fact of a record."""
         self._refuse_missing(record)
-        record.refuse_typos((*self._required(), *self.optional))
+        record.refuse_typos((*self.required(), *self.optional))
         return super().read(record)
 
     def locality(self, record: Record) -> tuple[Locality, ...]:
@@ -41,7 +48,7 @@ class Native(Layout):
             value = [value]
         if not isinstance(value, (list, tuple)):
             wrong_type("locality", "a list of objects with prompt and target", value)
-        return tuple(_neighbor(item, f"locality[{i}]") for i, item in enumerate(value))
+        return tuple(_neighbor(record, item, f"locality[{i}]") for i, item in enumerate(value))
 
     def portability(self, record: Record) -> dict[str, tuple[Probe, ...]]:
         """An object of groups, each a list of objects with prompt and answers."""
@@ -50,30 +57,33 @@ class Native(Layout):
             return {}
         if not isinstance(value, Mapping):
             wrong_type("portability", "an object of groups, each a list of objects with prompt and answers", value)
-        return {str(group): _probes(probes, f"portability.{group}") for group, probes in value.items()}
+        return {str(group): _probes(record, listed, f"portability.{group}") for group, listed in value.items()}
 
 
-def _neighbor(item: object, name: str) -> Locality:
+def _neighbor(record: Record, item: object, name: str) -> Locality:
     if isinstance(item, (list, tuple)) and len(item) == 2:
         item = {"prompt": item[0], "target": item[1]}
     if not isinstance(item, Mapping):
         wrong_type(name, "an object with prompt and target, or a pair [prompt, target]", item)
-    record = Record(item, f"{name}.")
-    record.refuse_typos(("prompt", "target", "aliases"))
+    part = record.child(item, name).known_as(dict.fromkeys(("answer", "ground_truth", "target_true"), "target"))
+    part.refuse_typos(("prompt", "target", "aliases"))
     if "prompt" not in item:
         raise Refused(f"{name}.prompt", "missing; a locality entry has a prompt and may have a target")
-    return Locality(prompt=record.text("prompt"), target=record.optional("target"), aliases=record.texts("aliases"))
+    return Locality(prompt=part.text("prompt"), target=part.optional("target"), aliases=part.texts("aliases"))
 
 
-def _probes(value: object, name: str) -> tuple[Probe, ...]:
+def _probes(record: Record, value: object, name: str) -> tuple[Probe, ...]:
     if not isinstance(value, (list, tuple)):
         wrong_type(name, "a list of objects with prompt and answers", value)
-    return tuple(_probe(item, f"{name}[{i}]") for i, item in enumerate(value))
+    return tuple(_probe(record, item, f"{name}[{i}]") for i, item in enumerate(value))
 
 
-def _probe(item: object, name: str) -> Probe:
+def _probe(record: Record, item: object, name: str) -> Probe:
     if not isinstance(item, Mapping):
         wrong_type(name, "an object with prompt and answers", item)
-    record = Record(item, f"{name}.")
-    record.refuse_typos(("prompt", "answers"))
-    return Probe(prompt=record.text("prompt"), answers=answers(record, "answers"))
+    part = record.child(item, name).known_as(dict.fromkeys(("answer", "ground_truth", "target"), "answers"))
+    part.refuse_typos(("prompt", "answers", "alternatives"))
+    prompt, held = part.text("prompt"), answers(part, "answers")
+    if not held:
+        raise Refused(part.named("answers"), "has no answer; name at least one")
+    return Probe(prompt=prompt, alternatives=part.texts("alternatives"), answers=held)

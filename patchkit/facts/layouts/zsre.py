@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from patchkit.facts.layouts import Layout, Options, layout, pairs
+from patchkit.facts.layout import Layout, Options, layout, pairs
 from patchkit.facts.record import Record
 from patchkit.facts.schema import Locality
 
@@ -21,6 +21,7 @@ class ZsRE(Layout):
     target_true: str | None = "pred"
     paraphrases = "rephrase"
     id = "case_id"
+    metadata = ("cond", "answers", "alt", "pred")
     drops_trailing_space = True
 
     def __init__(self, options: Options) -> None:
@@ -28,11 +29,6 @@ class ZsRE(Layout):
         if options.zsre_target == "answers":
             # `pred` is often itself one of the true answers here, so it is no counterpart to the target.
             self.target_new, self.target_true = "answers", None
-
-    def true_target(self, record: Record, target: str) -> str | None:
-        """`pred`, unless that is what is taught."""
-        true = super().true_target(record, target)
-        return None if true == target else true
 
     def locality(self, record: Record) -> tuple[Locality, ...]:
         """An unrelated question and its answer."""
