@@ -36,7 +36,7 @@ def apply(
     *,
     onto: Patch | None = None,
     recipe: str | None = None,
-    set: Sequence[str] = (),
+    overrides: Sequence[str] = (),
     text: str | Path | None = None,
     stats: str | Path | None = None,
     progress: Progress = lambda phase, done, total: None,
@@ -54,7 +54,7 @@ def apply(
             well, unless method or recipe say otherwise. A fact that is there already is skipped; one with the prompt
             of an earlier fact and another target supersedes it.
         recipe: a recipe file, or the name of one under recipes/<method>/.
-        set: overrides in the form "key=value", such as "layers=4-8" or "value.steps=30".
+        overrides: what `patchkit apply --set` takes, "key=value" each, such as "layers=4-8" or "value.steps=30".
         text: a UTF-8 text file for the statistics; without it a small English one that comes with patchkit.
         stats: folder for the statistics instead of the user's cache.
         progress: called with (phase, done, total).
@@ -71,7 +71,7 @@ def apply(
         InputError: a fact, the recipe, the text, the model or `onto` cannot be used; the message says which and why.
     """
     check_tokenizer(tokenizer, str(model.config._name_or_path))
-    config = load_recipe(method, recipe, set, onto.manifest.history[-1].recipe if onto else None)
+    config = load_recipe(method, recipe, overrides, onto.manifest.history[-1].recipe if onto else None)
     prepared = prepare(partial(parse_facts, facts), tokenizer, config, onto, unit="positions")
     for note in prepared.notes:
         say(note)

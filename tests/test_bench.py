@@ -48,7 +48,7 @@ def bench(tmp_path: Path, eval_text: Path, watch: Watch) -> Bench:
     """Runs the benchmark on the embedded model, four facts of its world unless told otherwise."""
 
     def run(*methods: str, **more: Any) -> Outcome:
-        usual = {"methods": methods, "edits": 4, "checkpoints": (2,), "settings": QUICK, "eval_text": str(eval_text)}
+        usual = {"methods": methods, "edits": 4, "checkpoints": (2,), "overrides": QUICK, "eval_text": str(eval_text)}
         data, out = more.pop("data", WORLD), more.pop("out", tmp_path / "out")
         model = more.pop("model", FACTWORLD)
         more = {"progress": watch, **more}
@@ -112,7 +112,7 @@ def test_rows_say_what_apply_and_measure_say(bench: Bench, loaded: LoadedModel, 
     facts = patchkit.read_facts(WORLD, limit=4).facts
     for row in outcome.rows[1:]:
         settings = (*QUICK, "batch_size=1")
-        patch = patchkit.apply(loaded.model, loaded.tokenizer, facts[: row.edits], row.method, set=settings)
+        patch = patchkit.apply(loaded.model, loaded.tokenizer, facts[: row.edits], row.method, overrides=settings)
         kept = patchkit.Patch.load(outcome.folder / row.method / str(row.edits))
         assert kept.manifest.digest == patch.manifest.digest
         report = patchkit.measure(loaded.model, loaded.tokenizer, patch, text=eval_text)
@@ -139,7 +139,7 @@ def test_the_unedited_model_is_measured_as_it_is(bench: Bench) -> None:
 
 def test_drift_is_that_of_the_merged_weight(loaded: LoadedModel) -> None:
     facts = patchkit.read_facts(WORLD, limit=2).facts
-    patch = patchkit.apply(loaded.model, loaded.tokenizer, facts, "memit", set=QUICK)
+    patch = patchkit.apply(loaded.model, loaded.tokenizer, facts, "memit", overrides=QUICK)
     found = weight_drift(loaded.model, patch, {})
     arch = inspect_model(load_model(str(FACTWORLD), "cpu", "float64").model)
     assert len(found) == len(patch.updates) > 1
@@ -292,7 +292,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 def done(tmp_path_factory: pytest.TempPathFactory, eval_text: Path) -> Path:
     out = tmp_path_factory.mktemp("done") / "out"
     chosen = ModelChoice(str(FACTWORLD), "cpu", "float32")
-    run_bench(WORLD, chosen, out, methods=["memit"], edits=2, settings=QUICK, eval_text=str(eval_text))
+    run_bench(WORLD, chosen, out, methods=["memit"], edits=2, overrides=QUICK, eval_text=str(eval_text))
     return out
 
 
@@ -308,7 +308,7 @@ def other_model(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (lambda folder: {"settings": (*QUICK, "seed=3")}, "memit after 2 edits is from a run with different recipe"),
+        (lambda folder: {"overrides": (*QUICK, "seed=3")}, "memit after 2 edits is from a run with different recipe"),
         (lambda folder: {"batch_size": 2}, "different recipe"),
         (lambda folder: {"data": str(EXAMPLES / "facts.jsonl")}, "different facts"),
         (lambda folder: {"text": FACTWORLD / "patchkit-eval.txt"}, "different text;"),
@@ -336,7 +336,7 @@ def test_a_saved_patch_of_another_recipe_is_refused(bench: Bench, watch: Watch) 
     watch.stop("measuring", 6, Killed())
     with pytest.raises(Killed):
         bench("memit", checkpoints=())
-    for options, what in (({"settings": (*QUICK, "preserve=20")}, "another recipe"), ({"text": WORLD}, "text")):
+    for options, what in (({"overrides": (*QUICK, "preserve=20")}, "another recipe"), ({"text": WORLD}, "text")):
         with pytest.raises(InputError, match=what):
             bench("memit", checkpoints=(), **options)
 
@@ -349,8 +349,8 @@ def test_a_saved_patch_of_another_recipe_is_refused(bench: Bench, watch: Watch) 
         ({"checkpoints": (3,), "batch_size": 2}, "--checkpoints 3: in the middle of a batch; give a multiple of 2"),
         ({"edits": 500}, r"world.jsonl: 120 facts, and --edits or --checkpoints ask for 500"),
         ({"edits": None, "checkpoints": (500,)}, r"120 facts, .* ask for 500"),
-        ({"settings": ("layers=9",)}, "layers"),
-        ({"settings": ("no_such=1",)}, "no_such"),
+        ({"overrides": ("layers=9",)}, "layers"),
+        ({"overrides": ("no_such=1",)}, "no_such"),
         ({"eval_text": "nowhere.txt"}, "text nowhere.txt: cannot be read"),
     ],
 )

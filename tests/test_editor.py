@@ -257,7 +257,7 @@ def test_the_residual_is_shared_out_over_the_sites(text: Path, monkeypatch: pyte
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_facts_edited_one_after_the_other_all_hold(family: str, text: Path) -> None:
     model, facts = FAMILIES[family](), [ROME, ADA]
-    patch = patchkit.apply(model, tiny_tokenizer(), facts, set=(*LOUD, "layers=2", "batch_size=1"), text=text)
+    patch = patchkit.apply(model, tiny_tokenizer(), facts, overrides=(*LOUD, "layers=2", "batch_size=1"), text=text)
     with patch.attached(model):
         assert exact(model, facts) == [True, True]
 
@@ -284,7 +284,7 @@ def test_facts_of_one_group_share_one_delta() -> None:
 def test_facts_about_one_subject_all_hold(text: Path) -> None:
     model = FAMILIES["llama"]()
     facts = [ROME, {**ROME, "prompt": "I have been to Rome"}, {**ROME, "prompt": "who has been to Rome"}]
-    patch = patchkit.apply(model, tiny_tokenizer(), facts, set=(*LOUD, "layers=1-2"), text=text)
+    patch = patchkit.apply(model, tiny_tokenizer(), facts, overrides=(*LOUD, "layers=1-2"), text=text)
     assert all(t.isfinite().all() for chain in patch.updates.values() for u in chain for t in tensors_of(u).values())
     with patch.attached(model):
         assert exact(model, facts) == [True] * 3
@@ -302,9 +302,9 @@ def test_the_order_of_the_facts_in_a_batch_does_not_matter(method: str, text: Pa
 
 def test_a_fact_that_holds_already_is_left_alone(text: Path) -> None:
     model, settings = FAMILIES["llama"](), (*LOUD, "layers=2", "value.stop_loss=3")
-    first = patchkit.apply(model, tiny_tokenizer(), [ROME], set=(*settings, "value.stop_loss=0.1"), text=text)
+    first = patchkit.apply(model, tiny_tokenizer(), [ROME], overrides=(*settings, "value.stop_loss=0.1"), text=text)
     with first.attached(model):
-        again = patchkit.apply(model, tiny_tokenizer(), [ROME], set=settings, text=text)
+        again = patchkit.apply(model, tiny_tokenizer(), [ROME], overrides=settings, text=text)
     assert first.manifest.facts[0].steps > 0
     assert again.manifest.facts[0].steps == 0
     assert again.manifest.updates[0].norm < 1e-3 * first.manifest.updates[0].norm
@@ -323,7 +323,7 @@ OWN = {
 def test_every_method_edits_in_double_and_half_precision(method: str, dtype: torch.dtype, text: Path) -> None:
     model = FAMILIES["llama"]().to(dtype)
     settings = (*(s for s in LOUD if method == "alphaedit" or "null_energy" not in s), *OWN.get(method, ()))
-    patch = patchkit.apply(model, tiny_tokenizer(), [ROME], method, set=(*settings, "layers=2"), text=text)
+    patch = patchkit.apply(model, tiny_tokenizer(), [ROME], method, overrides=(*settings, "layers=2"), text=text)
     numbers = [t for chain in patch.updates.values() for u in chain for t in tensors_of(u).values()]
     assert {t.dtype for t in numbers if t.is_floating_point()} == {torch.float32}
     with patch.attached(model):
@@ -358,7 +358,7 @@ def test_progress_counts_facts_up_to_all_of_them(text: Path) -> None:
         FAMILIES["llama"](),
         tiny_tokenizer(),
         [ROME, ADA, CURIE],
-        set=("layers=1", "contexts=0", "steps=3", "batch_size=2"),
+        overrides=("layers=1", "contexts=0", "steps=3", "batch_size=2"),
         text=text,
         progress=lambda *step: seen.append(step),
     )

@@ -35,7 +35,7 @@ def test_an_edit_makes_the_target_the_argmax(family: str, text: Path) -> None:
 
     # A norm after the MLP bounds what one layer can say, and the layers above it drown a random model's earlier ones.
     layers = "layers=1-2" if inspect_model(model).sites[0].direct else "layers=3"
-    patch = patchkit.apply(model, tokenizer, [FACT], set=(*SETTINGS, layers), text=text)
+    patch = patchkit.apply(model, tokenizer, [FACT], overrides=(*SETTINGS, layers), text=text)
 
     pair = (FACT["prompt"], FACT["target_new"])
     runner = LayerRunner(inspect_model(model))

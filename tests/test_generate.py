@@ -44,7 +44,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     found = Saved(zoo.save(zoo.FAMILIES["llama"](), tokenizer, folder / "base"), folder / "rome", folder / "ada")
     model = AutoModelForCausalLM.from_pretrained(found.base)
     for fact, out in ((ROME, found.rome), (ADA, found.ada)):
-        patchkit.apply(model, tokenizer, [fact], set=LOUD).save(out)
+        patchkit.apply(model, tokenizer, [fact], overrides=LOUD).save(out)
     return found
 
 

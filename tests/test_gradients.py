@@ -241,7 +241,7 @@ def test_gradients_made_ahead_are_what_apply_and_revert_hand_to_the_method(
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     settings = ("layers=1-2", "contexts=0", "steps=2")
     options: dict[str, Any] = {"stats": tmp_path / "s", "progress": lambda *step: None}
-    patch = patchkit.apply(model, tiny_tokenizer(), [ROME, ADA], "memit", set=settings, **options)
+    patch = patchkit.apply(model, tiny_tokenizer(), [ROME, ADA], "memit", overrides=settings, **options)
     now = "revert"
     patchkit.revert(model, tiny_tokenizer(), patch, [patch.manifest.facts[0].id], **options)
     corpus = read_corpus(checkpoint / "patchkit-text.txt", tiny_tokenizer())
@@ -340,7 +340,7 @@ SETTINGS = {
 
 def applied(method: str, facts: Sequence[dict[str, Any]], onto: Patch | None = None) -> Patch:
     model = FAMILIES["llama"]()
-    return patchkit.apply(model, tiny_tokenizer(), facts, method, onto=onto, set=SETTINGS[method])
+    return patchkit.apply(model, tiny_tokenizer(), facts, method, onto=onto, overrides=SETTINGS[method])
 
 
 def changes(patch: Patch) -> dict[int, Delta]:
@@ -399,7 +399,9 @@ def test_gradients_of_other_methods_residuals_do_not_count(tmp_path: Path) -> No
     """AlphaEdit's residuals stand beside UltraEdit's gradients, and only the latter are normalized by."""
     model, text = FAMILIES["llama"](), tmp_path / "text.txt"
     text.write_text(PACKAGE_TEXT.read_text(encoding="utf-8")[:2500], encoding="utf-8")
-    first = patchkit.apply(model, tiny_tokenizer(), [ROME], set=("layers=1-2", "contexts=1", "steps=3"), text=text)
+    first = patchkit.apply(
+        model, tiny_tokenizer(), [ROME], overrides=("layers=1-2", "contexts=1", "steps=3"), text=text
+    )
     seen: list[LayerProblem] = []
     chosen = methods.get("ultraedit")
 
@@ -410,7 +412,7 @@ def test_gradients_of_other_methods_residuals_do_not_count(tmp_path: Path) -> No
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(methods.available(), "ultraedit", replace(chosen, solve=spy))
         settings = ("layers=1-2", "batch_size=1", "contexts=1", "sweeps=1")
-        patchkit.apply(model, tiny_tokenizer(), [ADA, CURIE], "ultraedit", onto=first, set=settings, text=text)
+        patchkit.apply(model, tiny_tokenizer(), [ADA, CURIE], "ultraedit", onto=first, overrides=settings, text=text)
     before, after = seen[0], seen[2]  # two sites each
     assert before.prior_keys.shape[1] == 1
     assert before.prior_gradients[0].shape[1] == 0

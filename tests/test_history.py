@@ -61,7 +61,7 @@ def make(model: PreTrainedModel, text: Path) -> Make:
     def patch_of(records: Sequence[Record], method: str | None = None, **options: Any) -> Patch:
         options = {"text": text, **options}
         if "onto" not in options:
-            options = {"set": QUICK, **options}
+            options = {"overrides": QUICK, **options}
         return patchkit.apply(model, zoo.tiny_tokenizer(), records, method, **options)
 
     return patch_of
@@ -121,8 +121,8 @@ def test_a_patch_continued_is_the_one_made_in_one_run(
     family: str, method: str, sweeps: int, text: Path, tmp_path: Path
 ) -> None:
     model, tokenizer, settings = zoo.FAMILIES[family](), zoo.tiny_tokenizer(), (*QUICK, f"sweeps={sweeps}")
-    whole = patchkit.apply(model, tokenizer, ALL, method, set=settings, text=text)
-    first = stored(patchkit.apply(model, tokenizer, ALL[:2], method, set=settings, text=text), tmp_path / "p")
+    whole = patchkit.apply(model, tokenizer, ALL, method, overrides=settings, text=text)
+    first = stored(patchkit.apply(model, tokenizer, ALL[:2], method, overrides=settings, text=text), tmp_path / "p")
     second = patchkit.apply(model, tokenizer, ALL[2:], onto=first, text=text)
     assert_same(second, whole)
     if {u.kind for u in whole.manifest.updates} == {"delta"}:  # others are sums, which are rounded when stored
@@ -149,7 +149,7 @@ def test_each_fact_may_have_a_layer_of_its_own(make: Make, less: Make, monkeypat
     chosen = iter([0, 1, 0])
     wilke = replace(methods.get("wilke"), choose=lambda problems, config: next(chosen), one_by_one=False)
     monkeypatch.setitem(methods.available(), "wilke", wilke)
-    patch = make([ROME, ADA, CURIE], "wilke", set=(*QUICK, "batch_size=3"))
+    patch = make([ROME, ADA, CURIE], "wilke", overrides=(*QUICK, "batch_size=3"))
     assert [(fact.id, fact.layers, fact.batch) for fact in patch.manifest.facts] == [
         ("rome", (1,), 0),
         ("curie", (1,), 0),
@@ -162,10 +162,10 @@ def test_each_fact_may_have_a_layer_of_its_own(make: Make, less: Make, monkeypat
 
 def test_mose_may_choose_a_layer_and_edits_its_neighbours_too(make: Make) -> None:
     settings = ("layers=0-2", "choose_layer=true", "contexts=2", "value.steps=6")
-    patch = make([ROME, ADA, CURIE], "mose", set=settings)
+    patch = make([ROME, ADA, CURIE], "mose", overrides=settings)
     layers = [fact.layers or patch.manifest.history[0].layers for fact in patch.manifest.facts]
     assert all(chosen in ((0, 1), (0, 1, 2), (1, 2)) for chosen in layers)
-    together = make([ROME, ADA, CURIE], "mose", set=(*settings[:1], *settings[2:]))
+    together = make([ROME, ADA, CURIE], "mose", overrides=(*settings[:1], *settings[2:]))
     assert [fact.layers for fact in together.manifest.facts] == [(), (), ()]
     more = make([TURING], onto=patch)
     assert len(more.manifest.facts) == 4
@@ -174,8 +174,8 @@ def test_mose_may_choose_a_layer_and_edits_its_neighbours_too(make: Make) -> Non
 def test_in_bfloat16_too(text: Path, tmp_path: Path) -> None:
     """What acts while editing is rounded to the model's dtype: it must be rounded from the numbers that are stored."""
     model, tokenizer = zoo.FAMILIES["llama"]().bfloat16(), zoo.tiny_tokenizer()
-    whole = patchkit.apply(model, tokenizer, ALL, set=QUICK, text=text)
-    first = stored(patchkit.apply(model, tokenizer, ALL[:2], set=QUICK, text=text), tmp_path / "p")
+    whole = patchkit.apply(model, tokenizer, ALL, overrides=QUICK, text=text)
+    first = stored(patchkit.apply(model, tokenizer, ALL[:2], overrides=QUICK, text=text), tmp_path / "p")
     assert patchkit.apply(model, tokenizer, ALL[2:], onto=first, text=text).manifest.digest == whole.manifest.digest
 
 
@@ -184,7 +184,7 @@ def test_contexts_are_those_of_the_last_run_unless_asked_for_anew(make: Make) ->
     run = first.manifest.history[0].model_copy(update={"contexts": ("", "Polish. ")})
     marked = replace(first, manifest=first.manifest.model_copy(update={"history": (run,)}))
     assert make([ADA], onto=marked).manifest.history[1].contexts == ("", "Polish. ")
-    other = make([ADA], onto=marked, set=["seed=1"]).manifest.history[1]
+    other = make([ADA], onto=marked, overrides=["seed=1"]).manifest.history[1]
     assert "Polish. " not in other.contexts
     assert len(other.contexts) == 3
 
@@ -198,7 +198,7 @@ def test_a_fact_that_is_there_already_is_skipped(make: Make) -> None:
 
 
 def test_a_changed_target_supersedes_the_fact(model: PreTrainedModel, make: Make) -> None:
-    first = make([ROME, ADA], set=LOUD)
+    first = make([ROME, ADA], overrides=LOUD)
     new = {**ROME, "id": "rome-2", "target_new": "the"}
     second = make([new], onto=first)
     assert ids(second) == ["ada", "rome-2"]
@@ -223,8 +223,8 @@ def test_an_id_that_another_fact_has_is_refused(make: Make) -> None:
 
 
 def test_another_method_on_other_layers_goes_on_top_and_comes_off_again(make: Make, less: Make) -> None:
-    first = make([ROME, ADA], set=(*QUICK, "layers=0-1"))
-    second = make([CURIE, TURING], "memit", onto=first, set=["layers=1-2", "contexts=1", "value.steps=4"])
+    first = make([ROME, ADA], overrides=(*QUICK, "layers=0-1"))
+    second = make([CURIE, TURING], "memit", onto=first, overrides=["layers=1-2", "contexts=1", "value.steps=4"])
     ranks = {WEIGHT.format(layer): rank for layer, rank in ((0, 2), (1, 4), (2, 2))}
     assert {u.weight: u.rank for u in second.manifest.updates} == ranks
     assert [run.method for run in second.manifest.history] == ["alphaedit", "memit"]
@@ -257,7 +257,7 @@ def test_what_remains_is_solved_anew_without_the_fact(
 
     The residuals are those of the patch itself; the slow test below says how good they are.
     """
-    whole = make(ALL, "memit", set=(*QUICK, f"sweeps={sweeps}"))
+    whole = make(ALL, "memit", overrides=(*QUICK, f"sweeps={sweeps}"))
     found = less(whole, "ada")
     config: Any = load_recipe("memit").method_config()
     runner = LayerRunner(inspect_model(model))
@@ -285,7 +285,7 @@ def test_what_remains_is_solved_anew_without_the_fact(
 def test_the_fact_is_gone_and_the_others_hold(method: str, model: PreTrainedModel, make: Make, less: Make) -> None:
     settings = tuple(setting for setting in LOUD if method == "alphaedit" or "null_energy" not in setting)
     records = [ROME, ADA, TOWN]
-    whole = make(records, method, set=settings)
+    whole = make(records, method, overrides=settings)
     with whole.attached(model):
         assert exact(model, records) == [True] * 3
     found = less(whole, "ada")
@@ -373,7 +373,7 @@ def test_a_text_that_is_not_there_is_asked_for(make: Make, model: PreTrainedMode
 
 
 def test_the_difference_of_two_patches(make: Make) -> None:
-    one, two = make([ROME, ADA]), make([{**ROME, "target_new": "Polish"}, CURIE], set=(*QUICK, "layers=2"))
+    one, two = make([ROME, ADA]), make([{**ROME, "target_new": "Polish"}, CURIE], overrides=(*QUICK, "layers=2"))
     found = difference(one.manifest, two.manifest)
     assert [fact.id for fact in found.only_a] == ["ada"]
     assert [fact.id for fact in found.only_b] == ["curie"]
@@ -477,7 +477,7 @@ def test_a_patch_is_continued_reverted_and_told_about(run: Run, checkpoint: Path
 def test_the_api_gives_the_notes_of_the_command(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     road = {**ROME, "id": "road", "prompt": "all roads lead to Rome", "target_new": "the"}
     notes: list[str] = []
-    patch = make([ROME, ADA, road], say=notes.append, set=(*QUICK[:3], "batch_size=3"))
+    patch = make([ROME, ADA, road], say=notes.append, overrides=(*QUICK[:3], "batch_size=3"))
     (note,) = notes
     assert "facts about one subject in one batch" in note
     assert note.endswith("positions 0, 2 (Rome)")
@@ -545,9 +545,9 @@ def test_what_remains_is_as_good_as_a_patch_made_without_the_facts(method: str) 
     tokenizer = AutoTokenizer.from_pretrained(examples / "factworld")
     facts = patchkit.read_facts(examples / "world.jsonl", limit=20).facts
     gone, kept = facts[::5], [fact for i, fact in enumerate(facts) if i % 5]
-    whole = patchkit.apply(model, tokenizer, facts, method, set=["batch_size=5"])
+    whole = patchkit.apply(model, tokenizer, facts, method, overrides=["batch_size=5"])
     less = patchkit.revert(model, tokenizer, whole, [fact.id for fact in gone])
-    fresh = patchkit.apply(model, tokenizer, kept, method, set=["batch_size=4"])
+    fresh = patchkit.apply(model, tokenizer, kept, method, overrides=["batch_size=4"])
     found, expected = (patchkit.measure(model, tokenizer, patch, kept) for patch in (less, fresh))
     assert expected.efficacy.exact >= 0.9
     for rate in ("efficacy.exact", "generalization.success", "generalization.exact", "locality.success"):

@@ -199,7 +199,7 @@ def test_a_patch_of_any_method_is_saved_loaded_and_merged_unchanged(name: str, t
     text.write_text(PACKAGE_TEXT.read_text(encoding="utf-8")[:2000], encoding="utf-8")
     base = zoo.save(zoo.FAMILIES["llama"](), zoo.tiny_tokenizer(), tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(base).eval()
-    made = patchkit.apply(model, zoo.tiny_tokenizer(), FACTS, name, set=QUICK, text=text)
+    made = patchkit.apply(model, zoo.tiny_tokenizer(), FACTS, name, overrides=QUICK, text=text)
     made.save(tmp_path / "patch")
     loaded = Patch.load(tmp_path / "patch")
     plain, wanted = logits(model), attached(model, made)

@@ -52,7 +52,7 @@ Make = Callable[..., Patch]
 @pytest.fixture
 def make(text: Path) -> Make:
     def patch_of(model: PreTrainedModel, facts: int = 2, *settings: str) -> Patch:
-        return patchkit.apply(model, zoo.tiny_tokenizer(), FACTS[:facts], set=(*QUICK, *settings), text=text)
+        return patchkit.apply(model, zoo.tiny_tokenizer(), FACTS[:facts], overrides=(*QUICK, *settings), text=text)
 
     return patch_of
 

@@ -416,7 +416,7 @@ def saved(tmp_path: Path) -> tuple[Path, Path]:
     fact = {"prompt": "the city of Rome", "subject": "Rome", "target_new": "capital"}
     quick = ("contexts=0", "value.steps=2", "layers=1")
     model = AutoModelForCausalLM.from_pretrained(folder)
-    patchkit.apply(model, zoo.tiny_tokenizer(), [fact], "rome", set=quick).save(tmp_path / "rome")
+    patchkit.apply(model, zoo.tiny_tokenizer(), [fact], "rome", overrides=quick).save(tmp_path / "rome")
     return folder, tmp_path / "rome"
 
 

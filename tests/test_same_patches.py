@@ -44,7 +44,7 @@ def machine() -> str:
 def patch_of(model: Any, tokenizer: Any, method: str, stats: Path) -> dict[str, Any]:
     """One patch of the embedded model, as the file describes it."""
     facts = [json.loads(line) for line in FACTS.read_text().splitlines()[:COUNT]]
-    patch = patchkit.apply(model, tokenizer, facts, method, set=PINNED, stats=stats)
+    patch = patchkit.apply(model, tokenizer, facts, method, overrides=PINNED, stats=stats)
     norms = {f"{update.weight} {update.place}": update.norm for update in patch.manifest.updates}
     return {"digest": patch.manifest.digest, "norms": norms}
 

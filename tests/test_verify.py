@@ -119,7 +119,7 @@ class Attached:
     def __init__(self, model: PreTrainedModel, tokenizer: Any, text: Path) -> None:
         settings = ("layers=2", "contexts=0", "value.clamp=20", "value.steps=60", "kl_weight=0", "null_energy=0.95")
         fact = {"prompt": "the city of Rome", "subject": "Rome", "target_new": "capital"}
-        ((edit,),) = patchkit.apply(model, tokenizer, [fact], set=settings, text=text).updates.values()
+        ((edit,),) = patchkit.apply(model, tokenizer, [fact], overrides=settings, text=text).updates.values()
         generator = torch.Generator().manual_seed(0)
         noise = Delta(torch.randn(HIDDEN, 3, generator=generator), 0.02 * torch.randn(3, INNER, generator=generator))
         self.delta, self.times = Delta.stack([edit, noise]), 0

@@ -61,7 +61,7 @@ def run_bench(
     batch_size: int = 1,
     checkpoints: Sequence[int] = (),
     recipe: str | None = None,
-    settings: Sequence[str] = (),
+    overrides: Sequence[str] = (),
     text: str | None = None,
     eval_text: str | None = None,
     stats: str | None = None,
@@ -76,7 +76,7 @@ def run_bench(
     Args:
         edits: without it the last checkpoint, or else all facts; always a checkpoint itself.
         batch_size: facts solved for together; checkpoints are whole batches, but for the last one.
-        recipe, settings: as in `patchkit.apply`, for all methods alike.
+        recipe, overrides: as in `patchkit.apply`, for all methods alike.
         text, eval_text: plain text for the statistics, and for the perplexity.
         save_every: batches after which a patch is saved on the way to the next checkpoint.
         say: told of every row, with an estimate of the time left.
@@ -84,7 +84,7 @@ def run_bench(
     Raises:
         InputError: anything about the input, or `out` holds results of another configuration; nothing was done then.
     """
-    overrides = (*settings, f"batch_size={batch_size}")
+    overrides = (*overrides, f"batch_size={batch_size}")
     configs = {name: load_recipe(name, recipe, overrides) for name in dict.fromkeys(methods)}
     marks = _checkpoints(checkpoints, edits, batch_size)
     read = _read(data, chosen, marks[-1] if marks else None, zsre_target, skip_bad)
@@ -94,7 +94,7 @@ def run_bench(
     loaded = load_model(chosen.name, chosen.device, chosen.dtype)
     title = f"{PurePath(loaded.name).name}, {PurePath(read.path).name} in batches of {batch_size}"
     bench = Bench(loaded, read.facts, Results(out, title), text, eval_text, progress)
-    options = {"recipe": recipe, "set": overrides, "stats": stats}
+    options = {"recipe": recipe, "overrides": overrides, "stats": stats}
     runs = [MethodRun(bench, name, config, options, save_every) for name, config in configs.items()]
     for run in runs:
         plan(bench.runner.arch, run.config)  # a layer that the model does not have

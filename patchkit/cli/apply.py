@@ -84,7 +84,7 @@ def command(
     usual = own_folder(onto) if onto else Path(f"{Path(facts).stem if facts != '-' else 'stdin'}-patch")
     folder = Path(out) if out else usual
     short = {"layers": layers, "batch_size": batch_size, "seed": seed}
-    settings = (*overrides, *(f"{key}={value}" for key, value in short.items() if value is not None))
+    overrides = (*overrides, *(f"{key}={value}" for key, value in short.items() if value is not None))
     refuse_place(folder)
     after = _After(merged, repo, gates.within(Gates.published()) if merged or repo else gates, stats, as_json)
     after.check(folder)
@@ -96,7 +96,7 @@ def command(
             onto=onto,
             method=method,
             recipe=recipe,
-            settings=settings,
+            overrides=overrides,
             text=text,
             stats=stats,
             zsre_target=zsre_target,

@@ -88,7 +88,7 @@ def command(
             batch_size=batch_size,
             checkpoints=checkpoints,
             recipe=recipe,
-            settings=(*overrides, *([] if seed is None else [f"seed={seed}"])),
+            overrides=(*overrides, *([] if seed is None else [f"seed={seed}"])),
             text=text,
             eval_text=eval_text,
             stats=stats,

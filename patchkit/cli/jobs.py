@@ -62,7 +62,7 @@ def apply_file(
     onto: str | None,
     method: str | None,
     recipe: str | None,
-    settings: tuple[str, ...],
+    overrides: tuple[str, ...],
     text: str | None,
     stats: str | None,
     zsre_target: Any,
@@ -80,7 +80,7 @@ def apply_file(
     """
     earlier = Patch.load(onto) if onto else None
     # A bad recipe or fact file should not wait for a model to load.
-    config = load_recipe(method, recipe, settings, earlier.manifest.history[-1].recipe if earlier else None)
+    config = load_recipe(method, recipe, overrides, earlier.manifest.history[-1].recipe if earlier else None)
     chosen = choose(earlier.manifest.base.name if earlier else None)
     read = partial(read_facts, facts, zsre_target=zsre_target, skip_bad=skip_bad)
     prepared = prepare(read, load_tokenizer(chosen.name), config, earlier)

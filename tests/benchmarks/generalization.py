@@ -89,7 +89,9 @@ def row(model: Any, tokenizer: Any, facts: Sequence[Fact], name: str, options: a
     """One line of the table."""
     change, settings = VARIANTS[name]
     with replaced.object(editor, "make_contexts", lambda *given: change(make_contexts(*given), texts_before(*given))):
-        made = patchkit.apply(model, tokenizer, facts, options.method, set=[*settings, *options.set], text=options.text)
+        made = patchkit.apply(
+            model, tokenizer, facts, options.method, overrides=[*settings, *options.set], text=options.text
+        )
     prompts = {ESSENCE.format(fact.subject): fact for fact in facts}
     leaks = [Fact(id=p, prompt=p, subject=f.subject, target_new=f.target_new) for p, f in prompts.items()]
     report = patchkit.measure(model, tokenizer, made, [*facts, *leaks], text=options.eval_text)
