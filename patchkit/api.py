@@ -22,7 +22,7 @@ from patchkit.patch.patch import Patch
 from patchkit.runs.execute import run, take_out
 from patchkit.runs.prepare import prepare
 from patchkit.runs.workspace import Workspace
-from patchkit.statistics.moments import default_text, read_corpus, window_of
+from patchkit.statistics.corpus import default_text, read_corpus, window_of
 
 EVAL_TOKENS, EVAL_WINDOW = 4096, 512
 _log = logging.getLogger("patchkit")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from patchkit.statistics.moments import WINDOW
+from patchkit.statistics.corpus import WINDOW
 from tests.benchmarks import (
     adaedit,
     earlier_edits,

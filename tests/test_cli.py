@@ -19,8 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from patchkit.cli import main
-from patchkit.statistics import moments as stats_module
-from patchkit.statistics.moments import PACKAGE_TEXT
+from patchkit.statistics.corpus import PACKAGE_TEXT
 from tests import zoo
 
 # Random weights carry nothing from one position to the next, so the subject ends each prompt.
@@ -626,11 +625,9 @@ def test_statistics_made_ahead_are_what_apply_uses(
     ]
     assert f"{zoo.INNER} x {zoo.INNER} from " in ended.out
 
-    def recompute(*args: object) -> None:
-        raise AssertionError("computed again")
-
-    monkeypatch.setattr(stats_module, "_compute", recompute)
+    made = {file: file.stat().st_mtime_ns for file in Path("s").rglob("*.safetensors")}
     assert run("apply", "facts.jsonl", "--model", model, "--layers", "2", "--stats", "s", "--out", "p").status == 0
+    assert {file: file.stat().st_mtime_ns for file in Path("s").rglob("*.safetensors")} == made
 
 
 # --- the program as a whole -------------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ from patchkit.methods import LayerProblem
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import live_deltas
-from patchkit.statistics.moments import PACKAGE_TEXT, read_corpus, statistics
+from patchkit.statistics.corpus import PACKAGE_TEXT, read_corpus
+from patchkit.statistics.moments import statistics
 from tests.zoo import FAMILIES, HIDDEN, tiny_tokenizer
 
 CONTEXTS = ("", "The engineer said that. ")

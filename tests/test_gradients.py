@@ -18,9 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import patchkit
 from patchkit import methods
 from patchkit.cli import cli
-from patchkit.editing import gradients
 from patchkit.editing.editor import frozen
-from patchkit.editing.gradients import TargetLoss, TextGradient, text_gradients
+from patchkit.editing.gradients import TargetLoss
 from patchkit.errors import InputError
 from patchkit.facts.reader import parse_facts
 from patchkit.facts.requests import EditRequest, build_request
@@ -33,8 +32,10 @@ from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.weights import oriented, read_weight
 from patchkit.patch.patch import Patch
-from patchkit.statistics import moments as stats
-from patchkit.statistics.moments import PACKAGE_TEXT, Corpus, read_corpus
+from patchkit.statistics import passes
+from patchkit.statistics import text_gradients as text_gradients_module
+from patchkit.statistics.corpus import PACKAGE_TEXT, Corpus, read_corpus
+from patchkit.statistics.text_gradients import TextGradient, text_gradients
 from tests.zoo import FAMILIES, save, tiny_tokenizer
 
 ROME = {"prompt": "the city of Rome", "subject": "Rome", "target_new": "capital"}
@@ -131,8 +132,8 @@ def test_the_loss_of_a_change_and_its_gradient_are_those_of_a_changed_weight(fam
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Corpus:
     """Some twenty windows in three batches, the last window shorter."""
-    monkeypatch.setattr(stats, "BATCH", 8 * 96)
-    monkeypatch.setattr(gradients, "WINDOW", 96)
+    monkeypatch.setattr(passes, "BATCH", 8 * 96)
+    monkeypatch.setattr(text_gradients_module, "WINDOW", 96)
     file = tmp_path / "text.txt"
     file.write_text(PACKAGE_TEXT.read_text(encoding="utf-8")[:2500], encoding="utf-8")
     return read_corpus(file, tiny_tokenizer(), window=96)
@@ -183,28 +184,24 @@ def test_a_texts_gradient_is_computed_once_and_again_for_other_weights_above(cor
     assert not torch.equal(first[0].left, other[0].left)
 
 
-def test_an_interrupted_gradient_goes_on_where_it_stopped(
-    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, accumulate, batches = FAMILIES["llama"](), gradients._accumulate, list[int]()
+def test_an_interrupted_gradient_goes_on_where_it_stopped(corpus: Corpus, tmp_path: Path) -> None:
+    model, seen = FAMILIES["llama"](), list[int]()
 
-    def stopping(*args: Any) -> None:
-        batches.append(len(args[2]))
-        if len(batches) == 2:
+    def stop_in_the_second_of_three(done: int, total: int) -> None:
+        if done:
             raise KeyboardInterrupt
-        accumulate(*args)
 
     whole = of_text(model, corpus, tmp_path / "whole")
-    monkeypatch.setattr(gradients, "_accumulate", stopping)
     with pytest.raises(KeyboardInterrupt):
-        of_text(model, corpus, tmp_path / "s")
-    found = of_text(model, corpus, tmp_path / "s")
-    assert len(batches) == 4  # the second of three twice
+        of_text(model, corpus, tmp_path / "s", progress=stop_in_the_second_of_three)
+    found = of_text(model, corpus, tmp_path / "s", progress=lambda done, total: seen.append(done))
+    assert len(seen) == 3
+    assert seen[0] > 0
     assert all(torch.equal(found[layer].left, whole[layer].left) for layer in whole)
 
 
 def test_a_long_text_counts_by_its_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Corpus) -> None:
-    monkeypatch.setattr(gradients, "TEXT_TOKENS", 200)
+    monkeypatch.setattr(text_gradients_module, "TEXT_TOKENS", 200)
     model, beginning = FAMILIES["llama"](), replace(corpus, windows=corpus.windows[:2])
     assert corpus.tokens > 400
     found, expected = of_text(model, corpus, tmp_path / "a"), of_text(model, beginning, tmp_path / "b")
@@ -226,10 +223,6 @@ def test_gradients_made_ahead_are_what_apply_and_revert_hand_to_the_method(
     assert ended.exit_code == 0, ended.output
     assert re.findall(r"layers\.(\d)\..* gradient of rank (\d+)", ended.output) == [("1", "32"), ("2", "32")]
 
-    def recompute(*args: object) -> None:
-        raise AssertionError("computed again")
-
-    monkeypatch.setattr(gradients, "_compute", recompute)
     seen: dict[str, list[LayerProblem]] = {"apply": [], "revert": []}
     asking, now = replace(methods.get("memit"), needs_gradients=True), "apply"
 
@@ -238,9 +231,13 @@ def test_gradients_made_ahead_are_what_apply_and_revert_hand_to_the_method(
         return asking.solve(problem, config)
 
     monkeypatch.setitem(methods.available(), "memit", replace(asking, solve=spy))
+
+    def not_again(phase: str, done: int, total: int) -> None:
+        assert phase not in ("statistics", "gradients"), "computed again"
+
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     settings = ("layers=1-2", "contexts=0", "steps=2")
-    options: dict[str, Any] = {"stats": tmp_path / "s", "progress": lambda *step: None}
+    options: dict[str, Any] = {"stats": tmp_path / "s", "progress": not_again}
     patch = patchkit.apply(model, tiny_tokenizer(), [ROME, ADA], "memit", overrides=settings, **options)
     now = "revert"
     patchkit.revert(model, tiny_tokenizer(), patch, [patch.manifest.facts[0].id], **options)

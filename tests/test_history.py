@@ -26,7 +26,8 @@ from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.patch.history import choose_facts, difference, sort_incoming
 from patchkit.patch.manifest import EditedFact
-from patchkit.statistics.moments import PACKAGE_TEXT, read_corpus, statistics
+from patchkit.statistics.corpus import PACKAGE_TEXT, read_corpus
+from patchkit.statistics.moments import statistics
 from tests import zoo
 
 Record = dict[str, Any]

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,13 @@ from patchkit.maths.linalg import Delta
 from patchkit.maths.rotations import Rotation
 from patchkit.maths.rounding import Feedback, RoundingMetric
 from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner
 from patchkit.model.weights import disk_name, tensor_digest, weight_digest
 from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
 from patchkit.patch.patch import Patch, updates_digest
+from patchkit.statistics.corpus import PACKAGE_TEXT, Corpus, read_corpus
+from patchkit.statistics.moments import digests_below, origin_of, statistics, tensors_of
+from patchkit.statistics.store import StatisticsStore
 from tests.benchmarks import merge as benchmark
 from tests.zoo import FAMILIES, tiny_tokenizer
 
@@ -386,29 +391,93 @@ def test_columns_that_share_one_large_direction_are_rounded_stably() -> None:
     assert ours.norm() < 3 * nearest.norm()
 
 
-def test_statistics_are_read_and_used(tmp_path: Path) -> None:
+def made_of(base: Path, text: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[LayerRunner, Corpus]:
+    return LayerRunner(inspect_model(load(base, dtype))), read_corpus(text, tiny_tokenizer())
+
+
+def noted(patch: Patch, corpus: Corpus) -> Patch:
+    """The patch of a run that says it took its statistics from `corpus`."""
+    run = patch.manifest.history[-1].model_copy(update={"text": corpus.record})
+    return replace(patch, manifest=patch.manifest.model_copy(update={"history": (run,)}))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text(PACKAGE_TEXT.read_text(encoding="utf-8")[:1500], encoding="utf-8")
+    return file
+
+
+def test_statistics_are_read_and_used(tmp_path: Path, text: Path) -> None:
     base = checkpoint(tmp_path / "base", dtype=torch.bfloat16)
-    patch = random_patch(base, size=1e-2)
-    for i, name in enumerate(patch.updates):
-        d_in = patch.updates[name][0].right.shape[1]
-        vectors, _ = torch.linalg.qr(torch.randn(d_in, d_in, generator=torch.Generator().manual_seed(i)))
-        values = torch.arange(d_in, 0, -1.0, dtype=torch.float64).reciprocal() ** 2
-        tensors = {
-            "second_moment": (vectors * values.float()) @ vectors.T,
-            "eigenvalues": values,
-            "eigenvectors": vectors,
-        }
-        (tmp_path / "stats" / "leaf").mkdir(parents=True, exist_ok=True)
-        save_file(
-            {k: v.contiguous() for k, v in tensors.items()},
-            tmp_path / "stats" / "leaf" / f"{name}-{'0' * 16}.safetensors",
-        )
+    patch, (runner, corpus) = random_patch(base, size=1e-2), made_of(base, text)
+    model: PreTrainedModel = runner.arch.model
+    store, below = StatisticsStore(tmp_path / "stats"), digests_below(model, runner.arch.layers_name, 2)
+    for layer in (1, 2):
+        site = runner.arch.sites[layer]
+        vectors, _ = torch.linalg.qr(torch.randn(site.d_in, site.d_in, generator=torch.Generator().manual_seed(layer)))
+        values = torch.arange(site.d_in, 0, -1.0).reciprocal() ** 2
+        store.save(origin_of(site, corpus, below[layer]), tensors_of((vectors * values) @ vectors.T))
     merged = merge([patch], base, tmp_path / "out", statistics=tmp_path / "stats")
     for tensor in merged.tensors:
         assert tensor.statistics is not None
         assert tensor.text_error < 0.7 * tensor.text_error_nearest
     with pytest.raises(InputError, match=r"--stats .*none for"):
         merge([patch], base, tmp_path / "other", statistics=tmp_path / "base")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_vision"])
+def test_the_statistics_of_apply_are_found_in_the_cache_whatever_dtypes_there_are(
+    family: str, tmp_path: Path, text: Path
+) -> None:
+    base = checkpoint(tmp_path / "base", family, dtype=torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        runner, corpus = made_of(base, text, dtype)
+        statistics(runner, runner.arch.sites[1:3], corpus)
+    notes: list[str] = []
+    merged = merge([noted(random_patch(base), corpus)], base, tmp_path / "out", say=notes.append)
+    assert not notes
+    stored = [next((tmp_path / "cache").rglob(str(tensor.statistics))) for tensor in merged.tensors]
+    assert {file.parent.name.rpartition("-")[2] for file in stored} == {"float64"}
+
+
+def test_statistics_of_another_model_are_not_used(tmp_path: Path, text: Path) -> None:
+    """Also where it has the same edited weights and differs in one below."""
+    base = checkpoint(tmp_path / "base", dtype=torch.bfloat16)
+    runner, corpus = made_of(base, text)
+    with torch.no_grad():
+        runner.arch.model.get_parameter("model.layers.0.mlp.up_proj.weight")[0, 0] += 1
+    statistics(runner, runner.arch.sites[1:3], corpus)
+    statistics(runner, runner.arch.sites[1:3], corpus, tmp_path / "stats")
+    patch, notes = noted(random_patch(base), corpus), list[str]()
+    merged = merge([patch], base, tmp_path / "out", say=notes.append)
+    assert [tensor.statistics for tensor in merged.tensors] == [None, None]
+    assert [note for note in notes if "no statistics for model.layers.1" in note]
+    with pytest.raises(InputError, match=r"--stats .*those of other models for"):
+        merge([patch], base, tmp_path / "other", statistics=tmp_path / "stats")
+
+
+def test_statistics_by_another_tokenizer_are_not_used(tmp_path: Path, text: Path) -> None:
+    base = checkpoint(tmp_path / "base", dtype=torch.bfloat16)
+    runner, corpus = made_of(base, text)
+    statistics(runner, runner.arch.sites[1:3], corpus)
+    other = replace(corpus, windows=tuple(window[::-1] for window in corpus.windows))
+    for asked, found in ((other, False), (corpus, True)):
+        merged = merge([noted(random_patch(base), asked)], base, tmp_path / f"out{found}")
+        assert [tensor.statistics is not None for tensor in merged.tensors] == [found, found]
+
+
+def test_damaged_statistics_are_not_used(tmp_path: Path, text: Path) -> None:
+    base, notes = checkpoint(tmp_path / "base", dtype=torch.bfloat16), list[str]()
+    runner, corpus = made_of(base, text)
+    statistics(runner, runner.arch.sites[1:3], corpus)
+    file = next((tmp_path / "cache").rglob("model.layers.1.*"))
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    merged = merge([noted(random_patch(base), corpus)], base, tmp_path / "out", say=notes.append)
+    assert [tensor.statistics is None for tensor in merged.tensors] == [True, False]
+    assert [note for note in notes if file.name in note and "damaged" in note]
 
 
 def test_memory_stays_below_two_tensors_and_a_constant(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from patchkit.methods.prune import PruneConfig, damped
 from patchkit.methods.rome import RomeConfig, rome
 from patchkit.methods.sphere import principal_directions
 from patchkit.patch.patch import Patch
-from patchkit.statistics.moments import PACKAGE_TEXT
+from patchkit.statistics.corpus import PACKAGE_TEXT
 from tests import zoo
 
 D_OUT, D_IN = 12, 20

@@ -16,7 +16,7 @@ from patchkit.cli import main
 from patchkit.evaluate.metrics import GROUPS, Found, Gate, Group, Metric, Trial, register
 from patchkit.patch.card import cell
 from patchkit.patch.patch import read_manifest
-from patchkit.statistics.moments import PACKAGE_TEXT
+from patchkit.statistics.corpus import PACKAGE_TEXT
 from tests import zoo
 
 FACTS = (

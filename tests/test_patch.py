@@ -16,7 +16,7 @@ import patchkit
 from patchkit import InputError, Patch
 from patchkit.model.arch import inspect_model
 from patchkit.model.weights import read_weight, weight_digest
-from patchkit.statistics.moments import PACKAGE_TEXT
+from patchkit.statistics.corpus import PACKAGE_TEXT
 from tests import zoo
 
 FACTS = [

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,8 +19,10 @@ from patchkit.errors import InputError
 from patchkit.maths.linalg import Covariance
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
-from patchkit.statistics import moments as stats
-from patchkit.statistics.moments import PACKAGE_TEXT, Corpus, read_corpus, statistics
+from patchkit.statistics import passes
+from patchkit.statistics.corpus import PACKAGE_TEXT, Corpus, read_corpus, window_of
+from patchkit.statistics.moments import statistics
+from patchkit.statistics.store import StatisticsStore
 from tests.zoo import FAMILIES, LAYERS, tiny_tokenizer
 
 LAST = 2
@@ -34,7 +39,7 @@ def text(tmp_path: Path) -> Path:
 @pytest.fixture
 def corpus(text: Path, monkeypatch: pytest.MonkeyPatch) -> Corpus:
     """Some twenty windows, the last one shorter: three batches."""
-    monkeypatch.setattr(stats, "BATCH", 8 * 96)
+    monkeypatch.setattr(passes, "BATCH", 8 * 96)
     return read_corpus(text, tiny_tokenizer(), window=96)
 
 
@@ -45,17 +50,18 @@ def computed(
     return statistics(runner, [runner.arch.sites[i] for i in layers], corpus, folder, **more)
 
 
-def counting(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The layers of every computation from now on."""
-    calls: list[tuple[int, ...]] = []
-    compute = stats._compute
+@contextmanager
+def watched(folder: Path) -> Iterator[list[int]]:
+    """The layers whose statistics were written to `folder` inside the block, once it is over."""
 
-    def counted(runner: LayerRunner, sites: Any, *args: Any) -> None:
-        calls.append(tuple(site.layer for site in sites))
-        compute(runner, sites, *args)
+    def files() -> dict[Path, tuple[int, int]]:
+        return {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in folder.rglob("*.safetensors")}
 
-    monkeypatch.setattr(stats, "_compute", counted)
-    return calls
+    before, written = files(), list[int]()
+    yield written
+    new = {file for file, stamp in files().items() if before.get(file) != stamp}
+    written += [entry.origin.layer for entry in StatisticsStore(folder).entries("second_moments") if entry.file in new]
+    written.sort()
 
 
 def second_moment(model: PreTrainedModel, module: torch.nn.Module, corpus: Corpus) -> Tensor:
@@ -122,32 +128,30 @@ def test_each_site_is_the_same_alone_and_with_others(corpus: Corpus, tmp_path: P
 
 
 @contextmanager
-def interrupted_at(nth: int) -> Iterator[None]:
-    """Ctrl-C while the nth key matrix is being added: in the middle of a batch, one site done and the other not."""
-    adder, calls = stats._adder, 0
+def interrupted_at(model: PreTrainedModel, nth: int) -> Iterator[None]:
+    """Ctrl-C just before the nth key matrix of the pass: in the middle of a batch, one site done and the other not."""
+    calls = 0
 
-    def stopping(sums: dict[int, Tensor], layer: int) -> Callable[[Tensor, Tensor], None]:
-        add = adder(sums, layer)
+    def stop(_: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal calls
+        calls += len(args[0]) > 1  # inspecting the model reads single rows
+        if calls == nth and len(args[0]) > 1:
+            raise KeyboardInterrupt
 
-        def hook(keys: Tensor, output: Tensor) -> None:
-            nonlocal calls
-            calls += 1
-            if calls == nth:
-                raise KeyboardInterrupt
-            add(keys, output)
-
-        return hook
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(stats, "_adder", stopping)
+    sites = inspect_model(model).sites
+    handles = [sites[layer].module.register_forward_pre_hook(stop) for layer in (FIRST, LAST)]
+    try:
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @pytest.mark.parametrize("nth", [1, 2, 3, 4, 5])
 def test_an_interrupted_run_goes_on_where_it_stopped(corpus: Corpus, tmp_path: Path, nth: int) -> None:
     model = FAMILIES["llama"]()
     whole = computed(model, corpus, tmp_path / "whole")
-    with interrupted_at(nth), pytest.raises(KeyboardInterrupt):
+    with interrupted_at(model, nth), pytest.raises(KeyboardInterrupt):
         computed(model, corpus, tmp_path / "s")
     seen: list[int] = []
     resumed = computed(model, corpus, tmp_path / "s", progress=lambda done, total: seen.append(done))
@@ -169,7 +173,7 @@ def test_an_interrupt_between_batches(corpus: Corpus, tmp_path: Path) -> None:
 
 def test_what_was_saved_for_other_weights_is_not_resumed(corpus: Corpus, tmp_path: Path) -> None:
     model = FAMILIES["llama"]()
-    with interrupted_at(4), pytest.raises(KeyboardInterrupt):
+    with interrupted_at(model, 4), pytest.raises(KeyboardInterrupt):
         computed(model, corpus, tmp_path / "s")
     nudge(model, "model.layers.0.mlp.up_proj.weight")
     assert same(computed(model, corpus, tmp_path / "s"), computed(model, corpus, tmp_path / "whole"))
@@ -183,21 +187,21 @@ def nudge(model: PreTrainedModel, name: str) -> None:
         model.get_parameter(name).view(-1)[7] += 0.5
 
 
-def test_a_second_run_computes_nothing(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = counting(monkeypatch)
-    first = computed(FAMILIES["llama"](), corpus, tmp_path / "s")
-    again = computed(FAMILIES["llama"](), corpus, tmp_path / "s")
-    assert calls == [(FIRST, LAST)]
+def test_a_second_run_computes_nothing(corpus: Corpus, tmp_path: Path) -> None:
+    with watched(tmp_path / "s") as written:
+        first = computed(FAMILIES["llama"](), corpus, tmp_path / "s")
+    assert written == [FIRST, LAST]
+    with watched(tmp_path / "s") as written:
+        again = computed(FAMILIES["llama"](), corpus, tmp_path / "s")
+    assert not written
     assert same(first, again)
 
 
-def test_only_the_sites_that_are_missing_are_computed(
-    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = counting(monkeypatch)
-    for layers in ((FIRST,), (FIRST, LAST)):
-        computed(FAMILIES["llama"](), corpus, tmp_path / "s", layers)
-    assert calls == [(FIRST,), (LAST,)]
+def test_only_the_sites_that_are_missing_are_computed(corpus: Corpus, tmp_path: Path) -> None:
+    for layers, missing in (((FIRST,), [FIRST]), ((FIRST, LAST), [LAST])):
+        with watched(tmp_path / "s") as written:
+            computed(FAMILIES["llama"](), corpus, tmp_path / "s", layers)
+        assert written == missing
 
 
 DECIDES = {
@@ -208,35 +212,28 @@ DECIDES = {
 
 
 @pytest.mark.parametrize(("family", "name"), [(family, name) for family, names in DECIDES.items() for name in names])
-def test_changed_weights_below_a_site_are_noticed(
-    family: str, name: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = counting(monkeypatch)
+def test_changed_weights_below_a_site_are_noticed(family: str, name: str, corpus: Corpus, tmp_path: Path) -> None:
     model = FAMILIES[family]()
     computed(model, corpus, tmp_path / "s")
     nudge(model, name)
-    again = computed(model, corpus, tmp_path / "s")
-    assert LAST in calls[1]
+    with watched(tmp_path / "s") as written:
+        again = computed(model, corpus, tmp_path / "s")
+    assert LAST in written
     expected = second_moment(model, inspect_model(model).sites[LAST].module, corpus)
     assert float((again[LAST].matrix - expected).norm() / expected.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["model.layers.3.mlp.up_proj.weight", "model.layers.3.input_layernorm.weight"])
-def test_changed_weights_above_the_last_site_do_not_matter(
-    name: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = counting(monkeypatch)
+def test_changed_weights_above_the_last_site_do_not_matter(name: str, corpus: Corpus, tmp_path: Path) -> None:
     model = FAMILIES["llama"]()
     computed(model, corpus, tmp_path / "s")
     nudge(model, name)
-    computed(model, corpus, tmp_path / "s")
-    assert len(calls) == 1
+    with watched(tmp_path / "s") as written:
+        computed(model, corpus, tmp_path / "s")
+    assert not written
 
 
-def test_text_tokens_window_and_dtype_are_part_of_the_key(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = counting(monkeypatch)
+def test_text_tokens_window_tokenizer_and_dtype_are_part_of_the_key(text: Path, tmp_path: Path) -> None:
     model, tokenizer = FAMILIES["llama"](), tiny_tokenizer()
     other = tmp_path / "other.txt"
     other.write_text(text.read_text(encoding="utf-8") + "More.", encoding="utf-8")
@@ -245,19 +242,100 @@ def test_text_tokens_window_and_dtype_are_part_of_the_key(
         read_corpus(other, tokenizer),
         read_corpus(text, tokenizer, tokens=500),
         read_corpus(text, tokenizer, window=64),
+        read_corpus(text, backwards(tokenizer)),
     ):
-        computed(model, corpus, tmp_path / "s")
-    computed(model.bfloat16(), corpus, tmp_path / "s")
-    assert len(calls) == 5
+        with watched(tmp_path / "s") as written:
+            computed(model, corpus, tmp_path / "s")
+        assert written == [FIRST, LAST]
+    with watched(tmp_path / "s") as written:
+        computed(model.bfloat16(), corpus, tmp_path / "s")
+    assert written == [FIRST, LAST]
 
 
-def test_damaged_statistics_are_refused_by_name(corpus: Corpus, tmp_path: Path) -> None:
-    model = FAMILIES["llama"]()
-    computed(model, corpus, tmp_path / "s")
-    file = next((tmp_path / "s").rglob("model.layers.1.*.safetensors"))
+def backwards(tokenizer: Any) -> Any:
+    """Another tokenizer, with as many tokens for every text."""
+
+    def encode(text: str, **options: Any) -> dict[str, list[int]]:
+        ids = tokenizer(text, **options)["input_ids"]
+        return {"input_ids": ids if text == "a" else ids[::-1]}
+
+    encode.bos_token_id = tokenizer.bos_token_id  # type: ignore[attr-defined]
+    return encode
+
+
+def flipped(file: Path, at: float) -> None:
+    """One bit of a file, `at` from 0 to 1 of its length."""
+    content = bytearray(file.read_bytes())
+    content[int(at * (len(content) - 1))] ^= 16
+    file.write_bytes(content)
+
+
+def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(InputError, match=f"{file.name}: damaged statistics .*; delete the file"):
+
+
+def zeroed(file: Path) -> None:
+    """Well-formed, but with other eigenvalues than were computed."""
+    tensors = load_file(file)
+    with safe_open(file, "pt") as stored:
+        notes = stored.metadata()
+    save_file({**tensors, "eigenvalues": torch.zeros_like(tensors["eigenvalues"])}, file, notes)
+
+
+DAMAGE = {
+    "cut": cut,
+    "zeroed": zeroed,
+    **{f"bit at {at}": partial(flipped, at=at) for at in (0.0, 0.0001, 0.001, 0.01, 0.3, 0.6, 0.9, 1.0)},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_statistics_are_computed_again(damage: str, corpus: Corpus, tmp_path: Path) -> None:
+    model = FAMILIES["llama"]()
+    whole = computed(model, corpus, tmp_path / "s")
+    file = next((tmp_path / "s").rglob("model.layers.1.*.safetensors"))
+    DAMAGE[damage](file)
+    with pytest.warns(UserWarning, match="damaged statistics"), watched(tmp_path / "s") as written:
+        again = computed(model, corpus, tmp_path / "s")
+    assert written == [FIRST]
+    assert same(again, whole)
+    assert same(computed(model, corpus, tmp_path / "s"), whole)
+
+
+def test_damaged_sums_are_not_resumed(corpus: Corpus, tmp_path: Path) -> None:
+    model = FAMILIES["llama"]()
+    whole = computed(model, corpus, tmp_path / "whole")
+    with interrupted_at(model, 4), pytest.raises(KeyboardInterrupt):
         computed(model, corpus, tmp_path / "s")
+    (file,) = (tmp_path / "s").rglob("partial-*")
+    flipped(file, 0.5)
+    with pytest.warns(UserWarning, match="damaged statistics"):
+        assert same(computed(model, corpus, tmp_path / "s"), whole)
+
+
+def test_statistics_under_anothers_name_are_not_taken(corpus: Corpus, tmp_path: Path) -> None:
+    model = FAMILIES["llama"]()
+    whole = computed(model, corpus, tmp_path / "s")
+    first, last = (next((tmp_path / "s").rglob(f"model.layers.{layer}.*.safetensors")) for layer in (FIRST, LAST))
+    first.write_bytes(last.read_bytes())
+    with pytest.warns(UserWarning, match="statistics of something else"):
+        assert same(computed(model, corpus, tmp_path / "s"), whole)
+
+
+def test_what_killed_and_interrupted_runs_left_is_removed(corpus: Corpus, tmp_path: Path) -> None:
+    model, root = FAMILIES["llama"](), tmp_path / "s"
+    with interrupted_at(model, 4), pytest.raises(KeyboardInterrupt):
+        computed(model, corpus, root)
+    (left,) = root.rglob("partial-*")
+    for layer in (FIRST, LAST):  # finished otherwise: not both at once
+        computed(model, corpus, root, (layer,))
+    half = left.with_name(".model.layers.1.mlp.down_proj.weight.second_moments-0.safetensors.a1b2c3")
+    abandoned = left.with_name("partial-0123456789abcdef.safetensors")
+    for file in (half, abandoned):
+        file.write_bytes(b"half")
+    computed(model, corpus, root, (0,))
+    assert not [file for file in (left, half, abandoned) if file.exists()]
+    assert len(list(root.rglob("*.safetensors"))) == 3
 
 
 # --- the text ---------------------------------------------------------------------------------------------------------
@@ -286,6 +364,6 @@ def test_a_file_without_text_is_refused(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_window_fits_the_positions_of_the_model() -> None:
-    assert stats.window_of(FAMILIES["gpt2"](), 512) == 256
-    assert stats.window_of(FAMILIES["gpt2"](), 100) == 100
-    assert stats.window_of(FAMILIES["gemma3_vision"](), 512) == 256
+    assert window_of(FAMILIES["gpt2"](), 512) == 256
+    assert window_of(FAMILIES["gpt2"](), 100) == 100
+    assert window_of(FAMILIES["gemma3_vision"](), 512) == 256

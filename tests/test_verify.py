@@ -25,7 +25,7 @@ from patchkit.maths.linalg import Delta
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import live_deltas
-from patchkit.statistics.moments import PACKAGE_TEXT, read_corpus
+from patchkit.statistics.corpus import PACKAGE_TEXT, read_corpus
 from tests.zoo import FAMILIES, HIDDEN, INNER, tiny_tokenizer
 
 PROMPTS = ("The capital of France is", "the city of Rome", "Ada Lovelace was born in", "who")

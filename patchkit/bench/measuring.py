@@ -24,7 +24,7 @@ from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import LoadedModel
 from patchkit.model.weights import model_digest
-from patchkit.statistics.moments import default_text, read_corpus, window_of
+from patchkit.statistics.corpus import default_text, read_corpus, window_of
 
 
 class Bench:

@@ -166,7 +166,7 @@ class MethodRun:
             return "other facts"
         if any(run.recipe_digest != self.config.digest() for run in manifest.history):
             return "another recipe"
-        if not all(self.bench.corpus.is_from(run.text) for run in manifest.history):
+        if not all(self.bench.corpus.record.same_reading(run.text) for run in manifest.history):
             return "another text for the statistics"
         return None
 

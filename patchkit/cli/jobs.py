@@ -11,7 +11,6 @@ from typing import Any
 
 from patchkit.api import measure, measure_in
 from patchkit.editing.editor import Progress, frozen
-from patchkit.editing.gradients import text_gradients
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
 from patchkit.evaluate.readings import read_targets
@@ -27,7 +26,9 @@ from patchkit.patch.patch import Patch
 from patchkit.runs.execute import SMALL_TEXT, run, take_out
 from patchkit.runs.prepare import count_tokens, prepare, shortened
 from patchkit.runs.workspace import Workspace
-from patchkit.statistics.moments import PACKAGE_TEXT, default_text, read_corpus, statistics, window_of
+from patchkit.statistics.corpus import PACKAGE_TEXT, default_text, read_corpus, window_of
+from patchkit.statistics.moments import statistics
+from patchkit.statistics.text_gradients import text_gradients
 
 
 @dataclass(frozen=True)

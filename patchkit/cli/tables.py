@@ -104,7 +104,7 @@ def run_text(manifest: Manifest, number: int) -> Text:
     lines = [f"when    {run.when}", f"method  {run.method}, layers {', '.join(map(str, run.layers))}"]
     if run.action == "apply":
         lines.append(f"recipe  {run.recipe_digest[:16]}, seed {run.recipe.get('seed')}")
-        lines.append(f"text    {run.text.get('source')}, {run.text.get('tokens', 0):,} tokens")
+        lines.append(f"text    {run.text.source}, {run.text.tokens:,} tokens")
     if found := run.measured():
         lines.append(f"result  {summary_line(found)}")
     if run.skipped:

@@ -1,62 +1,23 @@
-"""Gradients at the edited modules, with every weight frozen: of facts' target loss, and of the loss on plain text.
+"""Gradients of facts' target loss at the edited modules, with every weight frozen.
 
-The leaves are zeros added to the modules' outputs, so a backward pass ends at the first edited layer and computes no
-weight's gradient. The loss's gradient by a weight is G K' with G (d_out, positions) and K (d_in, positions) the
-gradients and inputs at all positions of a pass.
+They are taken by the modules' outputs (`traced`), so a backward pass ends at the first edited layer. The loss's
+gradient by a weight is G K' with G (d_out, positions) and K (d_in, positions) the gradients and inputs at all
+positions.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from patchkit.editing.values import widen
-from patchkit.errors import InputError
 from patchkit.facts.requests import EditRequest, pad
-from patchkit.io.files import write_atomically
-from patchkit.model.forward import LayerRunner, watching
-from patchkit.model.weights import Site, model_digest
-from patchkit.statistics.moments import Corpus, Progress, Sums, cache_folder, folder_of, summed, window_of
-
-TEXT_TOKENS = 8192
-"""Tokens of plain text that a gradient is taken over; a pass runs all layers forth and back."""
-WINDOW = 256
-"""Tokens in each window: short ones, as in `stats`, would mostly tell of texts' first words, the least likely ones."""
-TOGETHER = 2
-"""Windows in one backward pass: the logits of all their positions are in memory."""
-
-
-@contextmanager
-def _traced(sites: Sequence[Site], rows: int) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
-    """Inside, a pass over `rows` rows notes by layer the module's input (rows, seq, d_in) and a leaf in its output
-    (rows, seq, d_out), zero, whose gradient is that of the output."""
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def note(layer: int, keys: Tensor, output: Tensor) -> Tensor:
-        leaf = torch.zeros_like(output, requires_grad=True)
-        seen[layer] = (keys.detach(), leaf)
-        return output + leaf
-
-    with ExitStack() as stack:
-        for site in sites:
-            stack.enter_context(watching(site.module, rows, partial(note, site.layer)))
-        yield seen
-
-
-# --- facts ------------------------------------------------------------------------------------------------------------
+from patchkit.model.forward import LayerRunner, traced, watching, widen
+from patchkit.model.weights import Site
 
 
 @dataclass(frozen=True)
@@ -137,7 +98,7 @@ class TargetLoss:
         keys: dict[int, list[Tensor]] = {site.layer: [] for site in sites}
         gradients: dict[int, list[Tensor]] = {site.layer: [] for site in sites}
         for group in self._groups:
-            with torch.enable_grad(), _traced(sites, len(group.inputs["input_ids"])) as seen:
+            with torch.enable_grad(), traced(sites, len(group.inputs["input_ids"])) as seen:
                 losses.append(group.losses(self.runner))
             found = torch.autograd.grad(losses[-1].sum(), [leaf for _, leaf in seen.values()])
             for (layer, (inputs, _)), gradient in zip(seen.items(), found, strict=True):
@@ -182,88 +143,3 @@ class TargetLoss:
     def _per_fact(self, losses: Sequence[Tensor]) -> Tensor:
         facts = torch.cat([group.fact for group in self._groups]).cpu()
         return torch.zeros(self.facts).double().index_add(0, facts, torch.cat(list(losses)).double().cpu())
-
-
-# --- plain text -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TextGradient:
-    """The gradient by one weight of the loss on plain text, as far as its column space goes: left singular vectors
-    (d_out, q) and singular values (q,), largest first, none that are zero. Float64 on the CPU."""
-
-    left: Tensor
-    values: Tensor
-
-
-def text_gradients(
-    runner: LayerRunner,
-    sites: Sequence[Site],
-    corpus: Corpus,
-    folder: Path | None = None,
-    progress: Progress = lambda done, total: None,
-) -> dict[int, TextGradient]:
-    """That of each site, by layer, over the text's first TEXT_TOKENS tokens (O-Edit section 3.2.2): from `folder`
-    (default: the cache) where it is there, else computed for all sites in one pass.
-
-    Raises:
-        InputError: a stored one is damaged.
-    """
-    assert isinstance(runner.arch.model, PreTrainedModel)
-    corpus = _beginning(corpus, window_of(runner.arch.model, WINDOW))
-    root = folder_of(folder or cache_folder() / "stats", sites, corpus)
-    # The gradient depends on the whole model, what is above the site included.
-    model = model_digest(runner.arch.model.named_parameters())[:16]
-    files = {site.layer: root / f"{site.weight_name}-gradient-{model}.safetensors" for site in sites}
-    missing = [site for site in sites if not files[site.layer].is_file()]
-    if missing:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / ".lock"):
-            missing = [site for site in missing if not files[site.layer].is_file()]
-            if missing:
-                _compute(runner, missing, corpus, files, progress)
-    return {site.layer: _load(files[site.layer]) for site in sites}
-
-
-def _beginning(corpus: Corpus, window: int) -> Corpus:
-    corpus = corpus.in_windows(window)
-    return replace(corpus, windows=corpus.windows[: max(1, TEXT_TOKENS // corpus.window)])
-
-
-def _compute(
-    runner: LayerRunner, sites: Sequence[Site], corpus: Corpus, files: dict[int, Path], progress: Progress
-) -> None:
-    names = "|".join(str(files[site.layer]) for site in sites)
-    partly = files[sites[0].layer].with_name(f"partial-{hashlib.sha256(names.encode()).hexdigest()[:16]}.safetensors")
-    sums = summed(sites, corpus, partly, partial(_accumulate, runner, sites), progress)
-    for site in sites:
-        left, values, _ = torch.linalg.svd(sums[site.layer].cpu() / corpus.tokens, full_matrices=False)
-        known = values > values[0] * 1e-7  # what float32 passes can tell from zero
-        tensors = {"left": left[:, known].float().contiguous(), "values": values[known].contiguous()}
-        write_atomically(files[site.layer], lambda path, tensors=tensors: save_file(tensors, path, {"format": "pt"}))  # type: ignore[misc]
-    partly.unlink(missing_ok=True)
-
-
-def _accumulate(runner: LayerRunner, sites: Sequence[Site], batch: Sequence[Sequence[int]], sums: Sums) -> None:
-    """Add the batch's gradient by each site's weight, of the sum of its tokens' losses."""
-    for length in sorted({len(window) for window in batch if len(window) > 1}):
-        alike = [window for window in batch if len(window) == length]
-        for first in range(0, len(alike), TOGETHER):
-            ids = torch.tensor(alike[first : first + TOGETHER], device=runner.device)
-            with torch.enable_grad(), _traced(sites, len(ids)) as seen:
-                logits = runner.run({"input_ids": ids, "use_cache": False}).logits
-                assert logits is not None
-                loss = F.cross_entropy(widen(logits[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-            found = torch.autograd.grad(loss, [leaf for _, leaf in seen.values()])
-            for (layer, (keys, _)), gradient in zip(seen.items(), found, strict=True):
-                # (d_out, positions) times (positions, d_in)
-                added = widen(gradient).flatten(0, 1).T @ widen(keys).flatten(0, 1)  # (d_out, d_in)
-                sums[layer] = sums.get(layer, 0) + added.double()
-
-
-def _load(file: Path) -> TextGradient:
-    try:
-        stored = load_file(file)
-    except SafetensorError as error:
-        raise InputError(f"{file}: damaged statistics ({error}); delete the file") from None
-    return TextGradient(stored["left"].double(), stored["values"].double())

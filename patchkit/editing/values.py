@@ -23,7 +23,7 @@ from torch import Tensor
 from patchkit.editing.suffixes import Bucket, Suffixes, in_parts
 from patchkit.facts.requests import EditRequest
 from patchkit.model.arch import attention_of
-from patchkit.model.forward import LayerRunner, watching_output
+from patchkit.model.forward import LayerRunner, watching_output, widen
 from patchkit.model.weights import Site
 
 ValueAt = Literal["layer_out", "module_out"]
@@ -171,11 +171,6 @@ class _Problem:
             assert out is not None
             seen["value"] = out
         return torch.stack([widen(seen[name][:, 0]) for name in sorted(seen, reverse=True)], 1)
-
-
-def widen(tensor: Tensor) -> Tensor:
-    """In float32, or in float64 where it is that already."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _add_first(hidden: Tensor, rows: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from patchkit.evaluate.report import Summary
     from patchkit.facts.schema import Fact
     from patchkit.model.forward import LayerRunner
-    from patchkit.statistics.moments import Corpus
+    from patchkit.statistics.corpus import Corpus
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from patchkit.facts.requests import encode_target, pad
 from patchkit.facts.schema import Pair
 from patchkit.model.forward import LayerRunner
-from patchkit.statistics.moments import Corpus
+from patchkit.statistics.corpus import Corpus
 
 ROWS = 32
 

@@ -18,7 +18,7 @@ from patchkit.evaluate.readings import Reading, generate, perplexity, read_targe
 from patchkit.evaluate.report import Counts, FactReport, LocalityRates, Perplexity, Rates, Report
 from patchkit.facts.schema import Fact, Pair
 from patchkit.model.forward import LayerRunner
-from patchkit.statistics.moments import Corpus
+from patchkit.statistics.corpus import Corpus
 
 Progress = Callable[[int, int], None]
 Step = Callable[[], None]

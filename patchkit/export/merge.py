@@ -23,26 +23,25 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from patchkit.errors import InputError
+from patchkit.export.spectra import find_spectra
 from patchkit.io.checkpoint import (
     DTYPES,
     Copy,
     StoredTensor,
     find_checkpoint,
     new_folder,
-    read_header,
     stored_tensors,
     visible_files,
 )
 from patchkit.io.files import write_atomically
 from patchkit.maths.linalg import Delta
 from patchkit.maths.onednn import linear
-from patchkit.maths.rounding import TEXT_DIRECTIONS, Feedback, RoundingMetric, Spectrum
+from patchkit.maths.rounding import Feedback, RoundingMetric, Spectrum
 from patchkit.maths.updates import delta_of
-from patchkit.model.weights import find_module, find_weight, is_transposed, same_weight, skeleton, tensor_digest
+from patchkit.model.weights import find_module, find_weight, is_transposed, skeleton, tensor_digest
 from patchkit.patch.card import Card, cell
 from patchkit.patch.manifest import Manifest
 from patchkit.patch.patch import Patch
-from patchkit.statistics.moments import cache_folder
 from patchkit.words import counted
 
 Rounding = Literal["keys", "nearest"]
@@ -53,7 +52,6 @@ _CHUNK, _ROWS = 1 << 21, 128
 _COPIERS = 1  # beside the thread that rounds; more of them got in its way on two cores
 _BASES_OWN = {"README.md": "README.base.md", MANIFEST: "patchkit-manifest.base.json"}  # what this writes itself
 _OTHER_MODEL = "the patch was made for another model"
-_WITHOUT_STATISTICS = "rounding minds the edited keys but not plain text's; `patchkit stats --out DIR`, --stats DIR"
 _OTHER_WEIGHTS = ("pytorch_model*.bin", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.safetensors")
 
 
@@ -198,7 +196,8 @@ def merge(
     source, target = find_base(str(base), _commit(patches, str(base)), out), Path(out)
     checkpoint = stored_tensors(source)
     edits = _collect(patches, checkpoint, source)
-    texts = _find_statistics(patches, [e for e in edits if _rounding(e, rounding) == "keys"], statistics, say)
+    by_keys = {edit.weight: edit.d_in for edit in edits if _rounding(edit, rounding) == "keys"}
+    texts = find_spectra(by_keys, patches, source, statistics, say)
     tasks = [_Task(edit, force, _rounding(edit, rounding), texts.get(edit.weight)) for edit in edits]
     weights = {stored.file for stored in checkpoint.values()}
     with new_folder(target) as folder:
@@ -449,46 +448,6 @@ def _on_text(text: Spectrum | None, error: Tensor) -> float:
     seen = (text.vectors.to(error.dtype).T @ error).square().sum(1)  # (r,)
     excess = float((text.values - text.tail).to(error.dtype) @ seen)
     return math.sqrt(excess + text.tail * float(error.square().sum()))
-
-
-# --- statistics -------------------------------------------------------------------------------------------------------
-
-
-def _find_statistics(
-    patches: Sequence[Patch], edits: Sequence[_Edit], folder: str | Path | None, say: Say
-) -> dict[str, tuple[str, Spectrum]]:
-    """The statistics of each weight that has some: the file's name and the part of it that rounding uses."""
-    texts = {(run.text.get("sha256", ""), run.text.get("tokens", 0)) for p in patches for run in p.manifest.history}
-    patterns = ["**"] if folder else [f"{digest[:16]}-{tokens}x*" for digest, tokens in texts]
-    root = Path(folder) if folder else cache_folder() / "stats"
-    # A file's name ends in a digest of all weights below its layer; to compute that would take reading the whole model.
-    files = [f for pattern in patterns for f in root.glob(f"{pattern}/*-{'?' * 16}.safetensors")]
-    found = {}
-    for edit in edits:
-        fitting = [f for f in files if same_weight(f.name[:-29], edit.weight) and _fits(f, edit.d_in)]
-        if len(fitting) == 1:
-            found[edit.weight] = (fitting[0].name, _spectrum(fitting[0]))
-        elif folder:
-            what = f"{len(fitting)} of different texts or models" if fitting else "none"
-            raise InputError(f"--stats {folder}: {what} for {edit.weight}; give one that `patchkit stats` wrote for it")
-    if missing := [edit.weight for edit in edits if edit.weight not in found]:
-        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        say(f"note: no statistics for {missing[0]}{others}: {_WITHOUT_STATISTICS}")
-    return found
-
-
-def _fits(file: Path, d_in: int) -> bool:
-    vectors = read_header(file).get("eigenvectors")
-    return vectors is not None and vectors.shape == (d_in, d_in)
-
-
-def _spectrum(file: Path) -> Spectrum:
-    stored = read_header(file)
-    values = stored["eigenvalues"].read()  # (d_in,), ascending
-    count = min(TEXT_DIRECTIONS, len(values))
-    rest = values[: len(values) - count]
-    tail = float(rest.mean()) if len(rest) else 0.0
-    return Spectrum(values[-count:], stored["eigenvectors"].read_last_columns(count), tail)
 
 
 def _write_text(path: Path, text: str) -> None:

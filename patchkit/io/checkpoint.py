@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -52,6 +53,21 @@ class StoredTensor:
                 part = memoryview(picked)[row * count * width : (row + 1) * count * width]
                 _fill(part, file.readinto, self.file)
         return torch.frombuffer(picked, dtype=DTYPES[self.dtype]).view(rows, count)
+
+    def chunks(self, size: int = 1 << 20) -> Iterator[bytes]:
+        """Its bytes, `size` at a time.
+
+        Raises:
+            InputError: the file ends too early.
+        """
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            for start in range(0, self.size, size):
+                wanted = min(size, self.size - start)
+                chunk = file.read(wanted)
+                if len(chunk) < wanted:
+                    raise InputError(f"{self.file}: ends too early; get it again")
+                yield chunk
 
     def overwrite(self, tensor: Tensor, file: Path) -> None:
         """Put `tensor`, of this dtype and shape, in this one's place in `file`, a copy of the file it is in."""
@@ -121,17 +137,36 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         InputError: it is none, or not whole.
     """
+    entries, start = _header(path)
+    entries.pop("__metadata__", None)
+    try:
+        spans = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in entries.items()}
+        return {name: StoredTensor(path, d, s, start + a, b - a) for name, (d, s, a, b) in spans.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path}: not a whole safetensors file; get it again") from None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The text that a safetensors file keeps beside its tensors, by key.
+
+    Raises:
+        InputError: as `read_header`.
+    """
+    entries, _ = _header(path)
+    return {str(key): str(value) for key, value in (entries.get("__metadata__") or {}).items()}
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON at the beginning of a safetensors file, and where the bytes that it describes start."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > path.stat().st_size:
                 raise ValueError
-            entries = json.loads(file.read(length))
-        entries.pop("__metadata__", None)
-        spans = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            entries: dict[str, Any] = dict(json.loads(file.read(length)))
+    except (OSError, ValueError, TypeError):
         raise InputError(f"{path}: not a whole safetensors file; get it again") from None
-    return {name: StoredTensor(path, d, s, 8 + length + a, b - a) for name, (d, s, a, b) in spans.items()}
+    return entries, 8 + length
 
 
 def visible_files(folder: Path) -> list[Path]:

@@ -49,14 +49,19 @@ class Covariance:
     """C = E[k k'] over the tokens of plain text, uncentered, (d_in, d_in), with the factorizations methods ask for.
 
     It is a mean over tokens, weighted as `patchkit stats` does, so that λ·C weighs as much as λ tokens of text.
+
+    known_eigh: what `eigh` gives, where it has been computed before.
     """
 
     matrix: Tensor
     tokens: int
+    known_eigh: tuple[Tensor, Tensor] | None = None
 
     @cached_property
     def eigh(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues (d_in,) ascending, clipped at 0, and eigenvectors (d_in, d_in) as columns."""
+        if self.known_eigh is not None:
+            return self.known_eigh
         values, vectors = torch.linalg.eigh(self.matrix)
         return values.clamp_min(0), vectors
 

@@ -42,7 +42,7 @@ def inspect_model(model: PreTrainedModel) -> Architecture:
     head = _causal_head(model)
     _refuse_unloaded(model)
     hidden_size = int(model.config.get_text_config().hidden_size)
-    layers_name, layers = _decoder_layers(model)
+    layers_name, layers = decoder_layers(model)
     names = [
         f"{layers_name}.{index}.{_output_projection(model, f'{layers_name}.{index}', layer, hidden_size)}"
         for index, layer in enumerate(layers)
@@ -90,7 +90,7 @@ def _is_attention(name: str, module: nn.Module) -> bool:
     return any(word in f"{name} {type(module).__name__}".lower() for word in ("attn", "attention"))
 
 
-def _decoder_layers(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
+def decoder_layers(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
     """The longest list of attention blocks in the text decoder. A vision tower's blocks lie outside of it."""
     in_decoder = set(model.get_decoder().modules())
     stacks = [

@@ -7,9 +7,10 @@ what lets statistics, keys and value optimisation leave out every layer they do 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from patchkit.model.arch import Architecture, evaluating
 from patchkit.model.linears import Linears
-from patchkit.model.weights import weight_of
+from patchkit.model.weights import Site, weight_of
 
 
 class _EndOfSpan(Exception):
@@ -340,3 +341,25 @@ def watching_input(layer: nn.Module, see: Callable[[Tensor], None]) -> Iterator[
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def traced(sites: Sequence[Site], rows: int) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+    """Inside the block, a pass over `rows` rows puts by layer the site's input (rows, seq, d_in) and a zero leaf
+    (rows, seq, d_out) that is added to its output: the leaf's gradient is the output's, and no weight's is computed."""
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def note(layer: int, keys: Tensor, output: Tensor) -> Tensor:
+        leaf = torch.zeros_like(output, requires_grad=True)
+        seen[layer] = (keys.detach(), leaf)
+        return output + leaf
+
+    with ExitStack() as stack:
+        for site in sites:
+            stack.enter_context(watching(site.module, rows, partial(note, site.layer)))
+        yield seen
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """In float32, or in float64 where it is that already."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

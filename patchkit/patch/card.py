@@ -243,7 +243,7 @@ class Card:
     def _method_list(self) -> str:
         cited = {run.method: run for run in self._runs()}
         return "\n".join(
-            f"- {method}: {run.paper}. Statistics from {run.text.get('tokens', 0):,} tokens of plain text."
+            f"- {method}: {run.paper}. Statistics from {run.text.tokens:,} tokens of plain text."
             for method, run in sorted(cited.items())
         )
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from patchkit.errors import InputError
 from patchkit.evaluate.report import Outcome, Summary
 from patchkit.facts.schema import Fact
+from patchkit.statistics.corpus import TextRecord
 
 FORMAT_VERSION = 1
 
@@ -96,7 +97,7 @@ class Run(_Record):
     layers: tuple[int, ...]
     value_at: str
     contexts: tuple[str, ...]
-    text: dict[str, Any]
+    text: TextRecord
     seconds: dict[str, float]
     versions: dict[str, str]
     metrics: dict[str, Any] | None = None

@@ -27,7 +27,7 @@ from patchkit.patch.patch import Patch
 from patchkit.patch.resolve import Sites, assemble, state_of, with_run
 from patchkit.runs.prepare import Prepared
 from patchkit.runs.workspace import Workspace
-from patchkit.statistics.moments import PACKAGE_TEXT, Corpus
+from patchkit.statistics.corpus import PACKAGE_TEXT, Corpus
 
 SMALL_TEXT = "statistics: from the small English text that comes with patchkit; --text FILE with more text is better"
 
@@ -110,8 +110,8 @@ def _about_text(text: Path, corpus: Corpus, prepared: Prepared) -> Iterator[str]
         yield SMALL_TEXT
     if prepared.onto:
         last = prepared.onto.manifest.history[-1].text
-        if corpus.digest != last["sha256"]:
-            yield f"statistics: from {text.name}, unlike those of the patch's last run ({last['source']}): see --text"
+        if corpus.digest != last.sha256:
+            yield f"statistics: from {text.name}, unlike those of the patch's last run ({last.source}): see --text"
 
 
 def _directions_left(patch: Patch) -> str:
@@ -188,7 +188,7 @@ class _RunResult:
             layers=tuple(self.plan.layers),
             value_at=self.plan.value_at,
             contexts=tuple(self.edited.contexts),
-            text=self.corpus.origin,
+            text=self.corpus.record,
             seconds={phase: round(spent, 3) for phase, spent in self.edited.seconds.items()},
             superseded=dict(incoming.superseded),
             skipped=incoming.skipped,

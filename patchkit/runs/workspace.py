@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from patchkit import methods
 from patchkit.editing.editor import Progress
-from patchkit.editing.gradients import text_gradients
 from patchkit.errors import InputError
 from patchkit.maths.linalg import Covariance
 from patchkit.methods import Method
@@ -22,7 +21,9 @@ from patchkit.model.forward import LayerRunner
 from patchkit.model.weights import Site
 from patchkit.patch.patch import Patch
 from patchkit.patch.resolve import Sites, without
-from patchkit.statistics.moments import Corpus, default_text, read_corpus, statistics, window_of
+from patchkit.statistics.corpus import Corpus, TextRecord, default_text, read_corpus, window_of
+from patchkit.statistics.moments import statistics
+from patchkit.statistics.text_gradients import text_gradients
 
 LayerStatistics = tuple[dict[int, Covariance], dict[int, Tensor]]
 """By layer: covariances of the keys of plain text, and left singular vectors (d_out, q) of its loss's gradient."""
@@ -91,9 +92,8 @@ class Workspace:
         """
 
         @cache  # finding statistics takes a digest of the weights below: once for all sites, and for runs alike
-        def of_text(digest: str, window: int, method: str, layers: tuple[int, ...]) -> LayerStatistics | None:
-            origin = {"sha256": digest, "window": window}
-            found = next((c for c in map(self.corpus, self.texts) if c.is_from(origin)), None)
+        def of_text(text: TextRecord, method: str, layers: tuple[int, ...]) -> LayerStatistics | None:
+            found = next((c for c in map(self.corpus, self.texts) if c.record.same_reading(text)), None)
             edited = [site for site in sites.values() if site.layer in layers]
             return None if found is None else self.statistics(methods.get(method), edited, found)
 
@@ -102,12 +102,12 @@ class Workspace:
             method = methods.get(run.method)
             if not method.needs_statistics and not method.needs_gradients:
                 return None, None
-            found = of_text(run.text["sha256"], run.text.get("window", 0), run.method, run.layers)
+            found = of_text(run.text, run.method, run.layers)
             if found is None:
-                read = f"sha256 {run.text['sha256'][:16]}..., in windows of {run.text.get('window', 256)} tokens"
+                read = f"sha256 {run.text.sha256[:16]}..., in windows of {run.text.window} tokens"
                 raise InputError(
-                    f"run {number + 1} took its statistics from the text {run.text['source']} "
-                    f"({read}), which is not here; give it with --text"
+                    f"run {number + 1} took its statistics from the text {run.text.source} "
+                    f"({read}), which is not here, or tokenized otherwise now; give it with --text"
                 )
             covariances, gradients = found
             return covariances.get(site.layer), gradients.get(site.layer)

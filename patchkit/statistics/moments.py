@@ -1,136 +1,33 @@
-"""Second moments C = E[k k'] of every site's keys over plain text: one pass, resumable, cached.
+"""Second moments C = E[k k'] of every site's keys over plain text: one pass, resumable, kept in a `StatisticsStore`.
 
-The text is read in short windows (docs/statistics.md), and a window's first position weighs less than the others.
-
-The pass stops after the last site asked for. Sums are kept in float64; an interrupted run goes on where it stopped.
-The cache is keyed by everything that decides the numbers: the weights below the sites, site, text, tokens and dtype.
+The text is read in short windows (docs/statistics.md), and a window's first position weighs less than the others. The
+pass stops after the last site asked for. Sums are kept in float64.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import platformdirs
 import torch
-from filelock import FileLock
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from patchkit.errors import InputError
-from patchkit.io.files import write_atomically
-from patchkit.io.places import shipped
 from patchkit.maths.linalg import Covariance
 from patchkit.maths.onednn import linear
 from patchkit.model.forward import LayerRunner, watching
-from patchkit.model.weights import Site, model_digest
+from patchkit.model.weights import Site, tensor_digest, weight_of
+from patchkit.statistics.corpus import Corpus
+from patchkit.statistics.passes import Progress, Sums, summed
+from patchkit.statistics.store import Origin, Partial, StatisticsStore, Tensors
 
-# Tokens a window holds. Short, since most of what an edited model is asked is short, and the keys at the beginning of a
-# text are unlike those in the middle of one: what is counted here is what edits leave alone (docs/statistics.md).
-WINDOW = 32
 # What a window's first position weighs beside each other's 1. An attention sink is there, with a key like no other's:
 # counted once in every 32 tokens it would be a good part of the energy that methods reckon shares of.
 FIRST = 1 / 8
-BATCH = 2048  # tokens read together
-SAVE_EVERY = 30.0
 GRAM_BLOCKS = 8
-PACKAGE_TEXT = shipped("data/text.txt")
-Progress = Callable[[int, int], None]
-Sums = dict[int, Tensor]  # by layer
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Tokenised plain text in windows of at most WINDOW tokens, with the digest of the text it came from."""
-
-    windows: tuple[tuple[int, ...], ...]
-    digest: str
-    source: str
-    bos: tuple[int, ...] = ()  # what each of them begins with
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in all windows."""
-        return sum(len(w) for w in self.windows)
-
-    @property
-    def window(self) -> int:
-        """Tokens in each but the last."""
-        return len(self.windows[0])
-
-    def in_windows(self, window: int) -> Corpus:
-        """The same text in windows of another length."""
-        ids = [token for each in self.windows for token in each[len(self.bos) :]]
-        return replace(self, windows=_windows(ids, self.bos, window))
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        """What a manifest says about it."""
-        tokens = {"tokens": self.tokens, "window": self.window}
-        return {"source": Path(self.source).name, "sha256": self.digest, **tokens}
-
-    def is_from(self, origin: Mapping[str, Any]) -> bool:
-        """Whether it is the same text, read the same way."""
-        return all(self.origin[key] == origin.get(key) for key in ("sha256", "window"))
-
-    @property
-    def weight(self) -> float:
-        """What they weigh together."""
-        return self.tokens - (1 - FIRST) * len(self.windows)
-
-
-def default_text(model_name: str, kind: str = "text") -> Path:
-    """The text to use when the user names none: `patchkit-<kind>.txt` in the model's folder, else the package's."""
-    beside = Path(model_name) / f"patchkit-{kind}.txt"
-    return beside if beside.is_file() else PACKAGE_TEXT.with_name(f"{kind}.txt")
-
-
-def read_corpus(path: str | Path, tokenizer: Any, tokens: int = 100_000, window: int = WINDOW) -> Corpus:
-    """Tokenise at most `tokens` tokens of a UTF-8 text file into windows; each begins with BOS where the model has it.
-
-    Raises:
-        InputError: the file cannot be read or holds no text.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"text {path}: cannot be read: {error}; give a UTF-8 text file") from None
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
-    if len(ids) < 2 or not text.strip():
-        raise InputError(f"text {path}: no text in it; give a file with some thousand words")
-    start = tokenizer("a")["input_ids"][:1]
-    bos = tuple(start) if start == [tokenizer.bos_token_id] else ()
-    return Corpus(_windows(ids, bos, window), hashlib.sha256(text.encode()).hexdigest(), str(path), bos)
-
-
-def _windows(ids: Sequence[int], bos: tuple[int, ...], window: int) -> tuple[tuple[int, ...], ...]:
-    room = window - len(bos)
-    return tuple((*bos, *ids[i : i + room]) for i in range(0, len(ids), room))
-
-
-def window_of(model: PreTrainedModel, window: int = WINDOW) -> int:
-    """`window`, or the positions the model has where they are fewer: learned ones end there."""
-    return min(window, getattr(model.config.get_text_config(), "max_position_embeddings", None) or window)
-
-
-def cache_folder() -> Path:
-    """$PATCHKIT_CACHE, else the user's cache folder for patchkit."""
-    return Path(os.environ.get("PATCHKIT_CACHE") or platformdirs.user_cache_dir("patchkit"))
-
-
-def folder_of(folder: Path, sites: Sequence[Site], corpus: Corpus) -> Path:
-    """Where in `folder` is what a text says: `<text digest>-<tokens>x<window>-<dtype>`."""
-    dtype = str(next(sites[0].module.parameters()).dtype).removeprefix("torch.")
-    return folder / f"{corpus.digest[:16]}-{corpus.tokens}x{corpus.window}-{dtype}"
 
 
 def statistics(
@@ -145,115 +42,93 @@ def statistics(
     Returns:
         layer -> Covariance, float64 on the CPU, eigendecomposition included.
     """
-    place = _StatsFolder(folder or cache_folder() / "stats", runner, sites, corpus)
-    missing = [site for site in sites if not place.file(site).is_file()]
-    if missing:
-        place.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(place.root / ".lock"):
-            missing = [site for site in missing if not place.file(site).is_file()]
-            if missing:
-                _compute(runner, missing, corpus, place, progress)
-    return {site.layer: place.load(site) for site in sites}
+    model = runner.arch.model
+    assert isinstance(model, PreTrainedModel)
+    below = digests_below(model, runner.arch.layers_name, max(site.layer for site in sites))
+    wanted = {site.layer: origin_of(site, corpus, below[site.layer]) for site in sites}
+
+    def compute(missing: Sequence[int], resumable: Partial) -> Iterator[tuple[int, Tensors]]:
+        return _computed(runner, [runner.arch.sites[layer] for layer in missing], corpus, resumable, progress)
+
+    found = StatisticsStore(folder).get(wanted, compute)
+    return {layer: _covariance(tensors, corpus.tokens) for layer, tensors in found.items()}
 
 
-class _StatsFolder:
-    """Names and reads the files of one model and one text."""
-
-    def __init__(self, folder: Path, runner: LayerRunner, sites: Sequence[Site], corpus: Corpus) -> None:
-        self._digests = _digests_by_layer(runner, max(site.layer for site in sites))
-        self._corpus = corpus
-        self.root = folder_of(folder, sites, corpus)
-
-    def file(self, site: Site) -> Path:
-        """The site's file; its name holds the digest of all weights its keys depend on."""
-        return self.root / f"{site.weight_name}-{self._digests[site.layer][:16]}.safetensors"
-
-    def partial(self, sites: Sequence[Site]) -> Path:
-        """The unfinished sums of these sites."""
-        names = "|".join(str(self.file(site)) for site in sites)
-        return self.root / f"partial-{hashlib.sha256(names.encode()).hexdigest()[:16]}.safetensors"
-
-    def load(self, site: Site) -> Covariance:
-        """Read one site's covariance with its factorisation."""
-        try:
-            stored = load_file(self.file(site))
-        except SafetensorError as error:
-            raise InputError(f"{self.file(site)}: damaged statistics ({error}); delete the file") from None
-        covariance = Covariance(stored["second_moment"].double(), self._corpus.tokens)
-        covariance.__dict__["eigh"] = (stored["eigenvalues"], stored["eigenvectors"].double())
-        return covariance
-
-    def save(self, site: Site, mean: Tensor) -> None:
-        """Write one site's mean (d_in, d_in) with its factorisation, done once for all methods and runs."""
-        values, vectors = Covariance(mean, self._corpus.tokens).eigh
-        tensors = {
-            "second_moment": mean.float().contiguous(),
-            "eigenvalues": values,
-            "eigenvectors": vectors.float().contiguous(),
-        }
-        write_atomically(self.file(site), lambda path: save_file(tensors, path, {"format": "pt"}))
+def origin_of(site: Site, corpus: Corpus, below: str) -> Origin:
+    """What makes a site's second moments; `below` is its layer's entry of `digests_below`."""
+    dtype = str(weight_of(site.module).dtype).removeprefix("torch.")
+    return Origin(
+        kind="second_moments",
+        weight=site.weight_name,
+        layer=site.layer,
+        model=below,
+        dtype=dtype,
+        text=corpus.record,
+    )
 
 
-def _digests_by_layer(runner: LayerRunner, last: int) -> list[str]:
-    """Per layer, a digest of every weight its keys depend on: all layers up to it, and what is outside the layers.
+def tensors_of(mean: Tensor) -> Tensors:
+    """What is stored of C (d_in, d_in): itself and its factorization, done once for all methods and runs."""
+    values, vectors = Covariance(mean, 0).eigh
+    return {
+        "second_moment": mean.float().contiguous(),
+        "eigenvalues": values,
+        "eigenvectors": vectors.float().contiguous(),
+    }
 
-    Embeddings of tokens and of positions, and norms and projections after them: which of the decoder's modules act
-    before the layers cannot be told by looking, so the final norm counts as well.
+
+def _covariance(stored: Tensors, tokens: int) -> Covariance:
+    factors = stored["eigenvalues"], stored["eigenvectors"].double()
+    return Covariance(stored["second_moment"].double(), tokens, factors)
+
+
+def digests_below(
+    model: PreTrainedModel,
+    layers_name: str,
+    last: int,
+    read: Callable[[str, Tensor], Tensor] = lambda name, weight: weight,
+) -> list[str]:
+    """For layers 0..last, a digest of every weight that the keys there depend on: those of all layers up to it, and
+    those outside of the layers.
+
+    The latter are embeddings of tokens and of positions, and norms and projections after them: which of the decoder's
+    modules act before the layers cannot be told by looking, so the final norm counts as well.
+
+    Args:
+        layers_name: the module list with the decoder layers.
+        read: gives the weight of a state-dict name where the model's own, the second argument, has no numbers.
     """
-    decoder, prefix = runner.arch.model.get_decoder(), runner.arch.layers_name  # type: ignore[operator]
-    inside = {id(p) for layer in runner.arch.layers for p in layer.parameters()}
-    running = model_digest((name, p) for name, p in decoder.named_parameters() if id(p) not in inside)
-    digests = []
-    for i in range(last + 1):
-        own = model_digest((f"{prefix}.{i}.{name}", p) for name, p in runner.arch.layers[i].named_parameters())
-        running = hashlib.sha256(f"{running}{own}".encode()).hexdigest()
+    layers, decoder = model.get_submodule(layers_name), model.get_decoder()
+    assert isinstance(decoder, nn.Module)
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    inside = {id(weight) for weight in layers.parameters()}
+
+    def digest(module: nn.Module) -> str:
+        whole = hashlib.sha256()
+        for name, weight in sorted(module.named_parameters(), key=lambda pair: pair[0]):  # one at a time in memory
+            if module is not decoder or id(weight) not in inside:
+                whole.update(tensor_digest(name, read(names[id(weight)], weight)).encode())
+        return whole.hexdigest()
+
+    running, digests = digest(decoder), []
+    for index in range(last + 1):
+        running = hashlib.sha256(f"{running}{digest(layers.get_submodule(str(index)))}".encode()).hexdigest()
         digests.append(running)
     return digests
 
 
 @torch.no_grad()
-def _compute(
-    runner: LayerRunner, sites: Sequence[Site], corpus: Corpus, place: _StatsFolder, progress: Progress
-) -> None:
-    partly = place.partial(sites)
-    sums = summed(sites, corpus, partly, partial(_accumulate, runner, sites), progress)
+def _computed(
+    runner: LayerRunner, sites: Sequence[Site], corpus: Corpus, resumable: Partial, progress: Progress
+) -> Iterator[tuple[int, Tensors]]:
+    sums = summed(sites, corpus, resumable, partial(accumulate, runner, sites), progress)
+    weight = corpus.tokens - (1 - FIRST) * len(corpus.windows)
     for site in sites:
-        upper = sums[site.layer].cpu() / corpus.weight  # (d_in, d_in)
-        place.save(site, upper.triu() + upper.triu(1).T)
-    partly.unlink(missing_ok=True)
+        upper = sums[site.layer].cpu() / weight  # (d_in, d_in)
+        yield site.layer, tensors_of(upper.triu() + upper.triu(1).T)
 
 
-def summed(
-    sites: Sequence[Site],
-    corpus: Corpus,
-    partly: Path,
-    accumulate: Callable[[Sequence[Sequence[int]], Sums], None],
-    progress: Progress,
-) -> Sums:
-    """What `accumulate` adds to each site's sum, over all batches of windows; an interrupted run goes on from what it
-    left in `partly`, which is the caller's to delete."""
-    sums, done = _resume(partly, sites)
-    size = max(1, BATCH // corpus.window)
-    batches = [corpus.windows[i : i + size] for i in range(0, len(corpus.windows), size)]
-    saved = time.monotonic()
-    try:
-        for i, batch in enumerate(batches[done:], done):
-            progress(sum(len(w) for b in batches[:i] for w in b), corpus.tokens)
-            added = dict(sums)  # an interrupt in the middle of a batch leaves `sums` without any of it
-            accumulate(batch, added)
-            sums, done = added, i + 1
-            if time.monotonic() - saved > SAVE_EVERY:
-                _save_partial(partly, sums, done)
-                saved = time.monotonic()
-    except KeyboardInterrupt:
-        if done:
-            _save_partial(partly, sums, done)
-        raise
-    progress(corpus.tokens, corpus.tokens)
-    return sums
-
-
-def _accumulate(runner: LayerRunner, sites: Sequence[Site], batch: Sequence[Sequence[int]], sums: Sums) -> None:
+def accumulate(runner: LayerRunner, sites: Sequence[Site], batch: Sequence[Sequence[int]], sums: Sums) -> None:
     """Add the batch's keys' outer products to each site's sum; equal windows go together, so nothing is padded."""
     last = max(site.layer for site in sites)
     for length in sorted({len(w) for w in batch}):
@@ -282,16 +157,3 @@ def _adder(sums: Sums, layer: int) -> Callable[[Tensor, Tensor], None]:
         sums[layer] = sums[layer] + gram if layer in sums else gram.double()
 
     return add
-
-
-def _save_partial(path: Path, sums: Sums, done: int) -> None:
-    tensors = {str(layer): total.cpu() for layer, total in sums.items()} | {"done": torch.tensor(done)}
-    write_atomically(path, lambda p: save_file(tensors, p, {"format": "pt"}))
-
-
-def _resume(path: Path, sites: Sequence[Site]) -> tuple[Sums, int]:
-    if not path.is_file():
-        return {}, 0
-    stored = load_file(path)
-    devices = {site.layer: next(site.module.parameters()).device for site in sites}
-    return {layer: stored[str(layer)].to(device) for layer, device in devices.items()}, int(stored["done"])

@@ -116,9 +116,7 @@ def random_llama(shape: dict[str, int], dtype: torch.dtype, device: str) -> Llam
 def spread(d_in: int) -> Covariance:
     """Second moments with a spectrum that falls off, along the axes: decomposing real ones is not what is measured."""
     values = torch.logspace(-3, 0, d_in, dtype=torch.float64)
-    covariance = Covariance(torch.diag(values), 1)
-    covariance.__dict__["eigh"] = (values, torch.eye(d_in, dtype=torch.float64))
-    return covariance
+    return Covariance(torch.diag(values), 1, (values, torch.eye(d_in, dtype=torch.float64)))
 
 
 def parser(description: str | None, count: int = 20) -> argparse.ArgumentParser:

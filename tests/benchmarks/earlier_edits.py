@@ -15,7 +15,8 @@ import torch
 from patchkit.editing.editor import edit
 from patchkit.editing.state import EditRun, EditState, SiteHistory
 from patchkit.maths.linalg import Covariance, Delta
-from patchkit.statistics.moments import PACKAGE_TEXT, read_corpus, statistics
+from patchkit.statistics.corpus import PACKAGE_TEXT, read_corpus
+from patchkit.statistics.moments import statistics
 
 from .common import Bench, parser, prepared, seconds, show
 

@@ -31,7 +31,8 @@ from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import live_deltas
 from patchkit.model.loading import load_model
-from patchkit.statistics.moments import Corpus, read_corpus, statistics, window_of
+from patchkit.statistics.corpus import Corpus, read_corpus, window_of
+from patchkit.statistics.moments import statistics
 
 from .common import fresh_peak, peak_memory, seconds
 from .oracle import OracleResult, added, oracle_edit

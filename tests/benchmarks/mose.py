@@ -31,7 +31,8 @@ from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import live_deltas
 from patchkit.model.loading import load_model
 from patchkit.model.weights import read_weight
-from patchkit.statistics.moments import read_corpus, statistics
+from patchkit.statistics.corpus import read_corpus
+from patchkit.statistics.moments import statistics
 
 TOLERANCES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1)
 ABLATIONS: Mapping[str, tuple[str, ...]] = {

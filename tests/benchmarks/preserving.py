@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from patchkit.evaluate.report import Report
-from patchkit.statistics.moments import WINDOW
+from patchkit.statistics.corpus import WINDOW
 from tests.benchmarks.shared_values import SharedValues, parser
 
 ROWS = (

@@ -24,7 +24,8 @@ from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import live_deltas
 from patchkit.model.loading import load_model
-from patchkit.statistics.moments import WINDOW, Corpus, read_corpus, statistics
+from patchkit.statistics.corpus import WINDOW, Corpus, read_corpus
+from patchkit.statistics.moments import statistics
 
 
 class SharedValues:

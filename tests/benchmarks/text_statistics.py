@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from patchkit.statistics.moments import BATCH, PACKAGE_TEXT, Sums, _accumulate, read_corpus
+from patchkit.statistics.corpus import PACKAGE_TEXT, read_corpus
+from patchkit.statistics.moments import accumulate
+from patchkit.statistics.passes import BATCH, Sums
 
 from .common import Bench, parser, prepared, seconds, show
 
@@ -40,7 +42,7 @@ def measure(bench: Bench, text: str, tokens: int) -> dict[str, Any]:
     for first in range(0, len(windows), size):
         batch = windows[first : first + size]
         inputs = {"input_ids": torch.tensor(batch, device=runner.device), "use_cache": False}
-        spent["ours"] += seconds(partial(_accumulate, runner, sites, batch, sums), bench.device)[0]
+        spent["ours"] += seconds(partial(accumulate, runner, sites, batch, sums), bench.device)[0]
         forward = partial(runner.run, inputs, stop=sites[-1].layer + 1)
         spent["onednn"] += seconds(forward, bench.device)[0]
         with without_onednn():

@@ -1,0 +1,245 @@
+"""The folder that statistics of text are kept in: found by what made them, verified when loaded, resumed when cut off.
+
+    <root>/<token ids>-<tokens>x<window>-<dtype>/<weight>.<kind>-<key>.safetensors
+    <root>/<token ids>-<tokens>x<window>-<dtype>/partial-<key>.safetensors
+
+Names are for people. What a file holds stands in its header: the `Origin`, of which the key is a digest, and a checksum
+over it and all tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import platformdirs
+import torch
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from patchkit.errors import InputError
+from patchkit.io.checkpoint import DTYPES, StoredTensor, read_header, read_metadata
+from patchkit.io.files import write_atomically
+from patchkit.statistics.corpus import TextRecord
+
+Kind = Literal["second_moments", "text_gradient"]
+Tensors = Mapping[str, Tensor]
+_VERSION = 2
+"""Of how statistics are computed and stored; those of other versions are computed again."""
+_ABANDONED = 7 * 24 * 3600.0
+"""Seconds after which a partial file that nobody went on from is removed."""
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class Origin(BaseModel):
+    """Everything that made the statistics of one weight.
+
+    model: digest of all weights that they depend on. dtype: what the pass was computed in.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Kind
+    weight: str
+    layer: int
+    model: str
+    dtype: str
+    text: TextRecord
+    version: int = _VERSION
+
+    @property
+    def key(self) -> str:
+        """sha256 over all of it but the name of the text's file."""
+        return hashlib.sha256(self.model_dump_json(exclude={"text": {"source"}}).encode()).hexdigest()
+
+    @property
+    def file(self) -> Path:
+        """Where it is kept, below the store's root."""
+        text = self.text
+        folder = f"{str(text.token_ids)[:16]}-{text.tokens}x{text.window}-{self.dtype}"
+        return Path(folder) / f"{self.weight}.{self.kind}-{self.key[:16]}.safetensors"
+
+
+class Damaged(InputError):
+    """A file of the store does not hold what its checksum says."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of the store, by its header."""
+
+    file: Path
+    origin: Origin
+
+    def verified(self) -> dict[str, StoredTensor]:
+        """Its tensors, still on disk, once the checksum has been verified; one chunk at a time is in memory.
+
+        Raises:
+            Damaged: the file holds something else than what was written.
+        """
+        return _verified(self.file)[1]
+
+
+class Partial:
+    """The unfinished sums of one computation, which the next one goes on from."""
+
+    def __init__(self, root: Path, origins: Sequence[Origin]) -> None:
+        names = sorted(str(origin.file) for origin in origins)
+        self._made = "\n".join(names)
+        self.file = (root / names[0]).with_name(
+            f"partial-{hashlib.sha256(self._made.encode()).hexdigest()[:16]}.safetensors"
+        )
+
+    def load(self) -> tuple[dict[str, Tensor], int]:
+        """The sums, and how many batches are in them: none of either where there is no usable file."""
+        if not self.file.is_file():
+            return {}, 0
+        try:
+            notes, stored = _verified(self.file)
+            return {name: tensor.read() for name, tensor in stored.items()}, int(notes["done"])
+        except Damaged as error:
+            _tell_damaged(error)
+            return {}, 0
+
+    def save(self, sums: Tensors, done: int) -> None:
+        """Write the sums of the first `done` batches."""
+        _write(self.file, sums, {"done": str(done), "files": self._made})
+
+    def remove(self) -> None:
+        """Forget them."""
+        self.file.unlink(missing_ok=True)
+
+
+Compute = Callable[[Sequence[int], Partial], Iterable[tuple[int, Tensors]]]
+"""(layers, partial) -> for each of the layers its statistics."""
+
+
+def cache_folder() -> Path:
+    """$PATCHKIT_CACHE, else the user's cache folder for patchkit."""
+    return Path(os.environ.get("PATCHKIT_CACHE") or platformdirs.user_cache_dir("patchkit"))
+
+
+class StatisticsStore:
+    """Statistics of models on texts in a folder, by default the one in the user's cache."""
+
+    def __init__(self, root: str | Path | None = None) -> None:
+        self.root = Path(root) if root else cache_folder() / "stats"
+
+    def entries(self, kind: Kind) -> Iterator[Entry]:
+        """All statistics of one kind by their headers; what is not of this version of the store is passed over."""
+        for file in sorted(self.root.rglob(f"*.{kind}-*.safetensors")):
+            origin = _origin_in(file)
+            if origin is not None:
+                yield Entry(file, origin)
+
+    def load(self, origin: Origin) -> dict[str, Tensor] | None:
+        """The statistics that `origin` made; None where they are not there, or damaged, which a warning says."""
+        file = self.root / origin.file
+        if not file.is_file():
+            return None
+        try:
+            notes, stored = _verified(file)
+            if Origin.model_validate_json(notes["origin"]).key != origin.key:
+                raise Damaged(f"{file}: statistics of something else")
+            return {name: tensor.read() for name, tensor in stored.items()}
+        except (Damaged, KeyError, ValidationError) as error:
+            _tell_damaged(error)
+            return None
+
+    def save(self, origin: Origin, tensors: Tensors) -> None:
+        """Keep the statistics that `origin` made."""
+        _write(self.root / origin.file, tensors, {"origin": origin.model_dump_json()})
+
+    def get(self, wanted: Mapping[int, Origin], compute: Compute) -> dict[int, Tensors]:
+        """Statistics by layer: those that are there, and what `compute` gives for the others.
+
+        `compute` runs under a lock, so that of two processes that want the same, one waits and takes what the other
+        made. All of `wanted` are of one text and dtype.
+        """
+        found = self._load_all(wanted)
+        if len(found) < len(wanted):
+            folder = (self.root / next(iter(wanted.values())).file).parent
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / ".lock"):
+                found |= self._load_all({layer: wanted[layer] for layer in wanted.keys() - found.keys()})
+                missing = [layer for layer in wanted if layer not in found]
+                if missing:
+                    partial = Partial(self.root, [wanted[layer] for layer in missing])
+                    for layer, tensors in compute(missing, partial):
+                        self.save(wanted[layer], tensors)
+                        found[layer] = tensors
+                    partial.remove()
+                self._remove_leftovers(folder)
+        return {layer: found[layer] for layer in wanted}
+
+    def _load_all(self, wanted: Mapping[int, Origin]) -> dict[int, Tensors]:
+        loaded = {layer: self.load(origin) for layer, origin in wanted.items()}
+        return {layer: tensors for layer, tensors in loaded.items() if tensors is not None}
+
+    def _remove_leftovers(self, folder: Path) -> None:
+        """What killed processes left: half-written files, and sums that were finished otherwise or are abandoned."""
+        for file in folder.glob(".*.safetensors.*"):
+            file.unlink(missing_ok=True)
+        for file in folder.glob("partial-*.safetensors"):
+            try:
+                names = read_metadata(file)["files"].splitlines()
+                done = all((self.root / name).is_file() for name in names)
+            except (InputError, KeyError):
+                done = True
+            if done or time.time() - file.stat().st_mtime > _ABANDONED:
+                file.unlink(missing_ok=True)
+
+
+def _origin_in(file: Path) -> Origin | None:
+    try:
+        return Origin.model_validate_json(read_metadata(file)["origin"])
+    except (InputError, KeyError, ValidationError):
+        return None
+
+
+def _tell_damaged(error: Exception) -> None:
+    warnings.warn(f"{error}; they are computed again", stacklevel=2)
+
+
+# --- files with a checksum --------------------------------------------------------------------------------------------
+
+
+def _write(file: Path, tensors: Tensors, notes: Mapping[str, str]) -> None:
+    ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    parts = (
+        (name, _CODES[tensor.dtype], tuple(tensor.shape), [tensor.view(-1).view(torch.uint8).numpy().data])
+        for name, tensor in sorted(ready.items())
+    )
+    header = {**notes, "sha256": _checksum(notes, parts)}
+    write_atomically(file, lambda path: save_file(ready, path, header))
+
+
+def _verified(file: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
+    """Notes and tensors of a file. Raises Damaged where its checksum is not that of its contents."""
+    try:
+        notes, stored = read_metadata(file), read_header(file)
+        parts = ((name, each.dtype, each.shape, each.chunks()) for name, each in sorted(stored.items()))
+        whole = notes.pop("sha256") == _checksum(notes, parts)
+    except (InputError, KeyError, ValueError, TypeError):
+        whole = False
+    if not whole:
+        raise Damaged(f"{file}: damaged statistics")
+    return notes, stored
+
+
+def _checksum(
+    notes: Mapping[str, str], parts: Iterable[tuple[str, str, tuple[int, ...], Iterable[bytes | memoryview]]]
+) -> str:
+    digest = hashlib.sha256(repr(sorted(notes.items())).encode())
+    for name, dtype, shape, chunks in parts:
+        digest.update(f"{name}|{dtype}|{shape}|".encode())
+        for chunk in chunks:
+            digest.update(chunk)
+    return digest.hexdigest()
