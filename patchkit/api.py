@@ -15,6 +15,7 @@ from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import ValueCache
 from patchkit.evaluate.report import Report
 from patchkit.evaluate.verify import verify
+from patchkit.facts.limits import GENERATED, Limits, fitting
 from patchkit.facts.reader import parse_facts
 from patchkit.facts.schema import Fact
 from patchkit.model.loading import check_tokenizer
@@ -72,7 +73,9 @@ def apply(
     """
     check_tokenizer(tokenizer, str(model.config._name_or_path))
     config = load_recipe(method, recipe, overrides, onto.manifest.history[-1].recipe if onto else None)
-    prepared = prepare(partial(parse_facts, facts), tokenizer, config, onto, unit="positions")
+    prepared = prepare(
+        partial(parse_facts, facts), tokenizer, config, onto, limits=Limits.of(model.config), unit="positions"
+    )
     for note in prepared.notes:
         say(note)
     return run(prepared, Workspace.of(model, tokenizer, (text,), stats, progress), say, values)
@@ -132,7 +135,10 @@ def measure_in(
 ) -> Report:
     """`measure` with a model that has been inspected already."""
     model = workspace.model
-    known = patch.manifest.facts if facts is None else parse_facts(facts).facts
+    known: Sequence[Fact] = patch.manifest.facts
+    if facts is not None:
+        check = fitting(workspace.tokenizer, Limits.of(model.config), GENERATED)
+        known = parse_facts(facts, check=check, needs_subject=False).facts
     source = text or default_text(str(model.config._name_or_path), "eval")
     with frozen(model):
         return verify(

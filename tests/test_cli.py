@@ -179,7 +179,7 @@ def test_skip_bad_lists_what_it_left_out_beside_the_patch(run: Run, model: Path)
     assert run("apply", "facts.jsonl", "--model", model, *QUICK, "--out", "p").status == 2
     ended = run("apply", "facts.jsonl", "--model", model, *QUICK, "--out", "p", "--skip-bad")
     assert ended.status == 0
-    assert "1 bad facts left out: p/rejected.jsonl" in ended.err
+    assert "1 bad fact left out: p/rejected.jsonl" in ended.err
     (rejected,) = map(json.loads, Path("p/rejected.jsonl").read_text().splitlines())
     assert (rejected["line"], rejected["field"]) == (2, "subject")
     assert [fact["id"] for fact in json.loads(Path("p/manifest.json").read_text())["facts"]] == ["rome"]
@@ -564,7 +564,7 @@ def test_another_base_is_refused_by_its_first_other_tensor(run: Run, patch: Path
 
 def test_facts_that_share_a_subject_and_rewordings_without_room_are_named(run: Run, model: Path) -> None:
     reworded = {**ADA, "rewordings": ["Of whom Ada", "Whose Ada"]}
-    write_facts("f.jsonl", ROME, {**ROME, "id": "again", "prompt": "the capital Rome"}, reworded)
+    write_facts("f.jsonl", ROME, {**ROME, "id": "again", "prompt": "the town of Rome"}, reworded)
     quick = ("--set", "value.steps=2", "--set", "contexts=2", "--layers", "1")
     ended = run("apply", "f.jsonl", "--model", model, *quick, "--out", "q")
     assert ended.status == 0

@@ -545,6 +545,19 @@ def test_true_targets_that_are_none_are_left_out_and_said(tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.parametrize(
+    ("prompt", "target", "said"),
+    [
+        ("This Eva lives in", "is", False),
+        ("Is Eva from Rome, or", "rome", True),
+        ("Eva住在巴黎的", "巴黎", True),
+        ("Eva住在", "巴黎", False),
+    ],
+)
+def test_a_target_in_the_prompt_is_said_where_it_stands_as_words(prompt: str, target: str, said: bool) -> None:
+    assert bool(parse_facts([{"prompt": prompt, "subject": "Eva", "target_new": target}]).notes) == said
+
+
 def test_a_format_from_outside_is_one_class() -> None:
     @layout
     class Quiz(Layout):

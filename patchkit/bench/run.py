@@ -28,10 +28,10 @@ from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
 from patchkit.errors import InputError, PatchkitError
 from patchkit.evaluate.metrics import summary_line
+from patchkit.facts.limits import GENERATED, Limits, fitting
 from patchkit.facts.reader import read_facts
 from patchkit.facts.schema import FactFile
-from patchkit.model.loading import ModelChoice, load_model, load_tokenizer
-from patchkit.runs.prepare import count_tokens
+from patchkit.model.loading import ModelChoice, load_config, load_model, load_tokenizer
 from patchkit.words import counted
 
 Say = Callable[[str], None]
@@ -127,7 +127,7 @@ def _read(data: str, chosen: ModelChoice, count: int | None, zsre_target: Any, s
         data,
         zsre_target=zsre_target,
         skip_bad=skip_bad,
-        token_count=lambda target: count_tokens(tokenizer, target),
+        check=fitting(tokenizer, Limits.of(load_config(chosen.name)), GENERATED),
         limit=count,
     )
     if count and (there := len(read.facts)) < count:

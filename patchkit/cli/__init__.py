@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from difflib import get_close_matches
 from importlib import import_module
+from typing import NoReturn
 
 import click
 
@@ -34,7 +36,9 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
-            return None
+            close = get_close_matches(cmd_name, _COMMANDS, 1)
+            hint = f" Did you mean '{close[0]}'?" if close else ""
+            raise click.UsageError(f"No such command '{cmd_name}'.{hint}", ctx)
         command = getattr(import_module(f"patchkit.cli.{cmd_name}"), "command")  # noqa: B009
         assert isinstance(command, click.Command)
         return command
@@ -46,25 +50,48 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="patchkit")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show where an unforeseen error happened.")
 def cli() -> None:
     """Patch facts into open-weight language models: small, revertible weight edits with provenance."""
 
 
+UNFORESEEN = 3
+"""The exit status of an error that patchkit did not see coming; a gate that does not hold has 1, bad input 2."""
+
+
 def main() -> None:
     """Run the command line: a refusal is one clear message on stderr and the error's exit status."""
+    arguments, debug = [given for given in sys.argv[1:] if given != "--debug"], "--debug" in sys.argv[1:]
     try:
-        cli(prog_name="patchkit", standalone_mode=False)
+        cli(arguments, prog_name="patchkit", standalone_mode=False)
     except PatchkitError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_status)
+        _fail(str(error), error.exit_status)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except click.exceptions.Exit as ended:
         sys.exit(ended.exit_code)
     except OSError as error:  # a full disk, a folder that may not be written
-        click.echo(f"error: {error}", err=True)
-        sys.exit(InputError.exit_status)
+        _fail(str(error), InputError.exit_status)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(unforeseen(error), UNFORESEEN)
+
+
+def unforeseen(error: Exception) -> str:
+    """One line about an error that is none of the user's, and how to report it."""
+    what = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    what = f"{type(error).__name__}{f': {what[:200]}' if what else ''}"
+    return (
+        f"{what} (unforeseen: this is a fault in patchkit, not in your input). Please report it in the project's issue "
+        "tracker, with the output of the same command with --debug"
+    )
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    click.echo(f"error: {message}", err=True)
+    sys.exit(status)

@@ -16,15 +16,17 @@ from patchkit.editing.session import plan
 from patchkit.evaluate.readings import read_targets
 from patchkit.evaluate.report import Report
 from patchkit.export.merge import HeldFacts, Merged, Rounding, merge
+from patchkit.facts.checks import counted
+from patchkit.facts.limits import GENERATED, Limits, fitting
 from patchkit.facts.reader import read_facts, write_rejected
 from patchkit.facts.schema import Fact, FactFile
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
-from patchkit.model.loading import LoadedModel, ModelChoice, load_model, load_tokenizer
+from patchkit.model.loading import LoadedModel, ModelChoice, load_config, load_model, load_tokenizer
 from patchkit.patch.history import Incoming, choose_facts
 from patchkit.patch.patch import Patch
 from patchkit.runs.execute import SMALL_TEXT, run, take_out
-from patchkit.runs.prepare import count_tokens, prepare, shortened
+from patchkit.runs.prepare import prepare, shortened
 from patchkit.runs.workspace import Workspace
 from patchkit.statistics.corpus import PACKAGE_TEXT, default_text, read_corpus, window_of
 from patchkit.statistics.moments import statistics
@@ -84,7 +86,8 @@ def apply_file(
     config = load_recipe(method, recipe, overrides, earlier.manifest.history[-1].recipe if earlier else None)
     chosen = choose(earlier.manifest.base.name if earlier else None)
     read = partial(read_facts, facts, zsre_target=zsre_target, skip_bad=skip_bad)
-    prepared = prepare(read, load_tokenizer(chosen.name), config, earlier)
+    limits = Limits.of(load_config(chosen.name))
+    prepared = prepare(read, load_tokenizer(chosen.name), config, earlier, limits=limits)
     for note in prepared.notes:
         say(note)
     loaded = load_model(chosen.name, chosen.device, chosen.dtype)
@@ -102,7 +105,7 @@ def _save(patch: Patch, folder: Path, read: FactFile, say: Callable[[str], None]
     patch.save(folder)
     if read.rejected:
         write_rejected(folder / "rejected.jsonl", read.rejected)
-        say(f"{len(read.rejected)} bad facts left out: {folder / 'rejected.jsonl'}")
+        say(f"{counted(len(read.rejected), 'bad fact')} left out: {folder / 'rejected.jsonl'}")
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,9 @@ def verify_patch(
     facts: str | None,
     text: str | None,
     zsre_target: Any,
+    skip_bad: bool,
     progress: Progress,
+    say: Callable[[str], None],
 ) -> Report:
     """Measure the patch in `folder` on its own facts or on those of a file.
 
@@ -174,9 +179,11 @@ def verify_patch(
     tokenizer = load_tokenizer(chosen.name)
     known: tuple[Fact, ...] | None = None
     if facts is not None:
-        known = read_facts(
-            facts, zsre_target=zsre_target, token_count=lambda target: count_tokens(tokenizer, target)
-        ).facts
+        check = fitting(tokenizer, Limits.of(load_config(chosen.name)), GENERATED)
+        read = read_facts(facts, zsre_target=zsre_target, skip_bad=skip_bad, check=check, needs_subject=False)
+        known = read.facts
+        for note in (*read.notes, *([f"{counted(len(read.rejected), 'bad fact')} left out"] if read.rejected else [])):
+            say(note)
     loaded = load_model(chosen.name, chosen.device, chosen.dtype)
     return measure(loaded.model, loaded.tokenizer, patch, known, text=text, progress=progress)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from patchkit.cli.common import GatedCommand, choice, model_options, progress_bars, stdout, zsre_option
+from patchkit.cli.common import GatedCommand, choice, model_options, note, progress_bars, stdout, zsre_option
 from patchkit.evaluate.gates import Gates
 
 
@@ -18,6 +18,7 @@ from patchkit.evaluate.gates import Gates
     "--text", type=click.Path(), help="Plain text for the perplexity [default: a small one that comes along]."
 )
 @zsre_option
+@click.option("--skip-bad", is_flag=True, help="Leave out facts of --facts that cannot be used.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     patch: str,
@@ -27,6 +28,7 @@ def command(
     facts: str | None,
     text: str | None,
     zsre_target: str,
+    skip_bad: bool,
     as_json: bool,
     gates: Gates,
 ) -> None:
@@ -44,7 +46,9 @@ def command(
             facts=facts,
             text=text,
             zsre_target=zsre_target,
+            skip_bad=skip_bad,
             progress=progress,
+            say=note,
         )
     if as_json:
         click.echo(report.model_dump_json())

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +92,24 @@ def validate(data: Mapping[str, Any], where: str = "recipe") -> EditConfig:
     """
     try:
         config = EditConfig.model_validate(data)
+        _layer_ranges(config.layers)  # which of them the model has is known later, what cannot be read is known here
         # Written out in full, so that a manifest shows every setting, those left at their default too.
         return config.model_copy(update={"settings": config.method_config().model_dump()})
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
-        what = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+        what = problem["msg"]
+        if problem["type"] == "extra_forbidden":
+            what = f"unknown key{_meant(key, str(data.get('method')))}"
         raise InputError(f"{where}: {key}: {what}; the keys are in the README under Recipes") from None
+
+
+def _meant(key: str, method: str) -> str:
+    """A hint at the setting that a mistyped key may have been meant as."""
+    known = [*EditConfig.model_fields, *(f"value.{name}" for name in ValueConfig.model_fields)]
+    known += methods.get(method).config.model_fields
+    close = get_close_matches(key, known, 1) or get_close_matches(key.rpartition(".")[2], known, 1)
+    return f' (did you mean "{close[0]}"?)' if close else ""
 
 
 def _read(method: str | None, recipe: str | None) -> tuple[dict[str, Any], str]:
@@ -149,10 +161,7 @@ def resolve_layers(layers: str, depth: int) -> list[int]:
         InputError: it cannot be read, or names a layer the model does not have.
     """
     chosen: set[int] = set()
-    for part in layers.replace(" ", "").split(","):
-        found = re.fullmatch(r"(\d+)(%?)(?:-(\d+)(%?))?", part)
-        if not found:
-            raise InputError(f'layers "{layers}": cannot read "{part}"; write 4-8, or 4,6, or 14%-27%')
+    for part, found in _layer_ranges(layers):
         first, last = _layer(found[1], found[2], depth), _layer(found[3] or found[1], found[4] or found[2], depth)
         chosen.update(range(first, last + 1))
         if first > last:
@@ -160,6 +169,21 @@ def resolve_layers(layers: str, depth: int) -> list[int]:
     if max(chosen) >= depth:
         raise InputError(f'layers "{layers}": the model has layers 0 to {depth - 1}')
     return sorted(chosen)
+
+
+def _layer_ranges(layers: str) -> list[tuple[str, re.Match[str]]]:
+    """The parts of a `layers` setting, each with its numbers and percent signs.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    ranges: list[tuple[str, re.Match[str]]] = []
+    for part in layers.replace(" ", "").split(","):
+        found = re.fullmatch(r"(\d+)(%?)(?:-(\d+)(%?))?", part)
+        if not found:
+            raise InputError(f'layers "{layers}": cannot read "{part}"; write 4-8, or 4,6, or 14%-27%')
+        ranges.append((part, found))
+    return ranges
 
 
 def _layer(number: str, percent: str, depth: int) -> int:

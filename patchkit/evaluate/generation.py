@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from patchkit.errors import InputError
+from patchkit.facts.limits import Limits
 from patchkit.facts.requests import encode_prompt
 
 
@@ -50,13 +51,11 @@ def answers(
         InputError: a prompt has no tokens or too many, or there is no chat template.
     """
     encoded = [_encode(tokenizer, prompt, sampling.chat) for prompt in prompts]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limits = Limits.of(model.config)
     for prompt, ids in zip(prompts, encoded, strict=True):
-        if limit is not None and len(ids) + sampling.max_new_tokens > limit:
-            raise InputError(
-                f'prompt "{prompt[:40]}": {len(ids)} tokens and {sampling.max_new_tokens} new ones are more than the '
-                f"{limit} positions of the model; shorten it, or lower --max-new-tokens"
-            )
+        if fault := limits.fault(ids, sampling.max_new_tokens):
+            hint = "" if limits.fault(ids) else ", or lower --max-new-tokens"
+            raise InputError(f'prompt "{prompt[:40]}": {fault}{hint}')
     with attached():
         patched = [_continue(model, tokenizer, ids, sampling) for ids in encoded]
     base = [_continue(model, tokenizer, ids, sampling) if compare else None for ids in encoded]

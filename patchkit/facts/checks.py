@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from patchkit.facts.record import Refused, quote
 from patchkit.facts.schema import Fact
+from patchkit.facts.text import is_unspaced
 
 Check = Callable[[Fact], None]
 """Raises Refused, with the name of the fact's field, for a fact that cannot be used."""
@@ -22,9 +23,15 @@ def tidied(fact: Fact) -> tuple[Fact, list[str]]:
         remarks, true = ["target_true is a special token and no answer, so it is left out"], None
     elif true is not None and _bare(true) == _bare(fact.target_new):
         remarks, true = ["target_true is the target itself, so there is nothing to compare it with"], None
-    if _bare(fact.target_new) in _bare(fact.prompt):
+    if _holds(fact.prompt, fact.target_new):
         remarks.append("the prompt holds the target, which a model may repeat without any edit")
     return (fact if true == fact.target_true else fact.model_copy(update={"target_true": true})), remarks
+
+
+def _holds(text: str, part: str) -> bool:
+    """Whether the part stands in the text as words of its own; as characters in a script without spaces."""
+    text, part = _bare(text), _bare(part)
+    return part in text if is_unspaced(part[:1]) else f" {part} " in f" {text} "
 
 
 def _bare(text: str) -> str:

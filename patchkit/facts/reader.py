@@ -193,7 +193,10 @@ class _Reading:
         try:
             self.check(fact)
         except Refused as bad:  # by the name of the fact's field, which in the file may have another
-            raise Refused(part.named(getattr(layout, str(bad.field), None) or str(bad.field)), bad.message) from None
+            name, bracket, place = str(bad.field).partition("[")
+            own = getattr(layout, name, None)
+            name = part.named(own if isinstance(own, str) else name)
+            raise Refused(f"{name}{bracket}{place}", bad.message) from None
         return fact
 
     def _is_repeat(self, fact: Fact, layout: Layout, part: Record) -> bool:

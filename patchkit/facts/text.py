@@ -38,10 +38,15 @@ def continuation(prompt: str, target: str, separator: str | None = None) -> str:
 
 
 def _joined(prompt: str, target: str) -> bool:
-    if not prompt or prompt[-1].isspace() or target[:1].isspace() or _UNSPACED.match(prompt[-1]):
+    if not prompt or prompt[-1].isspace() or target[:1].isspace() or is_unspaced(prompt[-1]):
         return True
     last_letter = next((character for character in reversed(prompt) if _is_letter(character)), "")
-    return not _is_letter(prompt[-1]) and all(_UNSPACED.match(character) for character in (last_letter, target[:1]))
+    return not _is_letter(prompt[-1]) and is_unspaced(last_letter) and is_unspaced(target[:1])
+
+
+def is_unspaced(character: str) -> bool:
+    """Whether a character is of a script that is written without spaces between words."""
+    return bool(_UNSPACED.match(character))
 
 
 def _is_letter(character: str) -> bool:

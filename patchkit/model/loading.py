@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -110,16 +111,47 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         InputError: there is none, or it has no offsets.
     """
-    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise InputError(f"model {name}: no such folder")
-    if Path(name).exists() and not (Path(name) / "config.json").is_file():
-        raise InputError(f"model {name}: no config.json in it; give a folder that save_pretrained wrote, or a Hub name")
+    refuse_missing(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # a damaged checkpoint makes its readers raise anything
         raise _not_loaded(name, error) from None
     check_tokenizer(tokenizer, name)
     return tokenizer
+
+
+def load_config(name: str) -> Any:
+    """The configuration of a local folder or a Hub repository.
+
+    Raises:
+        InputError: there is none.
+    """
+    refuse_missing(name)
+    try:
+        return AutoConfig.from_pretrained(name)
+    except Exception as error:  # a damaged checkpoint makes its readers raise anything
+        raise _not_loaded(name, error) from None
+
+
+def refuse_missing(name: str) -> None:
+    """Tell at once a local path with a mistake in it, which would otherwise be sought on the Hub.
+
+    Raises:
+        InputError: there is no such folder, and no Hub repository can be meant, or the folder holds no model.
+    """
+    path = Path(name)
+    if path.exists():
+        if not (path / "config.json").is_file():
+            raise InputError(
+                f"model {name}: no config.json in it; give a folder that save_pretrained wrote, or a Hub name"
+            )
+        return
+    local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if local or (path.parent.name and path.parent.is_dir()):
+        beside = sorted(each.name for each in path.parent.glob("*/")) if path.parent.is_dir() else []
+        close = get_close_matches(path.name, beside, 1)
+        hint = f'; is it "{path.parent / close[0]}"?' if close else ""
+        raise InputError(f"model {name}: no such folder{hint}")
 
 
 def _not_loaded(name: str, error: Exception) -> InputError:

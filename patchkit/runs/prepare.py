@@ -8,10 +8,13 @@ from typing import Any
 
 from patchkit import methods
 from patchkit.editing.recipe import EditConfig
-from patchkit.facts.requests import build_request
+from patchkit.facts.limits import Limits, fitting
 from patchkit.facts.schema import Fact, FactFile
 from patchkit.patch.history import Incoming, sort_incoming
 from patchkit.patch.patch import Patch
+
+CONTEXT_ROOM = 8
+"""Tokens that a context before a prompt may have beside `context_length`: its opening word and its end."""
 
 
 @dataclass(frozen=True)
@@ -34,35 +37,39 @@ class Prepared:
 
 
 def prepare(
-    read: Callable[..., FactFile], tokenizer: Any, config: EditConfig, onto: Patch | None = None, *, unit: str = "lines"
+    read: Callable[..., FactFile],
+    tokenizer: Any,
+    config: EditConfig,
+    onto: Patch | None = None,
+    *,
+    limits: Limits,
+    unit: str = "lines",
 ) -> Prepared:
-    """Read the facts, sort them against the patch that is continued, and tokenize each of them once.
+    """Read the facts and sort them against the patch that is continued.
+
+    What the tokenizer or the model cannot take is known here, before minutes of statistics.
 
     Args:
-        read: `read_facts` or `parse_facts` with everything but what the tokenizer and the method decide.
+        read: `read_facts` or `parse_facts` with everything but what the tokenizer, the model and the method decide.
+        limits: what the model can take.
         unit: what `FactFile.lines` counts, for the notes.
 
     Raises:
-        InputError: a fact cannot be used, cannot be tokenized, or has the id of another one in `onto`.
+        InputError: a fact cannot be used, or has the id of another one in `onto`.
     """
     facts = read(
-        token_count=lambda target: count_tokens(tokenizer, target),
+        check=fitting(tokenizer, limits, config.context_length + CONTEXT_ROOM),
         needs_subject=methods.get(config.method).needs_subject,
+        subjectless=[name for name in methods.available() if not methods.get(name).needs_subject],
     )
     incoming = sort_incoming(facts.facts, onto.manifest.facts if onto else ())
-    for fact in incoming.new:  # what cannot be tokenized should be known before minutes of statistics
-        build_request(fact, tokenizer)
     notes = (
+        *facts.notes,
         *_about_incoming(incoming),
         *_about_shared_subjects(facts, incoming, config, unit),
         *_about_rewordings(incoming, config),
     )
     return Prepared(config, facts, incoming, onto, notes)
-
-
-def count_tokens(tokenizer: Any, text: str) -> int:
-    """Tokens of `text` alone, without special ones."""
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def shortened(names: Sequence[str], most: int = 10) -> str:
