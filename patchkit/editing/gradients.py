@@ -92,7 +92,7 @@ class TargetLoss:
         return self._per_fact([group.losses(self.runner) for group in self._groups])
 
     def gradients(self, sites: Sequence[Site]) -> TargetGradients:
-        """Of the sum of all facts' losses, one pass forth and back for all sites."""
+        """Gradients of the sum of all facts' losses: one forward and backward pass for all sites."""
         self.passes += 1
         losses: list[Tensor] = []
         keys: dict[int, list[Tensor]] = {site.layer: [] for site in sites}
@@ -108,7 +108,7 @@ class TargetLoss:
         return TargetGradients(self._per_fact([each.detach() for each in losses]), *joined)
 
     def at(self, site: Site) -> Callable[[Tensor | None], tuple[float, Tensor]]:
-        """As a function of a change of the site's weight, (d_out, d_in): the mean over facts, and its gradient.
+        """The mean loss over facts and its gradient, as a function of a change of the site's weight, (d_out, d_in).
 
         What the layers below the site put out is computed here, once; nothing below may change from then on.
         """

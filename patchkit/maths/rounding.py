@@ -1,8 +1,8 @@
 """Rounding a changed weight to a 16-bit grid so that the change survives it.
 
 A patch changes entries by far less than the distance between two bfloat16 numbers; rounded one by one, most of them go
-back to where they were. Here each column's rounding error is made up for by the columns after it, so that what is left
-of it is small in H = w·KK' + C/tr(C) + floor·I: along the edited keys K and on plain text's keys C.
+back to where they were. Here the columns after each column compensate its rounding error, so that the rest of it is
+small in H = w·KK' + C/tr(C) + floor·I: along the edited keys K and on plain text's keys C.
 
 The first pass takes GPTQ's order (Frantar et al. 2022, arXiv 2210.17323) in the form of Chee et al. 2023
 (arXiv 2307.13304): with H = U D U', U unit upper triangular, columns are rounded after subtracting the errors before
@@ -12,10 +12,10 @@ to half or less. A few columns go at a time, which makes it matrix products: a t
 H is kept as floor·I + G G' with G (d_in, r) and never formed: C has a long, flat tail, and keeping its TEXT_DIRECTIONS
 largest directions gave the same errors as the whole of it (within 1 % at d_in 1024), in memory linear in d_in.
 
-What can be had: with up to d_in / 16 keys the error along them falls below 1/8 of nearest's. On plain text it is below
-nearest's, too, where C's eigenvalues fall like 1/i or faster and C is known. It cannot be where C is flat, least of all
+What to expect: with up to d_in / 16 keys the error along them falls below 1/8 of nearest's. On plain text it is below
+nearest's, too, where C's eigenvalues fall like 1/i or faster and C is known. Where C is flat it is not, least of all
 for changes far smaller than the grid: nearest is what minimizes the error in a metric that is the same in all
-directions, and each entry moved for the keys' sake is off by more. There text fares up to 1.3 times worse than by
+directions, and each entry moved for the keys' sake is off by more. There the error on text is up to 1.3 times that of
 nearest at ‖Δ‖/‖W‖ = 1e-3 (and 1.1 times at 1e-2), and where C is not known up to 1.9 times (1.1 times).
 """
 
@@ -30,13 +30,13 @@ from torch import Tensor
 
 from patchkit.maths.onednn import linear
 
-# Weight of keys against text in the typical column, times keys per column: less fails the keys, more fails text. In a
-# trace, the few columns with far larger numbers that real models' keys have would hide all others.
+# Weight of keys against text in the typical column, times keys per column: less hurts the keys, more hurts text. The
+# median and not the trace, which in real models a few columns with far larger numbers dominate.
 KEY_WEIGHT = 32.0
-UNKNOWN_TEXT = 512.0  # the same where there are no statistics: what is unknown cannot be spared
+UNKNOWN_TEXT = 512.0  # the same without statistics, where text cannot be protected
 DAMPING = 1e-2  # share of H that is the same in all directions
 TEXT_DIRECTIONS, KEY_DIRECTIONS = 256, 512
-FEW_KEYS = 4  # fewer count as that many
+FEW_KEYS = 4  # fewer keys count as this many
 FEW, MANY = 1 / 64, 1 / 32  # keys per column: a second sweep from MANY on; none up to FEW where text is unknown
 _TINY = 1e-30
 BLOCK, FIRST_STEP, SWEEP_STEP = 64, 16, 8
@@ -58,7 +58,7 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class RoundingMetric:
-    """H = floor·I + basis @ basis', basis (d_in, r) in float64, and how many sweeps it takes to round well in it."""
+    """H = floor·I + basis @ basis', basis (d_in, r) in float64, and how many sweeps rounding in it needs."""
 
     basis: Tensor
     floor: float
@@ -66,9 +66,9 @@ class RoundingMetric:
 
     @classmethod
     def of(cls, keys: Tensor, text: Spectrum | None) -> RoundingMetric:
-        """The metric of edited keys (d_in, n), n possibly 0, and of plain text where its statistics are at hand.
+        """The metric of edited keys (d_in, n), n possibly 0, and of plain text where its statistics are known.
 
-        Without them every direction counts the same beside the keys.
+        Without them all directions other than the keys count the same.
         """
         d_in, n = keys.shape
         floor = (1.0 if text is None else DAMPING) / d_in
@@ -87,7 +87,7 @@ class RoundingMetric:
 
 
 def _text_energy(d_in: int, text: Spectrum | None) -> Tensor:
-    """diag(C) / tr(C), (d_in,); I / d_in where nothing is known."""
+    """diag(C) / tr(C), (d_in,); 1 / d_in each where nothing is known."""
     if text is None:
         return torch.full((d_in,), 1 / d_in, dtype=torch.float64)
     excess = (text.values.double() - text.tail).clamp_min(0)
@@ -106,7 +106,7 @@ def _largest(columns: Tensor, rank: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Block:
-    """What rounding columns start..stop takes: the part of the basis, the share of S to take off, and U."""
+    """What rounding columns start..stop needs: the part of the basis, the share of S to take off, and U."""
 
     start: int
     stop: int
@@ -127,7 +127,7 @@ class Feedback:
         self._blocks = [_cast(block, dtype) for block in _factor(metric.basis, metric.floor)]
 
     def round(self, wanted: Callable[[slice], Tensor], rounded: Tensor) -> None:
-        """Put weights near the wanted ones on the grid of `rounded`'s dtype, so that the error in H is small.
+        """Round the wanted weights to the grid of `rounded`'s dtype, so that the error in H is small.
 
         Args:
             wanted: some columns of the weights, transposed: (columns, rows). Asked for twice rather than kept, so that
@@ -140,7 +140,7 @@ class Feedback:
             columns = slice(block.start, block.stop)
             own = wanted(columns)
             goal = own - linear(block.gain, missed.T)  # (columns, rows)
-            step = FIRST_STEP if block.stop < len(rounded) else 1  # nothing makes up for what the last ones miss
+            step = FIRST_STEP if block.stop < len(rounded) else 1  # no later column compensates the last ones
             result, _ = _round_in_turn(goal, goal, block.forward, rounded.dtype, step)
             missed += linear(block.basis.T, (result - own).T)
             rounded[columns] = result
@@ -173,9 +173,9 @@ def _round_in_turn(goal: Tensor, start: Tensor, forward: Tensor, grid: torch.dty
 
 
 def _factor(basis: Tensor, floor: float) -> list[_Block]:
-    """H's factors, block after block, each given that all columns behind it will make the best of what is missed.
+    """H's factors, block after block, each given that all columns after it compensate as well as they can.
 
-    Behind a block with rows G' of the basis lies M = (I + G'ᵀG'/floor)⁻¹, (r, r): what of S no later column can undo.
+    After a block with rows G' of the basis lies M = (I + G'ᵀG'/floor)⁻¹, (r, r): what of S no later column can undo.
     With g the block's own rows, A = floor·I + g M gᵀ = U D Uᵀ is its metric and M gᵀ A⁻¹ its share of S.
     """
     r = basis.shape[1]
@@ -207,7 +207,7 @@ def _factor(basis: Tensor, floor: float) -> list[_Block]:
 
 
 def _step(metric: Tensor) -> int:
-    """SWEEP_STEP where columns next to each other share little, else 1: moved at once, they would all make up for the
+    """SWEEP_STEP where columns next to each other share little, else 1: moved at once, they would all compensate the
     same error. Scaled to a diagonal of ones, a step in all of them overshoots where an eigenvalue reaches 2."""
     sizes = metric.diagonal().sqrt()
     scaled = metric / sizes / sizes.unsqueeze(1)

@@ -35,7 +35,7 @@ def prune(problem: LayerProblem, config: PruneConfig, solve: Callable[[LayerProb
 
     With σ those of the accumulated change, and m the largest singular value of W before any edit, every σ > m becomes
     log_b(σ) - log_b(m) + m ("log", b = 1.2 as in the papers that compare with it) or (σ + m)/2 ("linear"). The paper
-    does it once, after the last edit; here it is done at every solve, so that the model is restrained on the way too.
+    does it once, after the last edit; here it is done at every solve, so that the model stays restrained in between.
     Where m is small the logarithm's published form would enlarge σ; it never may here.
     """
     inner = solve(problem)

@@ -23,7 +23,7 @@ class UltraEditConfig(MethodConfig):
     config=UltraEditConfig,
     paper="https://arxiv.org/abs/2505.14679",
     equations="section 3",
-    use_when="thousands of facts, without subjects or statistics, and fast: one pass forth and back per batch",
+    use_when="thousands of facts, without subjects or statistics, and fast: one forward and backward pass per batch",
     needs_statistics=False,
     targets="gradients",
 )
@@ -32,8 +32,8 @@ def ultraedit(problem: LayerProblem, config: UltraEditConfig) -> Delta:
 
     Δ = V K'(KK' + c·I)⁻¹ with V = -η ‖h‖² g per column, where (h, g) are the columns of K and of the gradient G,
     less their running mean and over their running standard deviation. The paper has c = 1 and η per model; here both
-    are relative, to the keys' mean squared norm and to what W puts out for them. Its normalization is nothing for a
-    first column and noise for the next few, so here it begins with `warm_up` columns around zero of the usual size.
+    are relative, to the keys' mean squared norm and to what W puts out for them. Its normalization makes a
+    first column zero and the next few noise, so here it begins with `warm_up` columns around zero of the usual size.
     """
     keys, gradients = problem.keys, problem.residual
     prior_keys, prior_gradients = problem.prior_gradients
@@ -60,7 +60,7 @@ def normalized(columns: Tensor, earlier: Tensor, warm_up: float) -> Tensor:
 
 
 def _ridge(values: Tensor, keys: Tensor, ridge: Tensor) -> Delta:
-    """V K'(KK' + ridge·I)⁻¹, by whichever of the two systems is the smaller."""
+    """V K'(KK' + ridge·I)⁻¹, by the smaller of the two equivalent systems."""
     d_in, n = keys.shape
     gram = keys.T @ keys if n <= d_in else keys @ keys.T
     system = gram + ridge * torch.eye(min(n, d_in), dtype=keys.dtype, device=keys.device)
