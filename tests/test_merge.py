@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from patchkit.cli import cli
 from patchkit.errors import InputError
-from patchkit.export.merge import MANIFEST, Merged, merge
+from patchkit.export.merge import merge
+from patchkit.export.record import MANIFEST, Merged
 from patchkit.io.checkpoint import new_folder
 from patchkit.maths.linalg import Delta
 from patchkit.maths.rotations import Rotation
@@ -296,7 +297,7 @@ from patchkit.patch.patch import Patch
 def hang(*arguments):
     print("there", flush=True)
     time.sleep(60)
-m._change = hang
+m.round_change = hang
 m.merge([Patch.load({str(tmp_path / "patch")!r})], {str(base)!r}, {str(tmp_path / "out")!r})
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -15,7 +15,8 @@ from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
 from patchkit.evaluate.readings import read_targets
 from patchkit.evaluate.report import Report
-from patchkit.export.merge import HeldFacts, Merged, Rounding, merge
+from patchkit.export.merge import merge
+from patchkit.export.record import HeldFacts, Merged, Rounding
 from patchkit.facts.checks import counted
 from patchkit.facts.limits import GENERATED, Limits, fitting
 from patchkit.facts.reader import read_facts, write_rejected

@@ -11,7 +11,7 @@ from patchkit.cli.common import note, quiet_transformers, stdout
 from patchkit.words import listed
 
 if TYPE_CHECKING:
-    from patchkit.export.merge import Merged, Rounding
+    from patchkit.export.record import Merged, Rounding
 
 
 @click.command("merge")

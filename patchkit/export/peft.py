@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from patchkit.errors import InputError
-from patchkit.export.merge import MANIFEST
+from patchkit.export.record import MANIFEST
 from patchkit.io.checkpoint import find_checkpoint, stored_tensors
 from patchkit.io.files import write_folder
 from patchkit.maths.linalg import Delta

@@ -21,8 +21,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from pydantic import BaseModel, ValidationError
 
 from patchkit.errors import InputError, PatchkitError
-from patchkit.export.merge import MANIFEST, Merged
 from patchkit.export.peft import Exported
+from patchkit.export.record import MANIFEST, Merged
 from patchkit.io.hub import PATCH_FILES, hub_errors, is_repo_name
 from patchkit.patch.card import Card, Kind, base_name
 from patchkit.patch.manifest import Manifest

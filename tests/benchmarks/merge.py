@@ -29,7 +29,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from patchkit.export.merge import Rounding, merge
+from patchkit.export.merge import merge
+from patchkit.export.record import Rounding
 from patchkit.maths.linalg import Delta
 from patchkit.maths.rounding import TEXT_DIRECTIONS, Feedback, RoundingMetric, Spectrum
 from patchkit.model.weights import tensor_digest

@@ -1,0 +1,100 @@
+"""The changes of patches by the tensors of a checkpoint that they change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from patchkit.errors import InputError
+from patchkit.io.checkpoint import (
+    DTYPES,
+    StoredTensor,
+)
+from patchkit.maths.linalg import Delta
+from patchkit.maths.updates import delta_of
+from patchkit.model.weights import find_module, find_weight, is_transposed, skeleton, tensor_digest
+from patchkit.patch.patch import Patch
+
+_OTHER_MODEL = "the patch was made for another model"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """The sum of all patches' changes to one tensor, with the keys of their facts (d_in, n), n possibly 0.
+
+    transposed: whether the tensor lies as (d_in, d_out). digests: per patch the tensor's name in it, and the digest of
+    the numbers it was made for.
+    """
+
+    weight: str
+    stored: StoredTensor
+    transposed: bool
+    delta: Delta
+    keys: Tensor
+    digests: frozenset[tuple[str, str]]
+
+    @property
+    def d_out(self) -> int:
+        return self.delta.left.shape[0]
+
+    @property
+    def d_in(self) -> int:
+        return self.delta.right.shape[1]
+
+    @property
+    def work(self) -> torch.dtype:
+        """What the new numbers are computed in."""
+        return torch.float32 if self.stored.dtype in ("BF16", "F16") else torch.float64
+
+    def plus(self, other: Edit) -> Edit:
+        """Both changes, one after the other."""
+        if (self.d_out, self.d_in) != (other.d_out, other.d_in):
+            raise InputError(f"{self.weight}: the patches are for weights of different shapes; merge one of them")
+        delta, keys = Delta.stack([self.delta, other.delta]), torch.cat([self.keys, other.keys], 1)
+        return Edit(self.weight, self.stored, self.transposed, delta, keys, self.digests | other.digests)
+
+
+def collect_edits(patches: Sequence[Patch], checkpoint: Mapping[str, StoredTensor], source: Path) -> list[Edit]:
+    """One edit per tensor: deltas add up in the order of the patches."""
+    edits: dict[str, Edit] = {}
+    for patch in patches:
+        shapes = {info.weight: info.shape for info in patch.manifest.updates}
+        for weight, chain in patch.updates.items():
+            name = find_weight(weight, checkpoint, str(source), _OTHER_MODEL)
+            stored = checkpoint[name]
+            lies = _lies_transposed(name, stored, shapes[weight], source)
+            delta = delta_of(chain, partial(_oriented, stored, lies))
+            keys = patch.state.get(f"{weight}.keys", delta.right.new_zeros(delta.right.shape[1], 0))
+            digests = frozenset({(weight, patch.manifest.base.weights[weight])})
+            edit = Edit(name, stored, lies, delta, keys, digests)
+            edits[name] = edits[name].plus(edit) if name in edits else edit
+    return list(edits.values())
+
+
+def _oriented(stored: StoredTensor, transposed: bool) -> Tensor:
+    return stored.read().T if transposed else stored.read()
+
+
+def _lies_transposed(name: str, stored: StoredTensor, shape: tuple[int, int], source: Path) -> bool:
+    """Whether the tensor lies as (d_in, d_out). Its shape tells, unless it is square; then its module's class does."""
+    if stored.dtype not in DTYPES:
+        raise InputError(f"{stored.file}: {name} is stored as {stored.dtype}; merge into a model not quantised")
+    if stored.shape not in (shape, shape[::-1]):
+        raise InputError(f"{stored.file}: {name} is {stored.shape}, the patch is for {shape}: it is another model's")
+    if shape[0] != shape[1]:
+        return stored.shape != shape
+    _, module = find_module(skeleton(source), name, _OTHER_MODEL)
+    return is_transposed(module)
+
+
+def check_base(edit: Edit, tensor: Tensor) -> None:
+    if any(tensor_digest(weight, tensor) != digest for weight, digest in edit.digests):
+        raise InputError(
+            f"{edit.stored.file}: {edit.weight} holds other numbers than in the model the patch was made for; "
+            "merge into that one, or use --force if you know that the two are close"
+        )

@@ -1,0 +1,99 @@
+"""What a merged checkpoint says of itself: patchkit-manifest.json and the model card."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from patchkit.io.files import write_atomically
+from patchkit.patch.card import Card, cell
+from patchkit.patch.manifest import Manifest
+from patchkit.words import counted
+
+Rounding = Literal["keys", "nearest"]
+MANIFEST = "patchkit-manifest.json"
+BASES_OWN = {"README.md": "README.base.md", MANIFEST: "patchkit-manifest.base.json"}  # what this writes itself
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class MergedTensor(_Record):
+    """What became of one weight's change.
+
+    unchanged: share of its entries that are the base's. key_error: ‖EK‖/‖ΔK‖ with E the rounding error, Δ the change
+    and K the edited facts' keys. text_error: (tr ECE' / tr WCW')^½ with C the statistics. Both from the first 128 rows,
+    and also for rounding to nearest; None where keys or statistics were not at hand.
+    """
+
+    weight: str
+    file: str
+    dtype: str
+    rounding: Rounding
+    statistics: str | None
+    unchanged: float
+    key_error: float | None
+    key_error_nearest: float | None
+    text_error: float | None
+    text_error_nearest: float | None
+
+
+class HeldFacts(_Record):
+    """Facts asked of the merged checkpoint, teacher-forced, and those whose target is no longer said."""
+
+    asked: int
+    hold: int
+    lost: tuple[str, ...]
+
+
+class Merged(_Record):
+    """patchkit-manifest.json of a merged checkpoint: what went in, and what of it survived the rounding."""
+
+    format_version: int = 1
+    action: Literal["merge"] = "merge"
+    when: str
+    base: str
+    commit: str | None
+    forced: bool
+    parents: tuple[Manifest, ...]
+    tensors: tuple[MergedTensor, ...]
+    facts: HeldFacts | None = None
+    patchkit: str
+
+    def save(self, folder: Path, title: str) -> None:
+        """Write it into the checkpoint's folder, and the model card beside it."""
+        kept = " The base's card is `README.base.md`." if (folder / BASES_OWN["README.md"]).is_file() else ""
+        for name, text in ((MANIFEST, self.model_dump_json(indent=1) + "\n"), ("README.md", self.card(title, kept))):
+            write_atomically(folder / name, partial(_write_text, text=text))
+
+    def card(self, title: str, more: str = "", **published: Any) -> str:
+        """The README.md; `more` is said of the tensors, `published` is what else `patchkit.patch.card.Card` takes."""
+        base = None if Path(self.base).is_dir() else self.base
+        card = Card(self.parents, title, "merged", details=self._tensors() + more, base=base, held=self._held())
+        return replace(card, **{key: value for key, value in published.items() if value}).markdown()
+
+    def _tensors(self) -> str:
+        rows = [
+            "All tensors but these are the base's, byte for byte; errors are relative, along the facts' keys:\n",
+            "| weight | dtype | rounding | entries unchanged | error | by rounding to nearest |",
+            "|---|---|---|---|---|---|",
+        ]
+        for t in self.tensors:
+            errors = ("-" if error is None else f"{error:.2g}" for error in (t.key_error, t.key_error_nearest))
+            rows.append(f"| {t.weight} | {t.dtype} | {t.rounding} | {t.unchanged:.1%} | {' | '.join(errors)} |")
+        return "\n".join(rows) + "\n\n"
+
+    def _held(self) -> str | None:
+        if self.facts is None:
+            return None
+        lost = f" These do not: {cell(', '.join(self.facts.lost))}." if self.facts.lost else ""
+        return f"Of {counted(self.facts.asked, 'fact')}, asked after rounding, {self.facts.hold} hold.{lost}"
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
