@@ -174,6 +174,16 @@ def test_facts_come_from_standard_input(run: Run, model: Path) -> None:
     assert Path("stdin-patch/manifest.json").is_file()
 
 
+def test_a_fact_may_be_typed(run: Run, model: Path) -> None:
+    told = run("apply", "--fact", "the city of {} | Rome | capital", "--model", model, *QUICK, "--json")
+    assert told.status == 0
+    written = json.loads(Path("facts-patch/manifest.json").read_text())["facts"]
+    assert [(fact["prompt"], fact["target_new"]) for fact in written] == [("the city of Rome", "capital")]
+    for bad in (("--fact", "Rome | capital"), ("--fact", "a | b | c | d")):
+        assert 'not 3; write it as "prompt | subject | target"' in run("apply", *bad, "--model", model).err
+    assert "give either FACTS or --fact" in run("apply", "--model", model).err
+
+
 def test_skip_bad_lists_what_it_left_out_beside_the_patch(run: Run, model: Path) -> None:
     write_facts("facts.jsonl", ROME, {**ADA, "subject": "Eve"})
     assert run("apply", "facts.jsonl", "--model", model, *QUICK, "--out", "p").status == 2

@@ -217,6 +217,26 @@ def test_a_fact_may_keep_its_id_when_its_target_changes(make: Make) -> None:
     assert [(fact.id, fact.target_new) for fact in second.manifest.facts] == [("ada", "is"), ("rome", "Polish")]
 
 
+def test_numbers_of_two_files_that_both_count_from_0_do_not_clash(make: Make) -> None:
+    first = make([{**ROME, "id": 0}])
+    second = make([{**ADA, "id": 0}], onto=first)
+    assert ids(second) == ["0", "facts-0"]
+    third = make([{**ROME, "id": 0, "prompt": "the town of Rome"}], onto=second)
+    assert ids(third)[:2] == ["0", "facts-0"]
+    assert ids(third)[2].startswith("facts-0-")
+    assert ids(make([{**ROME, "id": 0}], onto=third)) == ids(third)
+
+
+def test_every_id_that_is_taken_is_named_with_its_place(make: Make) -> None:
+    first = make([ROME, ADA])
+    others = [{**record, "prompt": f"now {record['prompt']}"} for record in (ROME, ADA)]
+    with pytest.raises(InputError) as caught:
+        make(others, onto=first)
+    lines = str(caught.value).split("\n")
+    assert [line.split(": ")[0] for line in lines] == ["facts[0]", "facts[1]"]
+    assert "fact rome: the patch has that id" in lines[0]
+
+
 def test_an_id_that_another_fact_has_is_refused(make: Make) -> None:
     first = make([ROME])
     with pytest.raises(InputError, match=r'fact rome: the patch has that id for "the city of Rome"; give the new'):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,6 +23,7 @@ from patchkit.cli.merge import show_merged
 from patchkit.cli.push import packed, show_pushed
 from patchkit.errors import GateError, InputError, PatchkitError
 from patchkit.evaluate.gates import Gates
+from patchkit.facts.typed import FORM
 
 if TYPE_CHECKING:
     from patchkit.cli.jobs import Applied
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 
 @click.command("apply", cls=GatedCommand)
-@click.argument("facts")
+@click.argument("facts", required=False)
+@click.option("--fact", "typed", multiple=True, metavar="TEXT", help=f'A fact as "{FORM}"; may be repeated.')
 @model_options
 @click.option("--onto", metavar="PATCH", help="Go on from this patch, with its recipe unless told otherwise.")
 @click.option("--method", metavar="NAME", help="One of `patchkit methods` [default: alphaedit].")
@@ -48,7 +50,8 @@ if TYPE_CHECKING:
 @click.option("--push", "repo", metavar="REPO", help="If the gates hold: publish the patch as REPO (user/name), too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def command(
-    facts: str,
+    facts: str | None,
+    typed: tuple[str, ...],
     model_name: str | None,
     device: str,
     dtype: str,
@@ -69,10 +72,10 @@ def command(
     gates: Gates,
     as_json: bool,
 ) -> None:
-    """Write FACTS (.jsonl or .json, "-" for standard input) into a model, as a patch.
+    """Write FACTS (a file, "-" for standard input, or hf://datasets/ORG/NAME/FILE) into a model, as a patch.
 
-    The model itself is not changed. Native facts have prompt, subject and target_new; CounterFact and ZsRE files are
-    recognised. Afterwards every fact is measured with and without the patch.
+    The model itself is not changed. Native facts have prompt, subject and target_new; CounterFact, ZsRE and many other
+    formats are recognized (docs/formats.md). Afterwards every fact is measured with and without the patch.
 
     With --onto, facts that PATCH has already are skipped, and a fact with another target supersedes the earlier one.
 
@@ -81,7 +84,9 @@ def command(
     """
     from patchkit.cli.jobs import apply_file
 
-    usual = own_folder(onto) if onto else Path(f"{Path(facts).stem if facts != '-' else 'stdin'}-patch")
+    if bool(facts) == bool(typed):
+        raise click.UsageError('give either FACTS or --fact "prompt | subject | target"')
+    usual = own_folder(onto) if onto else Path(f"{_stem(facts)}-patch")
     folder = Path(out) if out else usual
     short = {"layers": layers, "batch_size": batch_size, "seed": seed}
     overrides = (*overrides, *(f"{key}={value}" for key, value in short.items() if value is not None))
@@ -90,7 +95,7 @@ def command(
     after.check(folder)
     with progress_bars() as progress:
         done = apply_file(
-            facts,
+            facts or typed,
             lambda base: choice(model_name or base, device, dtype),
             folder,
             onto=onto,
@@ -106,6 +111,16 @@ def command(
             check=after.check_base,
         )
     after.run(done)
+
+
+def _settings(**short: object) -> list[str]:
+    """Options that stand for a setting each, as --set takes them."""
+    return [f"{key}={value}" for key, value in short.items() if value is not None]
+
+
+def _stem(facts: str | None) -> str:
+    """What a patch of these facts is called."""
+    return "stdin" if facts == "-" else PurePath((facts or "facts").removesuffix(".gz")).stem
 
 
 @dataclass(frozen=True)

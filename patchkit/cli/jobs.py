@@ -19,8 +19,9 @@ from patchkit.export.merge import merge
 from patchkit.export.record import HeldFacts, Merged, Rounding
 from patchkit.facts.checks import counted
 from patchkit.facts.limits import GENERATED, Limits, fitting
-from patchkit.facts.reader import read_facts, write_rejected
+from patchkit.facts.reader import parse_facts, read_facts, write_rejected
 from patchkit.facts.schema import Fact, FactFile
+from patchkit.facts.typed import typed_facts
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import LoadedModel, ModelChoice, load_config, load_model, load_tokenizer
@@ -59,7 +60,7 @@ class Applied:
 
 
 def apply_file(
-    facts: str,
+    facts: str | Sequence[str],
     choose: Callable[[str | None], ModelChoice],
     folder: Path,
     *,
@@ -75,9 +76,9 @@ def apply_file(
     say: Callable[[str], None],
     check: Callable[[LoadedModel], object] = lambda model: None,
 ) -> Applied:
-    """Read a fact file, edit, measure, write the patch's folder. `choose` is told the base of `onto`, if any.
+    """Read a fact file, or facts in `FORM`, edit, measure, write the patch's folder.
 
-    `check` may refuse the model before any work is done with it.
+    `choose` is told the base of `onto`, if any. `check` may refuse the model before any work is done with it.
 
     Raises:
         InputError: anything about the input; nothing has been written then.
@@ -86,7 +87,11 @@ def apply_file(
     # A bad recipe or fact file should not wait for a model to load.
     config = load_recipe(method, recipe, overrides, earlier.manifest.history[-1].recipe if earlier else None)
     chosen = choose(earlier.manifest.base.name if earlier else None)
-    read = partial(read_facts, facts, zsre_target=zsre_target, skip_bad=skip_bad)
+    read = (
+        partial(read_facts, facts, zsre_target=zsre_target, skip_bad=skip_bad)
+        if isinstance(facts, str)
+        else partial(parse_facts, typed_facts(facts), skip_bad=skip_bad)
+    )
     limits = Limits.of(load_config(chosen.name))
     prepared = prepare(read, load_tokenizer(chosen.name), config, earlier, limits=limits)
     for note in prepared.notes:

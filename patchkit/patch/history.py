@@ -6,15 +6,18 @@ Nothing here looks at a tensor or a model.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from patchkit.errors import InputError
-from patchkit.facts.schema import Fact
+from patchkit.facts.schema import Fact, FactFile
 from patchkit.facts.text import same_wording
 from patchkit.patch.manifest import EditedFact, Manifest, Run
 
@@ -69,13 +72,43 @@ class Incoming:
     superseded: Mapping[str, str] = field(default_factory=dict)
 
 
-def sort_incoming(facts: Sequence[Fact], present: Sequence[EditedFact]) -> Incoming:
-    """Sort `facts` against the facts `present` in a patch.
+def with_free_ids(read: FactFile, present: Sequence[EditedFact]) -> FactFile:
+    """The facts of a file, with ids that no other fact in a patch has.
 
-    Two facts are about the same thing if their prompts are equal but for whitespace.
+    A number is a data set's own count, and the next file counts from 0 again: where it is taken, the file's name comes
+    before it, and a digest of the fact after it if that is taken too.
 
     Raises:
-        InputError: a new fact has the id of another one that stays in the patch.
+        InputError: an id that is no number is that of another fact which stays in the patch; all are named.
+    """
+    targets = {same_wording(fact.prompt): fact.target_new for fact in read.facts}
+    stays = [fact for fact in present if targets.get(same_wording(fact.prompt), fact.target_new) == fact.target_new]
+    taken, free, clashes = {fact.id: fact for fact in stays}, list[Fact](), list[str]()
+    for fact, line in zip(read.facts, read.lines, strict=True):
+        other = taken.get(fact.id)
+        if other is None or same_wording(other.prompt) == same_wording(fact.prompt):
+            free.append(fact)
+        elif re.fullmatch(r"\d+(\.\d+)*", fact.id):
+            free.append(fact.model_copy(update={"id": _numbered_by_file(fact, read.path, taken)}))
+        else:
+            place = f"facts[{line}]" if read.path == "facts" else f"{read.path} line {line}"
+            clashes.append(f'{place}: fact {fact.id}: the patch has that id for "{other.prompt}"')
+    if clashes:
+        advice = "give the new fact another id, or the old one's prompt if it is to supersede it"
+        raise InputError("\n".join(clashes) + f"; {advice}")
+    return replace(read, facts=tuple(free))
+
+
+def _numbered_by_file(fact: Fact, path: str, taken: Collection[str]) -> str:
+    stem = Path(path).name.strip("<>").partition(".")[0]
+    name, digest = f"{stem}-{fact.id}", sha256(f"{fact.prompt} {fact.target_new}".encode()).hexdigest()
+    return name if name not in taken else f"{name}-{digest[:6]}"
+
+
+def sort_incoming(facts: Sequence[Fact], present: Sequence[EditedFact]) -> Incoming:
+    """Sort `facts`, whose ids are free, against the facts `present` in a patch.
+
+    Two facts are about the same thing if their prompts are equal but for whitespace.
     """
     by_prompt = {same_wording(fact.prompt): fact for fact in present}
     new, skipped, superseded = list[Fact](), list[str](), dict[str, str]()
@@ -87,13 +120,6 @@ def sort_incoming(facts: Sequence[Fact], present: Sequence[EditedFact]) -> Incom
         if old is not None:
             superseded[old.id] = fact.id
         new.append(fact)
-    taken = {fact.id: fact for fact in present if fact.id not in superseded}
-    for fact in new:
-        if fact.id in taken:
-            raise InputError(
-                f'fact {fact.id}: the patch has that id for "{taken[fact.id].prompt}"; give the new fact another id, '
-                "or the old one's prompt if it is to supersede it"
-            )
     return Incoming(tuple(new), tuple(skipped), superseded)
 
 

@@ -10,7 +10,7 @@ from patchkit import methods
 from patchkit.editing.recipe import EditConfig
 from patchkit.facts.limits import Limits, fitting
 from patchkit.facts.schema import Fact, FactFile
-from patchkit.patch.history import Incoming, sort_incoming
+from patchkit.patch.history import Incoming, sort_incoming, with_free_ids
 from patchkit.patch.patch import Patch
 
 CONTEXT_ROOM = 8
@@ -62,6 +62,7 @@ def prepare(
         needs_subject=methods.get(config.method).needs_subject,
         subjectless=[name for name in methods.available() if not methods.get(name).needs_subject],
     )
+    facts = with_free_ids(facts, onto.manifest.facts if onto else ())
     incoming = sort_incoming(facts.facts, onto.manifest.facts if onto else ())
     notes = (
         *facts.notes,
