@@ -191,13 +191,13 @@ def test_a_classifier_is_sent_to_the_causal_class() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
-def test_quantised_weights_are_refused(dtype: torch.dtype) -> None:
+def test_quantized_weights_are_refused(dtype: torch.dtype) -> None:
     model = zoo.FAMILIES["llama"]()
     down = model.model.layers[2].mlp.down_proj
     down.weight = nn.Parameter(down.weight.detach().to(dtype), requires_grad=False)
     message = refusal(model)
     assert f"model.layers.2.mlp.down_proj.weight in {dtype} (Linear)" in message
-    assert "edit the unquantised checkpoint" in message
+    assert "edit the unquantized checkpoint" in message
 
 
 def test_packed_weights_in_buffers_are_refused() -> None:

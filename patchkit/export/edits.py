@@ -83,7 +83,7 @@ def _oriented(stored: StoredTensor, transposed: bool) -> Tensor:
 def _lies_transposed(name: str, stored: StoredTensor, shape: tuple[int, int], source: Path) -> bool:
     """Whether the tensor lies as (d_in, d_out). Its shape tells, unless it is square; then its module's class does."""
     if stored.dtype not in DTYPES:
-        raise InputError(f"{stored.file}: {name} is stored as {stored.dtype}; merge into a model not quantised")
+        raise InputError(f"{stored.file}: {name} is stored as {stored.dtype}; merge into a model not quantized")
     if stored.shape not in (shape, shape[::-1]):
         raise InputError(f"{stored.file}: {name} is {stored.shape}, the patch is for {shape}: it is another model's")
     if shape[0] != shape[1]:

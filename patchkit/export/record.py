@@ -24,7 +24,7 @@ class _Record(BaseModel):
 
 
 class MergedTensor(_Record):
-    """What became of one weight's change.
+    """What rounding left of the change of one weight.
 
     unchanged: share of its entries that are the base's. key_error: ‖EK‖/‖ΔK‖ with E the rounding error, Δ the change
     and K the edited facts' keys. text_error: (tr ECE' / tr WCW')^½ with C the statistics. Both from the first 128 rows,
@@ -44,7 +44,7 @@ class MergedTensor(_Record):
 
 
 class HeldFacts(_Record):
-    """Facts asked of the merged checkpoint, teacher-forced, and those whose target is no longer said."""
+    """How many facts the merged checkpoint was asked for, teacher-forced, how many hold, and the ids of the others."""
 
     asked: int
     hold: int

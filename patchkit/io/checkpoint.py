@@ -35,7 +35,7 @@ class StoredTensor:
     size: int
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own: a mapped file would count as memory in use, and go on changing with it."""
+        """The tensor, copied: a memory-mapped one would count as memory in use, and change when the file does."""
         buffer = bytearray(self.size)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)

@@ -37,7 +37,7 @@ def inspect_model(model: PreTrainedModel) -> Architecture:
     """Find the edit sites of a loaded causal language model. Weights, hooks and training mode are as before afterwards.
 
     Raises InputError for what cannot be edited: encoder-decoders, models without a language-model head, mixtures of
-    experts, quantised or unloaded weights, and layers whose feed-forward is not recognised.
+    experts, quantized or unloaded weights, and layers whose feed-forward is not recognized.
     """
     head = _causal_head(model)
     _refuse_unloaded(model)
@@ -127,7 +127,7 @@ def _output_projection(model: nn.Module, block_name: str, block: nn.Module, hidd
     parts = list(_feed_forward(block))
     for name, module in parts:
         _refuse_experts(model, f"{block_name}.{name}", module)
-        _refuse_quantised(model, f"{block_name}.{name}", module)
+        _refuse_quantized(model, f"{block_name}.{name}", module)
     widths = {name: _widths(module) for name, module in parts if is_linear(module)}
     outputs = [name for name in widths if _closes_feed_forward(name, widths, hidden_size)]
     # The factors of adapters and small side branches fit together like a feed-forward; it is wider than they are.
@@ -163,14 +163,14 @@ def _refuse_experts(model: nn.Module, name: str, module: nn.Module) -> None:
         raise _refusal(model, "one feed-forward per layer", found, "use a dense model")
 
 
-def _refuse_quantised(model: nn.Module, name: str, module: nn.Module) -> None:
+def _refuse_quantized(model: nn.Module, name: str, module: nn.Module) -> None:
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     for tensor_name, tensor in tensors:
-        # Quantisers that keep a float dtype on the outside do so with a tensor subclass.
+        # Quantizers that keep a float dtype on the outside do so with a tensor subclass.
         plain = type(tensor.data) is Tensor and tensor.dtype in EDITABLE_DTYPES
         if tensor.ndim >= 2 and not plain:
             found = f"{name}.{tensor_name} in {tensor.dtype} ({type(module).__name__})"
-            advice = "the weights are quantised; edit the unquantised checkpoint and quantise the result"
+            advice = "the weights are quantized; edit the unquantized checkpoint and quantize the result"
             raise _refusal(model, "16, 32 or 64-bit floating-point weights", found, advice)
 
 

@@ -2,7 +2,7 @@
 
 Masks, rotary tables and per-layer arguments are prepared by the model itself: layers below the span are passed
 through, the span's first layer is handed stored hidden states, and an exception ends the pass after its last. That is
-what lets statistics, keys and value optimisation leave out every layer they do not need, on any decoder.
+what lets statistics, keys and value optimization leave out every layer they do not need, on any decoder.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class _PrefixLayer(DynamicLayer):
 
 @dataclass(frozen=True)
 class Prefix:
-    """Attention states of the positions before a suffix.
+    """The KV cache of a prefix, which suffixes are run after.
 
     layers: per layer keys and values (rows, heads, length, head_dim); mask: (rows, length), 1 where there is a token.
-    Padding is on the left, so that the distance to the suffix is true, which sliding windows count in.
+    Padding is on the left: sliding windows count by distance to the suffix, which padding in between would add to.
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]
@@ -63,10 +63,10 @@ class Prefix:
         hidden: Tensor | None = None,
         stop: int | None = None,
     ) -> Prefix:
-        """The states of right-padded texts (rows, seq), each after the row of `before` with its number.
+        """The KV cache of right-padded texts (rows, seq), each after the same row of `before`.
 
         Layers start..stop-1 run, by default all, from `hidden` as in `LayerRunner.run`; the others get stubs. No
-        layer's cache evicts, sliding ones included: prompts are short, and evicted states could not be shared.
+        layer's cache evicts, not even with sliding windows: prompts are short, and a cut cache could not be shared.
         """
         known = mask[:, :0] if before is None else before.mask
         whole = torch.cat([known, mask], 1)  # (rows, length + seq)
@@ -85,7 +85,7 @@ class Prefix:
         return Prefix(pairs, whole)._packed()
 
     def _packed(self) -> Prefix:
-        """The same with each row's tokens side by side at the right end."""
+        """The same prefixes without padding between or after a row's tokens."""
         order = self.mask.argsort(dim=1, stable=True)[:, -max(1, int(self.mask.sum(1).max())) :]  # (rows, length)
         at = order[:, None, :, None]
 
@@ -96,21 +96,21 @@ class Prefix:
 
     @property
     def token_bytes(self) -> int:
-        """Memory that the states of one position take."""
+        """Bytes that the keys and values of one position take."""
         return sum(part[0, :, 0].numel() * part.element_size() for pair in self.layers for part in pair)
 
     def rows(self, rows: Tensor) -> Prefix:
-        """Those of some rows only, or of rows several times."""
+        """The prefixes with these row numbers, each as often as it is named."""
         return Prefix(tuple((keys[rows], values[rows]) for keys, values in self.layers), self.mask[rows])
 
     def from_layer(self, start: int) -> Prefix:
-        """Without the states of layers that never run again; a stub of the same length still tells the model where
-        it is."""
+        """Without the keys and values of the layers below `start`, which never run again; stubs keep the length, from
+        which the model takes its positions."""
         stubs = ((keys[:, :1, :, :1].clone(), values[:, :1, :, :1].clone()) for keys, values in self.layers[:start])
         return Prefix((*stubs, *self.layers[start:]), self.mask)
 
     def beside(self, other: Prefix) -> Prefix:
-        """The rows of both."""
+        """The rows of both prefixes in one batch, padded on the left."""
         length = max(self.mask.shape[1], other.mask.shape[1])
 
         def joined(a: Tensor, b: Tensor, dim: int) -> Tensor:
@@ -122,11 +122,11 @@ class Prefix:
         return Prefix(layers, joined(self.mask, other.mask, 1))
 
     def cache(self) -> Cache:
-        """As the model's forward takes it."""
+        """As the model's `past_key_values`; passes read it and leave it as it is, so it serves any number of them."""
         return Cache(layers=[_PrefixLayer(keys, values) for keys, values in self.layers])
 
     def growing_cache(self) -> Cache:
-        """The same, with room for the states of the passes that it is given to."""
+        """As the model's `past_key_values`; each pass appends its keys and values, as in generation."""
         layers: Any = [DynamicLayer() for _ in self.layers]
         for layer, states in zip(layers, self.layers, strict=True):
             layer.update(*states)
@@ -135,7 +135,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Span:
-    """What one pass over a span saw: hidden states (rows, seq, d) after its last layer, or logits of a full pass."""
+    """Output of one pass: hidden states (rows, seq, d) after the last layer run, or logits of a full pass."""
 
     hidden: Tensor | None = None
     logits: Tensor | None = None
@@ -166,7 +166,7 @@ class LayerRunner:
 
     @property
     def vocabulary(self) -> int:
-        """Number of logits at a position."""
+        """Size of the output vocabulary."""
         return weight_of(self.arch.head).shape[0]
 
     def run(
@@ -294,7 +294,7 @@ def _gathering(head: nn.Module, where: tuple[Tensor, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def watching(module: nn.Module, rows: int, see: Callable[[Tensor, Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `see(input, output)` at each run of `module`; what it returns, if anything, replaces the output.
+    """Call `see(input, output)` whenever `module` runs; a tensor that it returns replaces the output.
 
     `rows` is the number of sequences in the pass: some families flatten (rows, seq, d) to two dimensions before a
     module (OPT), and `see` always gets and gives three.

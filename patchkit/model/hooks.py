@@ -1,4 +1,4 @@
-"""Changes on a live model: a forward hook adds left @ (right @ x) to a module's output; the weight stays as it is."""
+"""Low-rank deltas on a live model: forward hooks add left @ (right @ x) to a module's output; no weight is written."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from patchkit.model.arch import Architecture
 
 
 class LiveDelta:
-    """The deltas that one module adds to its output while attached, as one product however many they are.
+    """The sum of the deltas on one module, applied as a single product.
 
-    Beyond the rank at which the factors are larger than the matrix, the matrix is kept instead: adding one more delta
-    then costs the same however many there are.
+    Once the factors together are larger than the (d_out, d_in) matrix, the matrix is kept instead, so that adding a
+    delta does not get slower with their number.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class LiveDelta:
         self._factors: tuple[Tensor, ...] = ()
 
     def add(self, delta: Delta) -> None:
-        """Add `delta` to what the module writes from now on."""
+        """Add one more delta."""
         self._factors = ()
         self._parts.append(delta)
         d_out, d_in = delta.left.shape[0], delta.right.shape[1]
@@ -38,7 +38,7 @@ class LiveDelta:
         self._parts = []
 
     def set(self, deltas: Sequence[Delta]) -> None:
-        """Let the module write with just these from now on; with none of them, it writes as if it had no hook."""
+        """Replace all deltas; with none, the module's output is left as it is, bit for bit."""
         self._parts, self._matrix, self._factors = [], None, ()
         for delta in deltas:
             self.add(delta)
@@ -49,7 +49,7 @@ class LiveDelta:
             return output
         if not self._factors or self._factors[0].dtype != output.dtype or self._factors[0].device != output.device:
             self._cast(output)
-        # A module that is quantised or offloaded may take its input on another device, or in another dtype.
+        # A module that is quantized or offloaded may take its input on another device, or in another dtype.
         change = args[0].to(output)
         for factor in self._factors:
             change = linear(change, factor)  # (..., r), then (..., d_out)

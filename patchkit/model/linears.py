@@ -14,7 +14,7 @@ from patchkit.model.weights import LINEAR, is_transposed
 
 
 class Linears:
-    """The linear layers of `model` whose forward is torch's own; what wraps or quantises one is left alone."""
+    """The linear layers of `model` whose forward is torch's own; what wraps or quantizes one is left alone."""
 
     def __init__(self, model: nn.Module) -> None:
         self._plain = [module for module in model.modules() if type(module) in LINEAR]

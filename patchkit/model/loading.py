@@ -20,7 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, its tokenizer, and what a manifest says of where they came from."""
+    """A model with its tokenizer, and the name and commit that a manifest records for it."""
 
     model: PreTrainedModel
     tokenizer: Any
@@ -98,7 +98,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
 
 @torch.no_grad()
 def _is_causal(model: PreTrainedModel) -> bool:
-    """Whether a token leaves what comes before it alone. Encoders load as language models too, without a word."""
+    """Whether logits do not depend on later tokens. Encoders load as causal language models too, without a warning."""
     ids = torch.tensor([[3, 4], [3, 5]])
     logits = model.eval()(input_ids=ids, use_cache=False).logits[:, 0]
     tolerance = max(4 * torch.finfo(logits.dtype).eps, 1e-4)

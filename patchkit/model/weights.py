@@ -30,7 +30,7 @@ _CHUNK = 1 << 21
 
 @dataclass(frozen=True)
 class Site:
-    """An editable weight: what the feed-forward of layer `layer` writes with."""
+    """An editable weight: the output projection of the feed-forward in layer `layer`."""
 
     layer: int
     weight_name: str  # as in the state dict
@@ -38,7 +38,7 @@ class Site:
     module: nn.Module
     d_in: int
     d_out: int
-    direct: bool  # what the module writes is what the residual stream receives: no norm or scale in between
+    direct: bool  # its output is added to the residual stream as it is: no norm or scale in between
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------

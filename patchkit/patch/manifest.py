@@ -1,4 +1,4 @@
-"""The manifest of a patch: what it was made from, what it says, and every run that made it so."""
+"""The manifest of a patch: its base, its facts and updates, and the history of runs that made it."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class BaseInfo(_Record):
 
 
 class EditedFact(Fact):
-    """A fact in the patch, with the run and batch that wrote it and what its value reached.
+    """A fact in the patch, with the run and batch that wrote it, and the final loss and steps of its value.
 
-    layers are those it was written to, where a method chose them for each fact; empty means the run's. columns is how
-    many keys it has in each solve.
+    layers: those it was written to, where the method selects layers per fact; empty means the run's. columns: how many
+    keys it has in each solve.
     """
 
     run: int
@@ -59,11 +59,11 @@ class EditedFact(Fact):
 
 
 class UpdateInfo(_Record):
-    """One stored update of a weight of shape (d_out, d_in): its place among the weight's updates, of which it acts
-    upon what the ones before it make, its kind and rank, and how many real numbers it is stored in.
+    """One stored update of a weight of shape (d_out, d_in).
 
-    norm is of what the weight is changed by up to and with it; side is that of a rotation, and angles are the largest,
-    the median and the smallest by which its planes turn, in radians.
+    place: its position in the weight's chain; it acts on the result of those before it. numbers: how many real numbers
+    it is stored in. norm: Frobenius norm of the chain's delta up to and including it. side: of a rotation, the one it
+    acts on. angles: of a rotation, the largest, median and smallest angle of its planes, in radians.
     """
 
     weight: str

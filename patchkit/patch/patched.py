@@ -16,7 +16,7 @@ from patchkit.model.weights import is_quantized, loaded_weight, oriented, shape_
 
 
 class PatchedModule:
-    """A module whose weight patches change, by a hook or in place."""
+    """A module with the updates of the active patches on it, by a hook or written into its weight."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
@@ -29,12 +29,12 @@ class PatchedModule:
         return self._handle is not None
 
     def show(self, updates: Sequence[Update], merged: bool) -> None:
-        """Act with `updates`, in their order, and with nothing else."""
+        """Put just `updates` on the module, in their order; with `merged`, into its weight."""
         self._restore()
         total = delta_of(updates, self._rotatable) if updates else None
         self._live.set([total] if total is not None and not merged else [])
         if self._handle is None:
-            # First, so that a hook of the user's sees what the patched module puts out.
+            # First, so that the user's own hooks see the patched output.
             self._handle = self.module.register_forward_hook(self._live.hook, prepend=True)
         if merged and total is not None:
             self._write(total)
@@ -46,7 +46,7 @@ class PatchedModule:
             self._handle.remove()
 
     def keep(self) -> None:
-        """Forget the original of what was written."""
+        """Make what was written permanent: forget the original weight."""
         self._original = None
 
     @property
@@ -71,7 +71,7 @@ class PatchedModule:
 
     @torch.no_grad()
     def _rotatable(self) -> Tensor:
-        """W (d_out, d_in) without patches, in float32; of a quantised module, what it multiplies with."""
+        """W (d_out, d_in) without patches, in float32; of a quantized module, what it multiplies with."""
         weight = self.base_weight()
         if weight is not None:
             return oriented(self.module, weight).float()

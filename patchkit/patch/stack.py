@@ -1,4 +1,4 @@
-"""Patches on a live model: attach them, stack them, switch them off, merge them, take them off without a trace."""
+"""Patches on a live model: attached by hooks, stacked, disabled, merged into the weights, and taken off again."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def load(
 ) -> PatchStack:
     """Attach `patch` to a model of transformers, on top of the patches that it has.
 
-    Weights are not written: a hook adds the change to what a module puts out, so quantised models, and those that
+    Weights are not written: a hook adds the patch's delta to a module's output, so quantized models, and those that
     device_map spreads over GPUs, CPU and disk, take patches as well.
 
     Args:
         model: the base; a module that torch.compile returned is fine.
         patch: a patch's folder, a Hub repository ("user/repo" or "user/repo@revision"), or a `Patch`.
         name: what to call it; without one, the last part of the folder or repository.
-        merged: write the change into the weights instead, with the originals kept; see `PatchStack.merge`.
+        merged: write the patch into the weights instead, with the originals kept; see `PatchStack.merge`.
         force: attach it although the weights are not those it was made for, as long as the shapes fit.
 
     Returns:
@@ -96,7 +96,7 @@ def from_pretrained(
 
 @dataclass(frozen=True)
 class _Attached:
-    """A patch on the model: its changes by the name that the touched module has there."""
+    """A patch on the model: its chains of updates by module name."""
 
     manifest: Manifest
     chains: Mapping[str, Chain]
@@ -129,7 +129,7 @@ class PatchStack:
 
     @property
     def active(self) -> tuple[str, ...]:
-        """Names of the patches that act, in their order."""
+        """Names of the active patches, in the order in which they act."""
         return self._active
 
     @property
@@ -183,7 +183,7 @@ class PatchStack:
                 self.delete(name)
 
     def set_active(self, names: str | Iterable[str]) -> None:
-        """Let just these patches act, in this order; the others stay at hand.
+        """Activate just these patches, in this order; the others stay attached but inactive.
 
         Raises:
             InputError: there is no such patch on the model, or one is named twice.
@@ -221,11 +221,11 @@ class PatchStack:
     def merge(self) -> None:
         """Write the active patches into the weights, and keep the originals in memory on the CPU.
 
-        Nothing runs beside the weights then. Each is rounded once to its dtype, to the nearest: in 16 bits that
-        loses some of a small change, which attached patches keep, as does `patchkit merge` with its own rounding.
+        There is no overhead then. Each weight is rounded to nearest in its dtype: in 16 bits that loses part of a
+        small delta, which attached patches keep; so does `patchkit merge`, which rounds with error feedback.
 
         Raises:
-            InputError: a weight is quantised or offloaded.
+            InputError: a weight is quantized or offloaded.
         """
         for place in self._touched.values():
             place.check_writable()
@@ -247,7 +247,7 @@ class PatchStack:
         """Leave the active patches in the weights for good, with no hooks and no originals. Returns the model.
 
         Raises:
-            InputError: a weight is quantised or offloaded.
+            InputError: a weight is quantized or offloaded.
         """
         self.merge()
         for place in self._touched.values():
@@ -260,7 +260,7 @@ class PatchStack:
             raise InputError(f'patch "{name}": not on this model; it has {known}')
 
     def _update(self) -> None:
-        """Bring hooks and weights in line with which patches there are, which act, and how."""
+        """Bring hooks and weights in line with the attached and the active patches."""
         acting = () if self._disabled else self._active
         hooks = {key for key, place in self._touched.items() if place.hooked}
         for key, place in list(self._touched.items()):
