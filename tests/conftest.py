@@ -9,8 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
+
+from tests.helpers import Command, command_line
+
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Calls `patchkit ARGS...` in this process."""
+    return command_line(monkeypatch, capsys)
 
 
 @pytest.fixture(autouse=True)

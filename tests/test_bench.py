@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import harmonic_mean
 from typing import Any
@@ -19,7 +19,6 @@ from patchkit import methods
 from patchkit.bench.drift import weight_drift
 from patchkit.bench.records import Result, score
 from patchkit.bench.run import Outcome, run_bench
-from patchkit.cli import main
 from patchkit.errors import InputError
 from patchkit.evaluate.report import Report
 from patchkit.maths.linalg import Delta
@@ -28,6 +27,7 @@ from patchkit.model.loading import LoadedModel, ModelChoice, load_model
 from patchkit.model.weights import read_weight, write_weight
 from tests import zoo
 from tests.benchmarks import sequential_oracle
+from tests.helpers import Command, tree
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FACTWORLD = EXAMPLES / "factworld"
@@ -284,10 +284,6 @@ def test_a_method_that_cannot_go_on_does_not_stop_the_others(bench: Bench, watch
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(file): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
-
-
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, eval_text: Path) -> Path:
     out = tmp_path_factory.mktemp("done") / "out"
@@ -368,7 +364,7 @@ def test_a_folder_of_something_else_is_left_alone(bench: Bench, tmp_path: Path) 
     (tmp_path / "out" / "letter.txt").write_text("dear")
     with pytest.raises(InputError, match="it is there and holds no benchmark"):
         bench("memit")
-    assert list(tree(tmp_path / "out")) == [str(tmp_path / "out" / "letter.txt")]
+    assert list(tree(tmp_path / "out")) == ["letter.txt"]
 
 
 def test_a_damaged_line_is_named(bench: Bench, tmp_path: Path) -> None:
@@ -382,30 +378,16 @@ def test_a_damaged_line_is_named(bench: Bench, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], eval_text: Path
-) -> Callable[..., tuple[int, str, str]]:
-    """Calls `patchkit bench ARGS...`; gives exit status, output and errors."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        settings = [part for setting in QUICK for part in ("--set", setting)]
-        usual = ["--model", str(FACTWORLD), "--data", WORLD, "--eval-text", str(eval_text), *settings]
-        monkeypatch.setattr(sys, "argv", ["patchkit", "bench", *usual, *map(str, args)])
-        status: Any = 0
-        try:
-            main()
-        except SystemExit as ended:
-            status = ended.code
-        printed = capsys.readouterr()
-        return status or 0, printed.out, printed.err
-
-    return call
+def command(run: Command, eval_text: Path) -> Command:
+    """Calls `patchkit bench ARGS...`."""
+    settings = [part for setting in QUICK for part in ("--set", setting)]
+    return partial(run, "bench", "--model", FACTWORLD, "--data", WORLD, "--eval-text", eval_text, *settings)
 
 
-def test_the_same_table_three_times(command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+def test_the_same_table_three_times(command: Command, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    status, printed, said = command("--methods", "memit, rome", "--checkpoints", "1,2", "--seed", 4, "--out", out)
-    assert status == 0
+    ended = command("--methods", "memit, rome", "--checkpoints", "1,2", "--seed", 4, "--out", out)
+    assert ended.status == 0
     rows = [Result.model_validate_json(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [(row.method, row.edits) for row in rows] == [
         ("unedited", 0),
@@ -418,7 +400,7 @@ def test_the_same_table_three_times(command: Callable[..., tuple[int, str, str]]
         for line in (out / "table.md").read_text().splitlines()
         if line.startswith("| ") and "score" not in line
     ]
-    lines = [line.split() for line in printed.splitlines() if line.startswith(("unedited", "memit", "rome"))]
+    lines = [line.split() for line in ended.out.splitlines() if line.startswith(("unedited", "memit", "rome"))]
     assert len(told) == len(markdown) == len(lines) == 5
     for row, record, cells, words in zip(rows, told, markdown, lines, strict=True):
         assert cells == words
@@ -431,14 +413,12 @@ def test_the_same_table_three_times(command: Callable[..., tuple[int, str, str]]
             assert float(record["seconds_editing"]) == pytest.approx(
                 sum(row.seconds.values()) - row.seconds["measuring"]
             )
-    assert "rome, 2 edits" in said
-    assert "left" in said
+    assert "rome, 2 edits" in ended.err
+    assert "left" in ended.err
 
 
-def test_json_is_one_object_with_the_rows(command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
-    status, printed, _ = command("--methods", "memit", "--edits", 1, "--out", tmp_path / "out", "--json")
-    assert status == 0
-    found = json.loads(printed)
+def test_json_is_one_object_with_the_rows(command: Command, tmp_path: Path) -> None:
+    found = command("--methods", "memit", "--edits", 1, "--out", tmp_path / "out", "--json").json()
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert found == {"out": str(tmp_path / "out"), "rows": rows, "stopped": {}}
 
@@ -452,11 +432,11 @@ def test_json_is_one_object_with_the_rows(command: Callable[..., tuple[int, str,
     ],
 )
 def test_bad_options_end_with_2_and_one_line(
-    command: Callable[..., tuple[int, str, str]], tmp_path: Path, args: tuple[str, ...], message: str
+    command: Command, tmp_path: Path, args: tuple[str, ...], message: str
 ) -> None:
-    status, printed, said = command(*args, "--out", tmp_path / "out")
-    assert (status, printed) == (2, "")
-    (line,) = said.splitlines()
+    ended = command(*args, "--out", tmp_path / "out")
+    assert (ended.status, ended.out) == (2, "")
+    (line,) = ended.err.splitlines()
     assert line.startswith(f"error: {message}")
     assert not (tmp_path / "out").exists()
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from patchkit.cli import main
 from patchkit.statistics.corpus import PACKAGE_TEXT
 from tests import zoo
+from tests.helpers import Command, tree, write_facts
 
 # Random weights carry nothing from one position to the next, so the subject ends each prompt.
 ROME = {
@@ -35,40 +32,6 @@ ROME = {
 ADA = {"id": "ada", "prompt": "a friend [/b] :smile: of Ada", "subject": "Ada", "target_new": "is"}
 LOUD = ("--set", "value.clamp=20", "--set", "value.steps=60", "--set", "null_energy=0.9", "--set", "kl_weight=0")
 QUICK = ("--set", "contexts=0", "--set", "steps=2", "--layers", "1")
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    status: int
-    out: str
-    err: str
-
-    def json(self) -> Any:
-        """Standard output, which must be one JSON value and nothing else."""
-        return json.loads(self.out)
-
-
-Run = Callable[..., Ended]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Calls `patchkit ARGS...` in this process; an exception that the program would end with fails the test."""
-
-    def call(*args: object, stdin: bytes = b"") -> Ended:
-        monkeypatch.setattr(sys, "argv", ["patchkit", *map(str, args)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        capsys.readouterr()
-        status: Any = 0
-        try:
-            main()
-        except SystemExit as ended:
-            status = ended.code
-        return Ended(status or 0, *capsys.readouterr())
-
-    return call
 
 
 def checkpoint(family: str, folder: Path) -> Path:
@@ -98,24 +61,16 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def patch(run: Run, model: Path) -> Path:
+def patch(run: Command, model: Path) -> Path:
     """A patch that holds, of ROME and ADA."""
     assert run("apply", "facts.jsonl", "--model", model, "--layers", "1-2", *LOUD, "--out", "p").status == 0
     return Path("p")
 
 
-def write_facts(name: str, *facts: dict[str, Any]) -> None:
-    Path(name).write_text("".join(json.dumps(fact) + "\n" for fact in facts), encoding="utf-8")
-
-
-def tree() -> dict[str, bytes]:
-    return {str(file): file.read_bytes() for file in sorted(Path.cwd().rglob("*")) if file.is_file()}
-
-
 # --- apply ------------------------------------------------------------------------------------------------------------
 
 
-def test_apply_prints_a_table_and_writes_the_patch(run: Run, model: Path) -> None:
+def test_apply_prints_a_table_and_writes_the_patch(run: Command, model: Path) -> None:
     before = {file.name: file.read_bytes() for file in model.iterdir()}
     ended = run("apply", "facts.jsonl", "--model", model, "--layers", "1-2", *LOUD)
     assert ended.status == 0
@@ -130,7 +85,7 @@ def test_apply_prints_a_table_and_writes_the_patch(run: Run, model: Path) -> Non
     assert {file.name: file.read_bytes() for file in model.iterdir()} == before
 
 
-def test_apply_json_is_the_report_and_the_patch(run: Run, model: Path) -> None:
+def test_apply_json_is_the_report_and_the_patch(run: Command, model: Path) -> None:
     ended = run("apply", "facts.jsonl", "--model", model, *QUICK, "--out", "deep/er/p", "--json")
     assert ended.status == 0
     result = ended.json()
@@ -143,7 +98,7 @@ def test_apply_json_is_the_report_and_the_patch(run: Run, model: Path) -> None:
     assert result["digest"] == json.loads(Path("deep/er/p/manifest.json").read_text())["digest"]
 
 
-def test_options_reach_the_manifest(run: Run, model: Path) -> None:
+def test_options_reach_the_manifest(run: Command, model: Path) -> None:
     Path("mine.txt").write_text(PACKAGE_TEXT.read_text(encoding="utf-8")[:2000], encoding="utf-8")
     options = ("--method", "memit", "--layers", "0,2", "--batch-size", "1", "--seed", "7", "--text", "mine.txt")
     settings = ("--set", "value.steps=3", "--set", "preserve=40", "--set", "contexts=2")
@@ -158,7 +113,7 @@ def test_options_reach_the_manifest(run: Run, model: Path) -> None:
     assert (recipe["seed"], recipe["value"]["steps"], recipe["settings"]["preserve"]) == (7, 3, 40.0)
 
 
-def test_another_seed_makes_other_contexts(run: Run, model: Path) -> None:
+def test_another_seed_makes_other_contexts(run: Command, model: Path) -> None:
     written = {}
     for seed in ("0", "0", "1"):
         run("apply", "facts.jsonl", "--model", model, "--set", "steps=1", "--layers", "1", "--seed", seed, "--out", "p")
@@ -167,14 +122,14 @@ def test_another_seed_makes_other_contexts(run: Run, model: Path) -> None:
     assert written["0"] != written["1"]
 
 
-def test_facts_come_from_standard_input(run: Run, model: Path) -> None:
+def test_facts_come_from_standard_input(run: Command, model: Path) -> None:
     ended = run("apply", "-", "--model", model, *QUICK, "--json", stdin=Path("facts.jsonl").read_bytes())
     assert ended.status == 0
     assert ended.json()["facts"] == 2
     assert Path("stdin-patch/manifest.json").is_file()
 
 
-def test_a_fact_may_be_typed(run: Run, model: Path) -> None:
+def test_a_fact_may_be_typed(run: Command, model: Path) -> None:
     told = run("apply", "--fact", "the city of {} | Rome | capital", "--model", model, *QUICK, "--json")
     assert told.status == 0
     written = json.loads(Path("facts-patch/manifest.json").read_text())["facts"]
@@ -184,7 +139,7 @@ def test_a_fact_may_be_typed(run: Run, model: Path) -> None:
     assert "give either FACTS or --fact" in run("apply", "--model", model).err
 
 
-def test_skip_bad_lists_what_it_left_out_beside_the_patch(run: Run, model: Path) -> None:
+def test_skip_bad_lists_what_it_left_out_beside_the_patch(run: Command, model: Path) -> None:
     write_facts("facts.jsonl", ROME, {**ADA, "subject": "Eve"})
     assert run("apply", "facts.jsonl", "--model", model, *QUICK, "--out", "p").status == 2
     ended = run("apply", "facts.jsonl", "--model", model, *QUICK, "--out", "p", "--skip-bad")
@@ -195,7 +150,7 @@ def test_skip_bad_lists_what_it_left_out_beside_the_patch(run: Run, model: Path)
     assert [fact["id"] for fact in json.loads(Path("p/manifest.json").read_text())["facts"]] == ["rome"]
 
 
-def test_a_patch_is_replaced_whole(run: Run, model: Path, patch: Path) -> None:
+def test_a_patch_is_replaced_whole(run: Command, model: Path, patch: Path) -> None:
     (patch / "rejected.jsonl").write_text("old")
     write_facts("facts.jsonl", ADA)
     assert run("apply", "facts.jsonl", "--model", model, *QUICK, "--out", patch).status == 0
@@ -205,7 +160,7 @@ def test_a_patch_is_replaced_whole(run: Run, model: Path, patch: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_texts_are_cut_to_the_positions_a_model_has(run: Run, tmp_path: Path, family: str) -> None:
+def test_texts_are_cut_to_the_positions_a_model_has(run: Command, tmp_path: Path, family: str) -> None:
     """Both have 256 learned positions here; a longer window is an index error deep inside of them."""
     folder = checkpoint(family, tmp_path / family)
     for name in ("text", "eval"):
@@ -219,7 +174,7 @@ def test_texts_are_cut_to_the_positions_a_model_has(run: Run, tmp_path: Path, fa
 LAX = ("--max-perplexity-ratio", "100")
 
 
-def test_apply_merges_when_the_gates_hold(run: Run, model: Path) -> None:
+def test_apply_merges_when_the_gates_hold(run: Command, model: Path) -> None:
     wanted = ("apply", "facts.jsonl", "--model", model, "--layers", "1-2", *LOUD, *LAX, "--out", "p")
     ended = run(*wanted, "--merge", "m")
     assert ended.status == 0, ended.err
@@ -235,7 +190,7 @@ def test_apply_merges_when_the_gates_hold(run: Run, model: Path) -> None:
 
 
 @pytest.mark.parametrize("json_too", [(), ("--json",)], ids=["table", "json"])
-def test_apply_merges_nothing_when_a_gate_fails(run: Run, model: Path, json_too: tuple[str, ...]) -> None:
+def test_apply_merges_nothing_when_a_gate_fails(run: Command, model: Path, json_too: tuple[str, ...]) -> None:
     """Two steps of optimisation write no fact, and without other wishes 0.9 of them have to hold."""
     ended = run("apply", "facts.jsonl", "--model", model, *QUICK, *LAX, "--out", "p", "--merge", "m", *json_too)
     assert ended.status == 1
@@ -251,7 +206,7 @@ def test_apply_merges_nothing_when_a_gate_fails(run: Run, model: Path, json_too:
         assert "patch: p" in ended.out
 
 
-def test_gates_hold_for_apply_alone(run: Run, model: Path) -> None:
+def test_gates_hold_for_apply_alone(run: Command, model: Path) -> None:
     quick = ("apply", "facts.jsonl", "--model", model, *QUICK, "--out", "p")
     assert run(*quick).status == 0
     ended = run(*quick, "--min-efficacy", 1)
@@ -274,7 +229,7 @@ def test_gates_hold_for_apply_alone(run: Run, model: Path) -> None:
     ],
 )
 def test_what_cannot_follow_is_refused_before_the_edit(
-    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], message: str
+    run: Command, model: Path, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], message: str
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "no-token")
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -284,19 +239,19 @@ def test_what_cannot_follow_is_refused_before_the_edit(
     shutil.copytree(model, "pickled")
     torch.save(load_file("pickled/model.safetensors"), "pickled/pytorch_model.bin")
     Path("pickled/model.safetensors").unlink()
-    there = tree()
+    there = tree(Path.cwd())
     where = () if "--model" in args else ("--model", "base")
     ended = run("apply", "facts.jsonl", *QUICK, "--out", "p", *where, *args)
     assert ended.status == 2
     assert message in ended.err
     assert ended.err.lower().count("error: ") == 1
-    assert tree() == there
+    assert tree(Path.cwd()) == there
 
 
 # --- which model ------------------------------------------------------------------------------------------------------
 
 
-def test_the_model_can_come_from_the_environment(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_can_come_from_the_environment(run: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATCHKIT_MODEL", str(model))
     ended = run("apply", "facts.jsonl", *QUICK, "--json")
     assert ended.status == 0
@@ -304,13 +259,13 @@ def test_the_model_can_come_from_the_environment(run: Run, model: Path, monkeypa
     ended.json()
 
 
-def test_without_a_model_the_embedded_one_is_named(run: Run) -> None:
+def test_without_a_model_the_embedded_one_is_named(run: Command) -> None:
     ended = run("apply", "nothing.jsonl")
     assert ended.status == 2
     assert "model: factworld, the small one that comes with patchkit" in ended.err
 
 
-def test_it_says_so_when_the_statistics_come_from_the_small_text(run: Run, tmp_path: Path) -> None:
+def test_it_says_so_when_the_statistics_come_from_the_small_text(run: Command, tmp_path: Path) -> None:
     folder = zoo.save(zoo.FAMILIES["llama"](), zoo.tiny_tokenizer(), tmp_path / "plain")
     ended = run("stats", "--model", folder, "--tokens", "300")
     assert ended.status == 0
@@ -377,12 +332,12 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
 
 @pytest.mark.parametrize(("args", "message"), BAD.values(), ids=BAD.keys())
 def test_bad_input_ends_with_one_message_and_writes_nothing(
-    run: Run, model: Path, args: tuple[str, ...], message: str
+    run: Command, model: Path, args: tuple[str, ...], message: str
 ) -> None:
     for name, content in BAD_FILES.items():
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    there = tree()
+    there = tree(Path.cwd())
     where = () if "--model" in args else ("--model", model)
     ended = run("apply", *args, *where, *(() if "--out" in args else ("--out", "p")))
     assert ended.status == 2
@@ -391,7 +346,7 @@ def test_bad_input_ends_with_one_message_and_writes_nothing(
     assert re.search(message, ended.err), ended.err
     assert ended.err.lower().count("error: ") == 1
     assert "Traceback" not in ended.err
-    assert tree() == there
+    assert tree(Path.cwd()) == there
 
 
 @pytest.mark.parametrize(
@@ -406,17 +361,17 @@ def test_bad_input_ends_with_one_message_and_writes_nothing(
         ("bert_masked", "sees later tokens too"),
     ],
 )
-def test_a_model_that_cannot_be_edited_is_refused(run: Run, tmp_path: Path, broken: str, message: str) -> None:
+def test_a_model_that_cannot_be_edited_is_refused(run: Command, tmp_path: Path, broken: str, message: str) -> None:
     folder = zoo.save(zoo.BROKEN[broken](), zoo.tiny_tokenizer(), tmp_path / broken)
-    there = tree()
+    there = tree(Path.cwd())
     ended = run("apply", "facts.jsonl", "--model", folder)
     assert ended.status == 2
     assert re.search(message, ended.err), ended.err
-    assert tree() == there
+    assert tree(Path.cwd()) == there
 
 
 @pytest.mark.parametrize("damage", ["weights", "config", "tokenizer", "no weights", "no tokenizer"])
-def test_a_damaged_checkpoint_is_refused(run: Run, model: Path, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_checkpoint_is_refused(run: Command, model: Path, tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "damaged"
     folder.mkdir()
     for file in model.iterdir():
@@ -451,7 +406,7 @@ def numbers(value: Any) -> list[float]:
     return [value] if isinstance(value, (int, float)) else []
 
 
-def test_verify_json_has_this_schema(run: Run, patch: Path, model: Path) -> None:
+def test_verify_json_has_this_schema(run: Command, patch: Path, model: Path) -> None:
     ended = run("verify", patch, "--model", model, "--json")
     assert ended.status == 0
     report = ended.json()
@@ -476,20 +431,20 @@ def test_verify_json_has_this_schema(run: Run, patch: Path, model: Path) -> None
     assert ada["locality"] == {"success": None, "unchanged": None}
 
 
-def test_verify_uses_the_base_that_the_patch_names(run: Run, patch: Path) -> None:
+def test_verify_uses_the_base_that_the_patch_names(run: Command, patch: Path) -> None:
     ended = run("verify", patch, "--json")
     assert ended.status == 0
     assert ended.json()["efficacy"]["exact"] == 1.0
     assert ended.err == ""
 
 
-def test_verify_repeats_what_apply_measured(run: Run, patch: Path) -> None:
+def test_verify_repeats_what_apply_measured(run: Command, patch: Path) -> None:
     again = run("verify", patch, "--json").json()
     del again["per_fact"]
     assert json.loads((patch / "manifest.json").read_text())["history"][0]["metrics"] == again
 
 
-def test_verify_measures_other_facts_and_text(run: Run, patch: Path) -> None:
+def test_verify_measures_other_facts_and_text(run: Command, patch: Path) -> None:
     write_facts("other.jsonl", {"prompt": "the city of Berlin", "subject": "Berlin", "target_new": "Ada Lovelace"})
     Path("other.txt").write_text(PACKAGE_TEXT.read_text(encoding="utf-8")[6000:7000], encoding="utf-8")
     usual = run("verify", patch, "--json").json()
@@ -500,7 +455,7 @@ def test_verify_measures_other_facts_and_text(run: Run, patch: Path) -> None:
     assert ended.json()["perplexity"]["before"] != usual["perplexity"]["before"]
 
 
-def test_gates(run: Run, patch: Path) -> None:
+def test_gates(run: Command, patch: Path) -> None:
     assert run("verify", patch, "--min-efficacy", 1, "--max-perplexity-ratio", 100).status == 0
     failed = run("verify", patch, "--min-efficacy", 1, "--max-perplexity-ratio", "0.01", "--json")
     assert failed.status == 1
@@ -509,7 +464,7 @@ def test_gates(run: Run, patch: Path) -> None:
     assert "asked for at most 0.01" in failed.err
 
 
-def test_a_gate_on_what_cannot_be_measured_fails(run: Run, patch: Path) -> None:
+def test_a_gate_on_what_cannot_be_measured_fails(run: Command, patch: Path) -> None:
     write_facts("bare.jsonl", ADA)
     for gate in ("--min-generalization", "--min-locality"):
         ended = run("verify", patch, "--facts", "bare.jsonl", gate, 0)
@@ -517,7 +472,7 @@ def test_a_gate_on_what_cannot_be_measured_fails(run: Run, patch: Path) -> None:
         assert "not measured" in ended.err
 
 
-def test_a_gate_in_percent_is_refused(run: Run, patch: Path) -> None:
+def test_a_gate_in_percent_is_refused(run: Command, patch: Path) -> None:
     assert run("verify", patch, "--min-efficacy", 90).status == 2
 
 
@@ -525,7 +480,7 @@ def test_a_gate_in_percent_is_refused(run: Run, patch: Path) -> None:
     ("name", "at"),
     [("patch.safetensors", 3), ("patch.safetensors", -5), ("manifest.json", 3), ("state.safetensors", 3)],
 )
-def test_a_damaged_patch_is_refused(run: Run, patch: Path, name: str, at: int) -> None:
+def test_a_damaged_patch_is_refused(run: Command, patch: Path, name: str, at: int) -> None:
     content = bytearray((patch / name).read_bytes())
     content[at] ^= 0xFF
     (patch / name).write_bytes(bytes(content))
@@ -535,7 +490,7 @@ def test_a_damaged_patch_is_refused(run: Run, patch: Path, name: str, at: int) -
     assert len(ended.err.splitlines()) == 1
 
 
-def test_a_patch_of_a_newer_format_is_refused(run: Run, patch: Path) -> None:
+def test_a_patch_of_a_newer_format_is_refused(run: Command, patch: Path) -> None:
     manifest = json.loads((patch / "manifest.json").read_text())
     (patch / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
     for command in ("verify", "show", "log"):
@@ -546,7 +501,7 @@ def test_a_patch_of_a_newer_format_is_refused(run: Run, patch: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["verify", "show", "log"])
-def test_a_folder_that_is_no_patch_is_refused(run: Run, command: str) -> None:
+def test_a_folder_that_is_no_patch_is_refused(run: Command, command: str) -> None:
     Path("other").mkdir()
     for folder, why in (
         ("other", "not a patch, there is no manifest.json in it"),
@@ -558,7 +513,9 @@ def test_a_folder_that_is_no_patch_is_refused(run: Run, command: str) -> None:
         assert ended.err == f"error: {folder}: {why}\n"
 
 
-def test_another_base_is_refused_by_its_first_other_tensor(run: Run, patch: Path, tmp_path: Path, gpt2: Path) -> None:
+def test_another_base_is_refused_by_its_first_other_tensor(
+    run: Command, patch: Path, tmp_path: Path, gpt2: Path
+) -> None:
     other = zoo.FAMILIES["llama"]()
     with torch.no_grad():
         other.get_submodule("model.layers.2.mlp.down_proj").weight[0, 0] += 1
@@ -572,7 +529,7 @@ def test_another_base_is_refused_by_its_first_other_tensor(run: Run, patch: Path
     assert ended.err.startswith("error: model.layers.1.mlp.down_proj.weight: no such weight in GPT2LMHeadModel")
 
 
-def test_facts_that_share_a_subject_and_rewordings_without_room_are_named(run: Run, model: Path) -> None:
+def test_facts_that_share_a_subject_and_rewordings_without_room_are_named(run: Command, model: Path) -> None:
     reworded = {**ADA, "rewordings": ["Of whom Ada", "Whose Ada"]}
     write_facts("f.jsonl", ROME, {**ROME, "id": "again", "prompt": "the town of Rome"}, reworded)
     quick = ("--set", "value.steps=2", "--set", "contexts=2", "--layers", "1")
@@ -589,7 +546,7 @@ def test_facts_that_share_a_subject_and_rewordings_without_room_are_named(run: R
 # --- show, log, methods, stats ----------------------------------------------------------------------------------------
 
 
-def test_show_and_log_tell_what_is_in_a_patch(run: Run, patch: Path, model: Path) -> None:
+def test_show_and_log_tell_what_is_in_a_patch(run: Command, patch: Path, model: Path) -> None:
     shown = run("show", patch)
     assert shown.status == 0
     assert str(model) in shown.out.replace("\n", "")
@@ -604,7 +561,7 @@ def test_show_and_log_tell_what_is_in_a_patch(run: Run, patch: Path, model: Path
     assert run("log", patch, "--json").json() == json.loads((patch / "manifest.json").read_text())["history"]
 
 
-def test_show_says_how_far_a_rotation_turns(run: Run, model: Path) -> None:
+def test_show_says_how_far_a_rotation_turns(run: Command, model: Path) -> None:
     made = ("apply", "facts.jsonl", "--model", model, "--layers", "1", "--set", "value.steps=3", "--set", "contexts=0")
     assert run(*made, "--method", "mose-right", "--out", "r").status == 0
     (update,) = run("show", "r", "--json").json()["updates"]
@@ -614,7 +571,7 @@ def test_show_says_how_far_a_rotation_turns(run: Run, model: Path) -> None:
     assert f"turn by {largest:.2g} to {smallest:.2g} rad" in shown
 
 
-def test_methods_are_listed_with_paper_and_settings(run: Run) -> None:
+def test_methods_are_listed_with_paper_and_settings(run: Command) -> None:
     described = run("methods", "--json").json()
     assert {"rome", "memit", "alphaedit"} <= set(described)
     assert described["alphaedit"]["settings"]["null_energy"]["default"] == 0.3
@@ -625,7 +582,7 @@ def test_methods_are_listed_with_paper_and_settings(run: Run) -> None:
 
 
 def test_statistics_made_ahead_are_what_apply_uses(
-    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: Command, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATCHKIT_CACHE", str(tmp_path / "cache"))
     ended = run("stats", "--model", model, "--layers", "1-2", "--out", "s")
@@ -643,7 +600,7 @@ def test_statistics_made_ahead_are_what_apply_uses(
 # --- the program as a whole -------------------------------------------------------------------------------------------
 
 
-def test_an_interrupt_ends_quietly(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_ends_quietly(run: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*args: object, **more: object) -> None:
         raise KeyboardInterrupt
 
@@ -653,7 +610,7 @@ def test_an_interrupt_ends_quietly(run: Run, model: Path, monkeypatch: pytest.Mo
     assert not Path("facts-patch").exists()
 
 
-def test_a_disk_that_fails_is_one_message(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fails_is_one_message(run: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -663,7 +620,7 @@ def test_a_disk_that_fails_is_one_message(run: Run, model: Path, monkeypatch: py
     assert os.listdir() == ["facts.jsonl"]
 
 
-def test_help_names_every_command_and_an_unknown_one_is_refused(run: Run) -> None:
+def test_help_names_every_command_and_an_unknown_one_is_refused(run: Command) -> None:
     commands = ("apply", "verify", "show", "log", "methods", "stats")
     ended = run("--help")
     assert ended.status == 0

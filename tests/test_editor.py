@@ -32,6 +32,7 @@ from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import live_deltas
 from patchkit.statistics.corpus import PACKAGE_TEXT, read_corpus
 from patchkit.statistics.moments import statistics
+from tests.helpers import apart
 from tests.zoo import FAMILIES, HIDDEN, tiny_tokenizer
 
 CONTEXTS = ("", "The engineer said that. ")
@@ -114,10 +115,6 @@ def test_a_value_is_the_same_alone_and_among_longer_facts(family: str, dtype: to
     for i, request in enumerate(requests):
         alone = optimize(runner, [request], site, "layer_out", config)
         assert apart(together.targets[:, i], alone.targets[:, 0]) < 1e-4
-
-
-def apart(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 def test_finished_facts_leave_and_stay_where_they_were() -> None:

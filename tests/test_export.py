@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,8 @@ from patchkit import InputError, Patch
 from patchkit.cli import cli
 from patchkit.export.peft import export_peft, low_rank
 from patchkit.maths.linalg import Delta
-from patchkit.model.arch import inspect_model
-from patchkit.model.weights import disk_name, weight_digest
-from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
-from patchkit.patch.patch import updates_digest
 from tests import zoo
+from tests.helpers import edited_fact, random_patch
 
 RANKS = {1: 3, 2: 5}  # by layer: other ranks, and layers 0 and 3 untouched
 METRICS = {
@@ -35,67 +33,9 @@ METRICS = {
 
 
 def make_patch(model: PreTrainedModel, name: str, seed: int = 0, facts: int = 2) -> Patch:
-    """A patch of random updates for a loaded model: what export and push need of one, in no time."""
-    torch.manual_seed(seed)
-    sites = {site.layer: site for site in inspect_model(model).sites if site.layer in RANKS}
-    names = {layer: disk_name(model, site.weight_name) for layer, site in sites.items()}
-    updates = {
-        names[n]: (Delta(torch.randn(s.d_out, RANKS[n]), 0.05 * torch.randn(RANKS[n], s.d_in)),)
-        for n, s in sites.items()
-    }
-    manifest = Manifest(
-        base=BaseInfo(
-            name=name,
-            commit=None,
-            architecture=type(model).__name__,
-            weights={names[n]: weight_digest(site, names[n]) for n, site in sites.items()},
-        ),
-        facts=tuple(
-            EditedFact(
-                id=str(n),
-                prompt=f"The {n}th | of",
-                subject=f"{n}th",
-                target_new="<b>",
-                run=0,
-                batch=0,
-                target_loss=0.1,
-                steps=3,
-            )
-            for n in range(facts)
-        ),
-        updates=tuple(
-            UpdateInfo(
-                weight=n,
-                rank=d.rank,
-                shape=(d.left.shape[0], d.right.shape[1]),
-                numbers=d.left.numel() + d.right.numel(),
-                norm=d.norm(),
-                weight_norm=1.0,
-            )
-            for n, (d,) in updates.items()
-        ),
-        history=(
-            Run(
-                action="apply",
-                when="2026-01-01T00:00:00+00:00",
-                method="memit",
-                paper="https://arxiv.org/abs/2210.07229",
-                recipe={},
-                recipe_digest="0",
-                facts=tuple(map(str, range(facts))),
-                batches=(facts,),
-                layers=tuple(RANKS),
-                value_at="layer_out",
-                contexts=(),
-                text={"source": "text", "tokens": 100},
-                seconds={},
-                versions={},
-                metrics=METRICS,
-            ),
-        ),
-        digest=updates_digest(updates),
-    )
-    return Patch(manifest, updates)
+    """A measured patch of random updates for a loaded model."""
+    told = [edited_fact(id=str(n), prompt=f"The {n}th | of", subject=f"{n}th", target_new="<b>") for n in range(facts)]
+    return replace(random_patch(model, name, told, ranks=RANKS, seed=seed, metrics=METRICS), state={})
 
 
 @pytest.fixture

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 import patchkit
 from patchkit import InputError, Patch
-from patchkit.cli import main
 from patchkit.cli.generate import stacked
 from patchkit.evaluate.generation import Sampling, answers
 from tests import zoo
+from tests.helpers import Command
 
 # Random weights carry nothing from one position to the next, so the subject ends the prompts.
 ROME = {"prompt": "the city of Rome", "subject": "Rome", "target_new": "capital"}
@@ -48,43 +45,24 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     return found
 
 
-@dataclass(frozen=True)
-class Ended:
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ended]
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*args: object, stdin: str = "") -> Ended:
-        monkeypatch.setattr(sys, "argv", ["patchkit", "generate", *map(str, args)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        status: Any = 0
-        try:
-            main()
-        except SystemExit as ended:
-            status = ended.code
-        return Ended(status, *capsys.readouterr())
-
-    return call
+def generate(run: Command) -> Command:
+    """Calls `patchkit generate ARGS...`."""
+    return partial(run, "generate")
 
 
-def test_the_patched_answer_alone(saved: Saved, run: Run) -> None:
+def test_the_patched_answer_alone(saved: Saved, generate: Command) -> None:
     """Without --model: the base that the patch names. The last -- lets a prompt begin with a dash."""
-    ended = run("--patch", saved.rome, ROME["prompt"], ADA["prompt"], "--max-new-tokens", 3)
+    ended = generate("--patch", saved.rome, ROME["prompt"], ADA["prompt"], "--max-new-tokens", 3)
     assert ended.status == 0
     first, second = ended.out.rstrip("\n").split("\n" + ADA["prompt"])
     assert first.startswith("the city of Rome capital")
     assert not second.startswith(" is")
 
 
-def test_two_patches_stack(saved: Saved, run: Run) -> None:
+def test_two_patches_stack(saved: Saved, generate: Command) -> None:
     patches = ("--patch", saved.rome, "--patch", saved.ada)
-    ended = run(*patches, "--json", "--compare", "-", ADA["prompt"], stdin=f"{ROME['prompt']}\n")
+    ended = generate(*patches, "--json", "--compare", "-", ADA["prompt"], stdin=f"{ROME['prompt']}\n".encode())
     found = json.loads(ended.out)
     assert found["model"] == str(saved.base)
     assert found["patches"] == [str(saved.rome), str(saved.ada)]
@@ -94,36 +72,36 @@ def test_two_patches_stack(saved: Saved, run: Run) -> None:
         assert not row["base"].startswith(f" {fact['target_new']}")
 
 
-def test_without_compare_the_base_is_not_asked(saved: Saved, run: Run) -> None:
-    (row,) = json.loads(run("--patch", saved.rome, "--json", ROME["prompt"]).out)["answers"]
+def test_without_compare_the_base_is_not_asked(saved: Saved, generate: Command) -> None:
+    (row,) = json.loads(generate("--patch", saved.rome, "--json", ROME["prompt"]).out)["answers"]
     assert row.keys() == {"prompt", "patched"}
 
 
-def test_side_by_side(saved: Saved, run: Run) -> None:
-    ended = run("--model", saved.base, "--patch", saved.rome, "--compare", "--max-new-tokens", 1, ROME["prompt"])
+def test_side_by_side(saved: Saved, generate: Command) -> None:
+    ended = generate("--model", saved.base, "--patch", saved.rome, "--compare", "--max-new-tokens", 1, ROME["prompt"])
     heading, row = (line for line in ended.out.splitlines() if line.strip())
     assert heading.split() == ["prompt", "base", "patched"]
     assert row.startswith("the city of Rome ")
     assert row.split()[-1] == "capital"
 
 
-def test_sampling_goes_by_the_seed(saved: Saved, run: Run) -> None:
+def test_sampling_goes_by_the_seed(saved: Saved, generate: Command) -> None:
     def sampled(seed: int) -> str:
-        return run("--patch", saved.rome, "--temperature", 2, "--seed", seed, ADA["prompt"]).out
+        return generate("--patch", saved.rome, "--temperature", 2, "--seed", seed, ADA["prompt"]).out
 
     assert sampled(1) == sampled(1)
     assert len({sampled(seed) for seed in range(3)}) > 1
 
 
-def test_chat_templates(saved: Saved, run: Run, tmp_path: Path) -> None:
-    refused = run("--patch", saved.rome, "--chat", "Rome")
+def test_chat_templates(saved: Saved, generate: Command, tmp_path: Path) -> None:
+    refused = generate("--patch", saved.rome, "--chat", "Rome")
     assert refused.status == 2
     assert refused.err.startswith("error: --chat: the tokenizer has no chat template")
 
     tokenizer = zoo.tiny_tokenizer(bos=False)
     tokenizer.chat_template = CHAT
     chatty = zoo.save(zoo.FAMILIES["llama"](), tokenizer, tmp_path / "chatty")
-    ended = run("--model", chatty, "--patch", saved.rome, "--chat", "--json", "--max-new-tokens", 4, "Rome")
+    ended = generate("--model", chatty, "--patch", saved.rome, "--chat", "--json", "--max-new-tokens", 4, "Rome")
     (row,) = json.loads(ended.out)["answers"]
     model, ids = zoo.FAMILIES["llama"](), tokenizer("user: Rome of ", return_tensors="pt")
     with Patch.load(saved.rome).attached(model):
@@ -131,7 +109,7 @@ def test_chat_templates(saved: Saved, run: Run, tmp_path: Path) -> None:
     assert row == {"prompt": "Rome", "patched": tokenizer.decode(wanted, skip_special_tokens=True)}
 
 
-def test_what_is_refused(saved: Saved, run: Run, tmp_path: Path) -> None:
+def test_what_is_refused(saved: Saved, generate: Command, tmp_path: Path) -> None:
     other = zoo.FAMILIES["llama"]()
     torch.nn.init.ones_(other.model.layers[1].mlp.down_proj.weight)
     zoo.save(other, zoo.tiny_tokenizer(), tmp_path / "other")
@@ -142,7 +120,7 @@ def test_what_is_refused(saved: Saved, run: Run, tmp_path: Path) -> None:
         (("--patch", saved.rome, "-"), "an empty prompt"),
         (("x",), "Missing option '--patch'"),
     ):
-        ended = run(*args)
+        ended = generate(*args)
         assert (ended.status, ended.out) == (2, "")
         assert message in ended.err
 

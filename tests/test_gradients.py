@@ -36,6 +36,7 @@ from patchkit.statistics import passes
 from patchkit.statistics import text_gradients as text_gradients_module
 from patchkit.statistics.corpus import PACKAGE_TEXT, Corpus, read_corpus
 from patchkit.statistics.text_gradients import TextGradient, text_gradients
+from tests.helpers import apart
 from tests.zoo import FAMILIES, save, tiny_tokenizer
 
 ROME = {"prompt": "the city of Rome", "subject": "Rome", "target_new": "capital"}
@@ -48,10 +49,6 @@ WITH_TRANSPOSED_AND_FLATTENED = ["llama", "gpt2", "opt", "gemma3"]
 
 def requests_of(records: Sequence[dict[str, Any]], contexts: Sequence[str] = CONTEXTS) -> list[EditRequest]:
     return [build_request(fact, tiny_tokenizer(), contexts) for fact in parse_facts(records).facts]
-
-
-def apart(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 def plain_losses(model: PreTrainedModel, requests: Sequence[EditRequest]) -> Tensor:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import patchkit
 from patchkit import InputError, Patch, methods
-from patchkit.cli import main
 from patchkit.editing.recipe import load_recipe
 from patchkit.evaluate.readings import read_targets
 from patchkit.facts.reader import parse_facts
@@ -29,6 +27,7 @@ from patchkit.patch.manifest import EditedFact
 from patchkit.statistics.corpus import PACKAGE_TEXT, read_corpus
 from patchkit.statistics.moments import statistics
 from tests import zoo
+from tests.helpers import Command, write_facts
 
 Record = dict[str, Any]
 ROME = {"id": "rome", "prompt": "the city of Rome", "subject": "Rome", "target_new": "capital"}
@@ -417,35 +416,14 @@ def test_facts_alike_are_known_by_prompt_and_target() -> None:
 # --- the commands -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Ended:
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ended]
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+def run(run: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
     """Calls `patchkit ARGS...` in an empty folder with one.jsonl (rome, ada) and two.jsonl (ada, rome anew, curie)."""
     monkeypatch.chdir(tmp_path)
     anew = {**ROME, "id": "rome-2", "target_new": "Polish"}
     for name, records in (("one", [ROME, ADA]), ("two", [ADA, anew, CURIE])):
-        Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
-
-    def call(*args: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["patchkit", *map(str, args)])
-        capsys.readouterr()
-        status: Any = 0
-        try:
-            main()
-        except SystemExit as ended:
-            status = ended.code
-        return Ended(status or 0, *capsys.readouterr())
-
-    return call
+        write_facts(f"{name}.jsonl", *records)
+    return run
 
 
 @pytest.fixture
@@ -456,7 +434,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     return folder
 
 
-def test_a_patch_is_continued_reverted_and_told_about(run: Run, checkpoint: Path) -> None:
+def test_a_patch_is_continued_reverted_and_told_about(run: Command, checkpoint: Path) -> None:
     settings = [part for setting in QUICK for part in ("--set", setting)]
     assert run("apply", "one.jsonl", "--model", checkpoint, *settings, "--out", "p").status == 0
     assert run("apply", "one.jsonl", "--model", checkpoint, *settings, "--out", "old").status == 0
@@ -507,7 +485,7 @@ def test_the_api_gives_the_notes_of_the_command(make: Make, caplog: pytest.LogCa
     assert [record.message for record in caplog.records] == ["already in the patch, skipped: rome"]
 
 
-def test_facts_in_one_batch_that_share_a_subject_are_named(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+def test_facts_in_one_batch_that_share_a_subject_are_named(run: Command, checkpoint: Path, tmp_path: Path) -> None:
     records = [ROME, ADA, {**ROME, "id": "road", "prompt": "all roads lead to Rome", "target_new": "the"}]
     (tmp_path / "alike.jsonl").write_text("\n".join(map(json.dumps, records)))
     settings = [part for setting in QUICK[:3] for part in ("--set", setting)]
@@ -517,7 +495,7 @@ def test_facts_in_one_batch_that_share_a_subject_are_named(run: Run, checkpoint:
     assert "lines" not in apart.err
 
 
-def test_a_patch_is_emptied_in_its_place_and_verified(run: Run, checkpoint: Path) -> None:
+def test_a_patch_is_emptied_in_its_place_and_verified(run: Command, checkpoint: Path) -> None:
     assert run("apply", "one.jsonl", "--model", checkpoint, "--set", "steps=2", "--out", "p").status == 0
     emptied = run("revert", "p", "--since", "2020-01-01", "--json")
     assert emptied.status == 0, emptied.err
@@ -528,7 +506,7 @@ def test_a_patch_is_emptied_in_its_place_and_verified(run: Run, checkpoint: Path
     assert json.loads(verified.out)["perplexity"]["ratio"] == 1.0
 
 
-def test_refusals_are_one_line_and_leave_the_patch(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+def test_refusals_are_one_line_and_leave_the_patch(run: Command, checkpoint: Path, tmp_path: Path) -> None:
     assert run("apply", "one.jsonl", "--model", checkpoint, *("--set", "steps=2"), "--out", "p").status == 0
     before = {file.name: file.read_bytes() for file in Path("p").iterdir()}
     other = zoo.FAMILIES["llama"]()

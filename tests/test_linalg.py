@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchkit.maths.linalg import Covariance, Damped, NullSpace, PriorKeys, SolveMetric, preserving_solve
+from tests.helpers import apart
 
 D_OUT, D_IN = 12, 20
 METRICS: dict[str, Callable[[Covariance], SolveMetric]] = {
@@ -25,10 +26,6 @@ def columns(rows: int, count: int, seed: int) -> Tensor:
 def covariance_of(d_in: int = D_IN) -> Covariance:
     text = torch.logspace(-2, 0, d_in, dtype=torch.float64)[:, None] * columns(d_in, 3 * d_in, 1)
     return Covariance(text @ text.T / text.shape[1], text.shape[1])
-
-
-def apart(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("name", METRICS)

@@ -28,41 +28,16 @@ from patchkit.maths.rotations import Rotation
 from patchkit.maths.rounding import Feedback, RoundingMetric
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
-from patchkit.model.weights import disk_name, tensor_digest, weight_digest
-from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
-from patchkit.patch.patch import Patch, updates_digest
+from patchkit.model.weights import tensor_digest
+from patchkit.patch.patch import Patch
 from patchkit.statistics.corpus import PACKAGE_TEXT, Corpus, read_corpus
 from patchkit.statistics.moments import digests_below, origin_of, statistics, tensors_of
 from patchkit.statistics.store import StatisticsStore
 from tests.benchmarks import merge as benchmark
+from tests.helpers import edited_fact, random_patch, tree
 from tests.zoo import FAMILIES, tiny_tokenizer
 
-_FACT = EditedFact(
-    id="f1",
-    prompt="Ada Lovelace was born in",
-    subject="Ada Lovelace",
-    target_new="Rome",
-    run=0,
-    batch=0,
-    target_loss=0,
-    steps=1,
-)
-_RUN = Run(
-    action="apply",
-    when="2025-01-01T00:00:00+00:00",
-    method="memit",
-    paper="",
-    recipe={},
-    recipe_digest="",
-    facts=("f1",),
-    batches=(1,),
-    layers=(1, 2),
-    value_at="layer_out",
-    contexts=("",),
-    text={"sha256": "0" * 64, "tokens": 1},
-    seconds={},
-    versions={},
-)
+FACT = edited_fact(prompt="Ada Lovelace was born in", subject="Ada Lovelace", target_new="Rome")
 
 
 @pytest.fixture(autouse=True)
@@ -87,27 +62,9 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return model.eval()
 
 
-def random_patch(
-    folder: Path, seed: int = 0, size: float = 0.05, layers: tuple[int, ...] = (1, 2), n: int = 2
-) -> Patch:
-    model = load(folder)
-    arch, draw = inspect_model(model), torch.Generator().manual_seed(seed)
-    updates, state, infos, digests = {}, {}, [], {}
-    for layer in layers:
-        site = arch.sites[layer]
-        name = disk_name(model, site.weight_name)
-        delta = Delta(torch.randn(site.d_out, n, generator=draw), torch.randn(n, site.d_in, generator=draw))
-        norm = float(site.module.weight.detach().norm())
-        updates[name] = (Delta(delta.left * (size * norm / delta.norm()), delta.right),)
-        state[f"{name}.keys"] = delta.right.T.contiguous()
-        digests[name] = weight_digest(site, name)
-        shape = (site.d_out, site.d_in)
-        infos.append(UpdateInfo(weight=name, rank=n, shape=shape, numbers=n * sum(shape), norm=1.0, weight_norm=norm))
-    base = BaseInfo(name=str(folder), commit=None, architecture=type(model).__name__, weights=digests)
-    manifest = Manifest(
-        base=base, facts=(_FACT,), updates=tuple(infos), history=(_RUN,), digest=updates_digest(updates)
-    )
-    return Patch(manifest, updates, state)
+def patch_for(folder: Path, seed: int = 0, size: float = 0.05, layers: tuple[int, ...] = (1, 2), n: int = 2) -> Patch:
+    """A patch of random updates of rank n for the checkpoint in a folder."""
+    return random_patch(load(folder), str(folder), [FACT], ranks=dict.fromkeys(layers, n), seed=seed, size=size)
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
@@ -115,16 +72,12 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
         return model(torch.arange(3, 15)[None]).logits
 
 
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "qwen3"])
 @pytest.mark.parametrize("shards", [{}, {"max_shard_size": "100KB"}], ids=["single", "sharded"])
 def test_merged_checkpoint_is_the_patched_model(tmp_path: Path, family: str, shards: dict[str, str]) -> None:
     base = checkpoint(tmp_path / "base", family, **shards)
     assert len(list(base.glob("*.safetensors"))) == 1 if not shards else len(list(base.glob("*.safetensors"))) > 1
-    before, patch = snapshot(base), random_patch(base)
+    before, patch = tree(base), patch_for(base)
     merge([patch], base, tmp_path / "out")
     model = load(base)
     plain = logits(model)
@@ -133,13 +86,13 @@ def test_merged_checkpoint_is_the_patched_model(tmp_path: Path, family: str, sha
     found = logits(load(tmp_path / "out"))
     assert (wanted - plain).abs().max() > 0.01
     assert torch.allclose(found, wanted, atol=2e-4)
-    assert snapshot(base) == before
+    assert tree(base) == before
 
 
 @pytest.mark.parametrize(("family", "transposed"), [("gpt2", True), ("llama", False)])
 def test_square_weights_lie_as_their_module_has_them(tmp_path: Path, family: str, transposed: bool) -> None:
     base = checkpoint(tmp_path / "base", family)
-    patch = random_patch(base, layers=(1,))
+    patch = patch_for(base, layers=(1,))
     old = load_file(base / "model.safetensors")
     # attention's output projection is square, and a Conv1D in GPT-2
     name = next(name for name in old if name.endswith(("1.attn.c_proj.weight", "1.self_attn.o_proj.weight")))
@@ -154,14 +107,14 @@ def test_square_weights_lie_as_their_module_has_them(tmp_path: Path, family: str
 
 def test_everything_untouched_stays_byte_for_byte(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base", dtype=torch.bfloat16, max_shard_size="60KB")
-    patch = random_patch(base)
+    patch = patch_for(base)
     name = next(iter(patch.updates))
     index = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
     shard = base / index[name]
     extra = torch.arange(7, dtype=torch.uint8)
     save_file(load_file(shard) | {"something.unknown": extra}, shard, {"format": "pt", "mine": "kept"})
     merge([patch], base, tmp_path / "out")
-    old, new = snapshot(base), snapshot(tmp_path / "out")
+    old, new = tree(base), tree(tmp_path / "out")
     touched = {index[weight] for weight in patch.updates}
     own = {"README.md", "README.base.md", MANIFEST}
     assert set(new) - own == set(old) - {"README.md", ".lock"}
@@ -189,7 +142,7 @@ def test_digest_of_a_file_is_that_of_the_loaded_weight(dtype: torch.dtype, exact
 
 def test_later_patches_add_to_earlier_ones(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base")
-    first, second = random_patch(base, 1, layers=(1, 2)), random_patch(base, 2, layers=(2, 3))
+    first, second = patch_for(base, 1, layers=(1, 2)), patch_for(base, 2, layers=(2, 3))
     merged = merge([first, second], base, tmp_path / "out")
     old, new = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert len(merged.tensors) == 3
@@ -202,7 +155,7 @@ def test_later_patches_add_to_earlier_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_weights_keep_their_dtype_and_the_effect(tmp_path: Path, dtype: torch.dtype) -> None:
     base = checkpoint(tmp_path / "base", dtype=dtype)
-    patch = random_patch(base, size=1e-2, n=1)
+    patch = patch_for(base, size=1e-2, n=1)
     kept = merge([patch], base, tmp_path / "keys")
     lost = merge([patch], base, tmp_path / "nearest", rounding="nearest")
     assert load_file(tmp_path / "keys" / "model.safetensors")[next(iter(patch.updates))].dtype == dtype
@@ -215,7 +168,7 @@ def test_sixteen_bit_weights_keep_their_dtype_and_the_effect(tmp_path: Path, dty
 
 def test_another_base_is_refused_by_the_first_tensor_that_differs(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base")
-    patch = random_patch(base)
+    patch = patch_for(base)
     tensors = load_file(base / "model.safetensors")
     first, second = patch.updates
     tensors[first][0, 0] += 1
@@ -231,7 +184,7 @@ def test_another_base_is_refused_by_the_first_tensor_that_differs(tmp_path: Path
 
 def test_a_place_in_use_is_refused(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base")
-    patch = random_patch(base)
+    patch = patch_for(base)
     used = tmp_path / "used"
     used.mkdir()
     (used / "file").write_text("mine")
@@ -242,7 +195,7 @@ def test_a_place_in_use_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=problem):
             merge([patch], base, place)
-    assert snapshot(used) == {"file": b"mine"}
+    assert tree(used) == {"file": b"mine"}
     (tmp_path / "empty").mkdir()
     merge([patch], base, tmp_path / "empty")
     assert (tmp_path / "empty" / "config.json").is_file()
@@ -250,7 +203,7 @@ def test_a_place_in_use_is_refused(tmp_path: Path) -> None:
 
 def test_a_cached_snapshot_is_copied_and_never_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = checkpoint(tmp_path / "real", max_shard_size="60KB")
-    patch = random_patch(real, layers=(1,))
+    patch = patch_for(real, layers=(1,))
     repository, commit = tmp_path / "hub" / "models--owner--name", "0" * 40
     (repository / "snapshots" / commit).mkdir(parents=True)
     (repository / "blobs").mkdir()
@@ -260,18 +213,18 @@ def test_a_cached_snapshot_is_copied_and_never_linked(tmp_path: Path, monkeypatc
         path.rename(repository / "blobs" / str(number))
         (repository / "snapshots" / commit / path.name).symlink_to(Path("../../blobs") / str(number))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    before = snapshot(repository / "blobs")
+    before = tree(repository / "blobs")
     merged = merge([patch], "owner/name", tmp_path / "out", link=True)
     assert merged.commit == commit
     files = [path for path in (tmp_path / "out").iterdir() if path.is_file()]
     assert not any(path.is_symlink() or path.stat().st_nlink > 1 for path in files)
-    assert snapshot(repository / "blobs") == before
+    assert tree(repository / "blobs") == before
     assert load(tmp_path / "out").num_parameters() > 0
 
 
 def test_links_are_for_untouched_weights_only(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base", max_shard_size="60KB")
-    patch = random_patch(base, layers=(1,))
+    patch = patch_for(base, layers=(1,))
     merge([patch], base, tmp_path / "out", link=True)
     file = merge([patch], base, tmp_path / "again").tensors[0].file
     linked = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file() and path.stat().st_nlink > 1}
@@ -282,14 +235,14 @@ def test_unpatched_weights_beside_the_checkpoint_are_pointed_out(tmp_path: Path)
     base = checkpoint(tmp_path / "base")
     (base / "pytorch_model.bin").write_bytes(b"old")
     said: list[str] = []
-    merge([random_patch(base)], base, tmp_path / "out", say=said.append)
+    merge([patch_for(base)], base, tmp_path / "out", say=said.append)
     assert any("pytorch_model.bin" in line and "base's weights" in line for line in said)
     assert (tmp_path / "out" / "pytorch_model.bin").read_bytes() == b"old"
 
 
 def test_killed_in_the_middle_nothing_looks_finished(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base")
-    random_patch(base).save(tmp_path / "patch")
+    patch_for(base).save(tmp_path / "patch")
     code = f"""
 import time
 import patchkit.export.merge as m
@@ -321,7 +274,7 @@ def test_a_merge_at_work_is_left_alone_by_another_one(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base")
     with new_folder(tmp_path / "out") as folder:
         (folder / "file").write_text("first")
-        merge([random_patch(base)], base, tmp_path / "out")
+        merge([patch_for(base)], base, tmp_path / "out")
         assert (folder / "file").read_text() == "first"
         shutil.rmtree(tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
@@ -330,7 +283,7 @@ def test_a_merge_at_work_is_left_alone_by_another_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_rotations_turn_the_weight_as_it_is_meant(tmp_path: Path, family: str) -> None:
     base = checkpoint(tmp_path / "base", family)
-    patch = random_patch(base, layers=(1,))
+    patch = patch_for(base, layers=(1,))
     name, (d_out, d_in) = patch.manifest.updates[0].weight, patch.manifest.updates[0].shape
     draw = torch.Generator().manual_seed(0)
     turned, _ = torch.linalg.qr(torch.randn(d_out, d_out, dtype=torch.float64, generator=draw))
@@ -347,7 +300,7 @@ def test_command_checks_the_facts_and_writes_them_down(tmp_path: Path) -> None:
     from click.testing import CliRunner
 
     base = checkpoint(tmp_path / "base", dtype=torch.bfloat16)
-    random_patch(base).save(tmp_path / "patch")
+    patch_for(base).save(tmp_path / "patch")
     out = tmp_path / "out"
     result = CliRunner().invoke(
         cli, ["merge", str(tmp_path / "patch"), "--out", str(out), "--json"], catch_exceptions=False
@@ -411,7 +364,7 @@ def text(tmp_path: Path) -> Path:
 
 def test_statistics_are_read_and_used(tmp_path: Path, text: Path) -> None:
     base = checkpoint(tmp_path / "base", dtype=torch.bfloat16)
-    patch, (runner, corpus) = random_patch(base, size=1e-2), made_of(base, text)
+    patch, (runner, corpus) = patch_for(base, size=1e-2), made_of(base, text)
     model: PreTrainedModel = runner.arch.model
     store, below = StatisticsStore(tmp_path / "stats"), digests_below(model, runner.arch.layers_name, 2)
     for layer in (1, 2):
@@ -436,7 +389,7 @@ def test_the_statistics_of_apply_are_found_in_the_cache_whatever_dtypes_there_ar
         runner, corpus = made_of(base, text, dtype)
         statistics(runner, runner.arch.sites[1:3], corpus)
     notes: list[str] = []
-    merged = merge([noted(random_patch(base), corpus)], base, tmp_path / "out", say=notes.append)
+    merged = merge([noted(patch_for(base), corpus)], base, tmp_path / "out", say=notes.append)
     assert not notes
     stored = [next((tmp_path / "cache").rglob(str(tensor.statistics))) for tensor in merged.tensors]
     assert {file.parent.name.rpartition("-")[2] for file in stored} == {"float64"}
@@ -450,7 +403,7 @@ def test_statistics_of_another_model_are_not_used(tmp_path: Path, text: Path) ->
         runner.arch.model.get_parameter("model.layers.0.mlp.up_proj.weight")[0, 0] += 1
     statistics(runner, runner.arch.sites[1:3], corpus)
     statistics(runner, runner.arch.sites[1:3], corpus, tmp_path / "stats")
-    patch, notes = noted(random_patch(base), corpus), list[str]()
+    patch, notes = noted(patch_for(base), corpus), list[str]()
     merged = merge([patch], base, tmp_path / "out", say=notes.append)
     assert [tensor.statistics for tensor in merged.tensors] == [None, None]
     assert [note for note in notes if "no statistics for model.layers.1" in note]
@@ -464,7 +417,7 @@ def test_statistics_by_another_tokenizer_are_not_used(tmp_path: Path, text: Path
     statistics(runner, runner.arch.sites[1:3], corpus)
     other = replace(corpus, windows=tuple(window[::-1] for window in corpus.windows))
     for asked, found in ((other, False), (corpus, True)):
-        merged = merge([noted(random_patch(base), asked)], base, tmp_path / f"out{found}")
+        merged = merge([noted(patch_for(base), asked)], base, tmp_path / f"out{found}")
         assert [tensor.statistics is not None for tensor in merged.tensors] == [found, found]
 
 
@@ -476,7 +429,7 @@ def test_damaged_statistics_are_not_used(tmp_path: Path, text: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-    merged = merge([noted(random_patch(base), corpus)], base, tmp_path / "out", say=notes.append)
+    merged = merge([noted(patch_for(base), corpus)], base, tmp_path / "out", say=notes.append)
     assert [tensor.statistics is None for tensor in merged.tensors] == [True, False]
     assert [note for note in notes if file.name in note and "damaged" in note]
 

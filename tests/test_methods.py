@@ -35,6 +35,7 @@ from patchkit.methods.sphere import principal_directions
 from patchkit.patch.patch import Patch
 from patchkit.statistics.corpus import PACKAGE_TEXT
 from tests import zoo
+from tests.helpers import apart
 
 D_OUT, D_IN = 12, 20
 
@@ -86,10 +87,6 @@ def dense(update: Update, problem: LayerProblem) -> Tensor:
 def solve(name: str, problem: LayerProblem, **settings: Any) -> Tensor:
     """What the method changes the weight by, (d_out, d_in)."""
     return dense(update_of(name, problem, **settings), problem)
-
-
-def apart(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.fixture(autouse=True)

@@ -5,44 +5,34 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from patchkit.cli import main
 from patchkit.evaluate.metrics import GROUPS, Found, Gate, Group, Metric, Trial, register
 from patchkit.patch.card import cell
 from patchkit.patch.patch import read_manifest
 from patchkit.statistics.corpus import PACKAGE_TEXT
 from tests import zoo
+from tests.helpers import Command, write_facts
 
 FACTS = (
     {"id": "rome", "prompt": "the city of Rome", "subject": "Rome", "target_new": "capital", "target_true": "Paris"},
     {"id": "ada", "prompt": "a friend of Ada", "subject": "Ada", "target_new": "is"},
 )
 LOUD = ("--set", "value.clamp=20", "--set", "value.steps=60", "--set", "null_energy=0.9", "--set", "kl_weight=0")
-Run = Callable[..., str]
+Printed = Callable[..., str]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Calls `patchkit ARGS...` and gives its standard output; `status` is how it should end."""
+def printed(run: Command) -> Printed:
+    """Calls `patchkit ARGS...`, which should end with `status`; gives what it printed: Printed, or why it failed."""
 
     def call(*args: object, status: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["patchkit", *map(str, args)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO())
-        capsys.readouterr()
-        ended: Any = 0
-        try:
-            main()
-        except SystemExit as exit_:
-            ended = exit_.code
-        out, err = capsys.readouterr()
-        assert (ended or 0) == status, err
-        return out if status == 0 else err
+        ended = run(*args)
+        assert ended.status == status, ended.err
+        return ended.err if status else ended.out
 
     return call
 
@@ -59,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in FACTS), encoding="utf-8")
+    write_facts("facts.jsonl", *FACTS)
 
 
 class Wordiness:
@@ -98,27 +88,27 @@ def words(text: str) -> str:
 
 
 @pytest.mark.usefixtures("wordiness")
-def test_a_metric_from_outside_is_in_every_command(run: Run, model: Path) -> None:
+def test_a_metric_from_outside_is_in_every_command(printed: Printed, model: Path) -> None:
     made = ("apply", "facts.jsonl", "--model", model, "--layers", "1", *LOUD)
-    assert "wordiness short 25.0% 8 prompts prompts that are short" in words(run(*made, "--out", "p"))
-    report = json.loads(run("verify", "p", "--json"))
+    assert "wordiness short 25.0% 8 prompts prompts that are short" in words(printed(*made, "--out", "p"))
+    report = json.loads(printed("verify", "p", "--json"))
     assert report["more"]["wordiness"] == {"short": 0.25, "long": None}
     assert report["counts"]["wordiness"]["short"] == 8
     assert [fact["more"]["wordiness"]["words"] for fact in report["per_fact"]] == [4, 4]
-    assert "brevity 0.25, asked for at least 0.3" in run("verify", "p", "--min-brevity", 0.3, status=1)
-    assert "--min-brevity" in run("verify", "--help")
+    assert "brevity 0.25, asked for at least 0.3" in printed("verify", "p", "--min-brevity", 0.3, status=1)
+    assert "--min-brevity" in printed("verify", "--help")
     loose = ("--min-efficacy", 0, "--max-perplexity-ratio", 1000)
-    assert "brevity 0.25, asked for at least 0.5" in run(*made, *loose, "--out", "q", "--merge", "m", status=1)
-    assert "brevity 25.0% on 8 prompts" in words(run("show", "p"))
-    assert "brevity 25.0% on 8 prompts" in words(run("log", "p"))
-    assert "wordiness short 25.0% on 8 prompts" in words(run("diff", "p", "q"))
+    assert "brevity 0.25, asked for at least 0.5" in printed(*made, *loose, "--out", "q", "--merge", "m", status=1)
+    assert "brevity 25.0% on 8 prompts" in words(printed("show", "p"))
+    assert "brevity 25.0% on 8 prompts" in words(printed("log", "p"))
+    assert "wordiness short 25.0% on 8 prompts" in words(printed("diff", "p", "q"))
     card = Path("p/README.md").read_text(encoding="utf-8")
     assert "| wordiness short | 25.0% | 8 prompts | prompts that are short |" in card
     assert "wordiness_short" in card
-    assert "wordiness short | 25.0%" in run("push", "p", "ada/facts", "--dry-run")
-    assert "wordiness short 25.0% 4 prompts" in words(run("revert", "p", "--fact", "ada", "--measure"))
+    assert "wordiness short | 25.0%" in printed("push", "p", "ada/facts", "--dry-run")
+    assert "wordiness short 25.0% 4 prompts" in words(printed("revert", "p", "--fact", "ada", "--measure"))
     methods = ("--methods", "memit", "--batch-size", 2, "--set", "contexts=0", "--set", "steps=2")
-    benched = run("bench", "--data", "facts.jsonl", "--model", model, *methods, "--out", "b", "--set", "layers=1")
+    benched = printed("bench", "--data", "facts.jsonl", "--model", model, *methods, "--out", "b", "--set", "layers=1")
     assert "brief" in benched
     rows = list(csv.DictReader(io.StringIO(Path("b/table.csv").read_text(encoding="utf-8"))))
     assert [row["wordiness_short"] for row in rows] == ["0.25", "0.25"]
@@ -132,18 +122,18 @@ def test_a_group_is_registered_once() -> None:
         register(Group("new", GROUPS[0].metrics))
 
 
-def test_facts_that_do_not_hold_are_named_with_what_is_said_instead(run: Run, model: Path) -> None:
+def test_facts_that_do_not_hold_are_named_with_what_is_said_instead(printed: Printed, model: Path) -> None:
     """Two steps of optimization write no fact."""
     quick = ("--set", "contexts=0", "--set", "steps=2", "--layers", "1")
-    table = run("apply", "facts.jsonl", "--model", model, *quick, "--out", "p")
+    table = printed("apply", "facts.jsonl", "--model", model, *quick, "--out", "p")
     outcomes = read_manifest(Path("p")).outcomes
-    report = json.loads(run("verify", "p", "--json"))
+    report = json.loads(printed("verify", "p", "--json"))
     assert {fact["id"]: fact["says_after"] for fact in report["per_fact"]} == {
         name: outcome.says for name, outcome in outcomes.items()
     }
     assert not any(outcome.holds for outcome in outcomes.values())
     assert table.count("✗") == 2
-    shown, card = words(run("show", "p")), Path("p/README.md").read_text(encoding="utf-8")
+    shown, card = words(printed("show", "p")), Path("p/README.md").read_text(encoding="utf-8")
     assert "of 2 facts, 2 do not hold: rome, ada" in shown
     assert "Of 2 facts, 0 hold. These do not: rome, ada." in card
     for name, fact in zip(outcomes, FACTS, strict=True):
@@ -152,27 +142,27 @@ def test_facts_that_do_not_hold_are_named_with_what_is_said_instead(run: Run, mo
         assert f"| {fact['prompt']} | {fact['target_new']} | {said} |" in card
 
 
-def test_a_patch_changed_since_it_was_measured_does_not_say_what_it_says(run: Run, model: Path) -> None:
-    run("apply", "facts.jsonl", "--model", model, "--layers", "1", *LOUD, "--out", "p")
+def test_a_patch_changed_since_it_was_measured_does_not_say_what_it_says(printed: Printed, model: Path) -> None:
+    printed("apply", "facts.jsonl", "--model", model, "--layers", "1", *LOUD, "--out", "p")
     assert "Of 2 facts, 2 hold." in Path("p/README.md").read_text(encoding="utf-8")
-    run("revert", "p", "--fact", "ada")
+    printed("revert", "p", "--fact", "ada")
     assert read_manifest(Path("p")).outcomes == {}
-    assert "the city of Rome capital not measured Paris" in words(run("show", "p"))
+    assert "the city of Rome capital not measured Paris" in words(printed("show", "p"))
     assert "Which of them hold was not measured." in Path("p/README.md").read_text(encoding="utf-8")
 
 
-def test_manifests_from_before_counts_and_outcomes_load_and_show(run: Run, model: Path) -> None:
-    run("apply", "facts.jsonl", "--model", model, "--layers", "1", *LOUD, "--out", "p")
+def test_manifests_from_before_counts_and_outcomes_load_and_show(printed: Printed, model: Path) -> None:
+    printed("apply", "facts.jsonl", "--model", model, "--layers", "1", *LOUD, "--out", "p")
     file = Path("p/manifest.json")
     manifest = json.loads(file.read_text(encoding="utf-8"))
     del manifest["outcomes"]
     for key in ("counts", "more"):
         del manifest["history"][0]["metrics"][key]
     file.write_text(json.dumps(manifest), encoding="utf-8")
-    assert "the city of Rome capital not measured Paris" in words(run("show", "p"))
-    assert "efficacy 100.0%, generalization -," in run("log", "p")
-    assert "efficacy exact 100.0% 100.0%" in words(run("diff", "p", "p"))
-    assert "| efficacy exact | 100.0% |  |" in run("push", "p", "ada/facts", "--dry-run")
+    assert "the city of Rome capital not measured Paris" in words(printed("show", "p"))
+    assert "efficacy 100.0%, generalization -," in printed("log", "p")
+    assert "efficacy exact 100.0% 100.0%" in words(printed("diff", "p", "p"))
+    assert "| efficacy exact | 100.0% |  |" in printed("push", "p", "ada/facts", "--dry-run")
 
 
 def test_nothing_in_a_fact_takes_effect_in_a_card() -> None:

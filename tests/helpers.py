@@ -1,0 +1,148 @@
+"""What several test files need: distances, the command line in this process, patches that no edit had to make."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from patchkit.cli import main
+from patchkit.maths.linalg import Delta
+from patchkit.model.arch import inspect_model
+from patchkit.model.weights import disk_name, weight_digest
+from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
+from patchkit.patch.patch import Patch, updates_digest
+
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    """‖found - expected‖/‖expected‖."""
+    return float((found - expected).norm() / expected.norm())
+
+
+def write_facts(file: str | Path, *facts: Mapping[str, Any]) -> Path:
+    """A file of facts, one JSON object a line."""
+    Path(file).write_text("".join(json.dumps(fact) + "\n" for fact in facts), encoding="utf-8")
+    return Path(file)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder with its content."""
+    found = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): file.read_bytes() for file in found}
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        """Standard output, which must be one JSON value and nothing else."""
+        return json.loads(self.out)
+
+
+Command = Callable[..., Ended]
+
+
+def command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Calls `patchkit ARGS...` in this process; an exception that the program would end with fails the test."""
+
+    def call(*args: object, stdin: bytes = b"") -> Ended:
+        monkeypatch.setattr(sys, "argv", ["patchkit", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        status: Any = 0
+        try:
+            main()
+        except SystemExit as ended:
+            status = ended.code
+        return Ended(status or 0, *capsys.readouterr())
+
+    return call
+
+
+# --- patches ----------------------------------------------------------------------------------------------------------
+
+
+def edited_fact(**changes: Any) -> EditedFact:
+    """A fact as a manifest has it."""
+    usual = {"id": "f1", "prompt": "the city of", "subject": "city", "target_new": "Rome"}
+    return EditedFact(**{**usual, "run": 0, "batch": 0, "target_loss": 0.1, "steps": 3, **changes})
+
+
+def run_of(facts: Sequence[EditedFact], **changes: Any) -> Run:
+    """The run that wrote `facts`."""
+    usual: dict[str, Any] = {
+        "action": "apply",
+        "when": "2026-01-01T00:00:00+00:00",
+        "method": "memit",
+        "paper": "https://arxiv.org/abs/2210.07229",
+        "recipe": {},
+        "recipe_digest": "0",
+        "facts": tuple(fact.id for fact in facts),
+        "batches": (len(facts),),
+        "layers": (1, 2),
+        "value_at": "layer_out",
+        "contexts": ("",),
+        "text": {"source": "text", "sha256": "0" * 64, "tokens": 100},
+        "seconds": {},
+        "versions": {},
+    }
+    return Run(**{**usual, **changes})
+
+
+def random_patch(
+    model: PreTrainedModel,
+    name: str,
+    facts: Sequence[EditedFact],
+    *,
+    ranks: Mapping[int, int],
+    seed: int = 0,
+    size: float = 0.05,
+    **run: Any,
+) -> Patch:
+    """A patch of random updates, made in no time.
+
+    Args:
+        name: of the base, as the manifest should have it.
+        ranks: the rank of the update at each layer.
+        size: ‖ΔW‖/‖W‖ of each.
+        run: what should be different in the manifest's run.
+    """
+    arch, draw = inspect_model(model), torch.Generator().manual_seed(seed)
+    updates, state, infos, digests = {}, {}, [], {}
+    for layer, rank in ranks.items():
+        site = arch.sites[layer]
+        weight = disk_name(model, site.weight_name)
+        delta = Delta(torch.randn(site.d_out, rank, generator=draw), torch.randn(rank, site.d_in, generator=draw))
+        norm, shape = float(model.get_parameter(site.weight_name).detach().norm()), (site.d_out, site.d_in)
+        updates[weight] = (Delta(delta.left * (size * norm / delta.norm()), delta.right),)
+        state[f"{weight}.keys"] = delta.right.T.contiguous()
+        digests[weight] = weight_digest(site, weight)
+        numbers = rank * sum(shape)
+        infos.append(
+            UpdateInfo(weight=weight, rank=rank, shape=shape, numbers=numbers, norm=size * norm, weight_norm=norm)
+        )
+    manifest = Manifest(
+        base=BaseInfo(name=name, commit=None, architecture=type(model).__name__, weights=digests),
+        facts=tuple(facts),
+        updates=tuple(infos),
+        history=(run_of(facts, layers=tuple(ranks), **run),),
+        digest=updates_digest(updates),
+    )
+    return Patch(manifest, updates, state)
