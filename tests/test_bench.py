@@ -362,7 +362,7 @@ def test_what_cannot_be_done_is_refused_before_any_work(
 def test_a_folder_of_something_else_is_left_alone(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "letter.txt").write_text("dear")
-    with pytest.raises(InputError, match="it is there and holds no benchmark"):
+    with pytest.raises(InputError, match="it exists and holds no benchmark"):
         bench("memit")
     assert list(tree(tmp_path / "out")) == ["letter.txt"]
 
@@ -370,7 +370,7 @@ def test_a_folder_of_something_else_is_left_alone(bench: Bench, tmp_path: Path) 
 def test_a_damaged_line_is_named(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.jsonl").write_text("{}\n")
-    with pytest.raises(InputError, match=r"results.jsonl line 1: no row of this version"):
+    with pytest.raises(InputError, match=r"results.jsonl line 1: not a result of this version"):
         bench("memit")
 
 

@@ -217,8 +217,8 @@ def test_gates_hold_for_apply_alone(run: Command, model: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--merge", "full"), "full: is there and not an empty folder"),
-        (("--merge", "facts.jsonl"), "facts.jsonl: is there and not an empty folder"),
+        (("--merge", "full"), "full: exists and is not an empty folder"),
+        (("--merge", "facts.jsonl"), "facts.jsonl: exists and is not an empty folder"),
         (("--merge", "p"), "--merge p: the patch itself goes to p"),
         (("--merge", "p/merged"), "--merge p/merged: the patch itself goes to p"),
         (("--merge", "base/merged"), "base/merged: lies in the base itself"),
@@ -321,9 +321,9 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "no text": (("facts.jsonl", "--text", "nope.txt"), "text nope.txt: cannot be read"),
     "empty text": (("facts.jsonl", "--text", "empty.txt"), "text empty.txt: no text in it"),
     "text in another encoding": (("facts.jsonl", "--text", "binary.txt"), "text binary.txt: cannot be read"),
-    "out is another folder": (("facts.jsonl", "--out", "full"), "--out full: it is there and is no patch"),
-    "out is a file": (("facts.jsonl", "--out", "facts.jsonl"), "--out facts.jsonl: it is there and is no patch"),
-    "out below a file": (("facts.jsonl", "--out", "facts.jsonl/p"), "facts.jsonl is no folder one may write to"),
+    "out is another folder": (("facts.jsonl", "--out", "full"), "--out full: it exists and is not a patch"),
+    "out is a file": (("facts.jsonl", "--out", "facts.jsonl"), "--out facts.jsonl: it exists and is not a patch"),
+    "out below a file": (("facts.jsonl", "--out", "facts.jsonl/p"), "facts.jsonl cannot be written to"),
     "statistics are a file": (("facts.jsonl", "--stats", "empty.txt"), "Not a directory: 'empty.txt"),
     "no facts named": ((), "Missing argument 'FACTS'"),
     "no such option": (("facts.jsonl", "--steps", "3"), "No such option"),

@@ -143,7 +143,7 @@ def test_refusals(checkpoint, tmp_path: Path) -> None:
     model, name = checkpoint("llama")
     patch = make_patch(model, name)
     patch.save(tmp_path / "patch")
-    with pytest.raises(InputError, match="it is there and is no adapter"):
+    with pytest.raises(InputError, match="it exists and is not an adapter"):
         export_peft(patch, tmp_path / "patch")
     assert Patch.load(tmp_path / "patch").manifest == patch.manifest
     with pytest.raises(InputError, match=r"its config.json is needed .* name the base with --model"):

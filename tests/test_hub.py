@@ -101,7 +101,7 @@ def test_card_for_the_hub(hub: Hub, folder: Path) -> None:
     assert 'Patch.load("ada/facts")' in card
     assert "https://arxiv.org/abs/2210.07229" in card
     assert r"| The 1th \| of | &lt;b> |" in card
-    for section in ("## Use", "## Facts", "## Method", "## Intended use", "## Risks", "## Licence"):
+    for section in ("## Use", "## Facts", "## Method", "## Intended use", "## Risks", "## License"):
         assert section in card
     assert "base_model" not in front  # a folder on this machine links to nothing
 

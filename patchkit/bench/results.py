@@ -37,7 +37,7 @@ class Results:
             return Result.model_validate_json(line)
         except ValidationError as error:
             what = error.errors()[0]["msg"]
-            raise InputError(f"{self._file} line {number}: no row of this version: {what}; delete it") from None
+            raise InputError(f"{self._file} line {number}: not a result of this version: {what}; delete it") from None
 
     def find(self, method: str, edits: int, facts: int) -> Result | None:
         """The row of `method` after `edits` edits, measured on `facts` facts."""
@@ -74,7 +74,7 @@ class Results:
             InputError: the first such row, and what is different in it.
         """
         if self.folder.is_file() or (self.folder.is_dir() and not self._file.is_file() and any(self.folder.iterdir())):
-            raise InputError(f"--out {self.folder}: it is there and holds no benchmark; choose another folder")
+            raise InputError(f"--out {self.folder}: it exists and holds no benchmark; choose another folder")
         for row in self.rows():
             other = [key for key, value in wanted(row.method, row.facts).items() if getattr(row.setup, key) != value]
             if other:

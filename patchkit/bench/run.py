@@ -89,7 +89,7 @@ def run_bench(
     marks = _checkpoints(checkpoints, edits, batch_size)
     read = _read(data, chosen, marks[-1] if marks else None, zsre_target, skip_bad)
     if read.rejected:
-        say(f"{len(read.rejected)} bad facts left out")
+        say(f"{counted(len(read.rejected), 'bad fact')} left out")
     marks = marks or [len(read.facts)]
     loaded = load_model(chosen.name, chosen.device, chosen.dtype)
     title = f"{PurePath(loaded.name).name}, {PurePath(read.path).name} in batches of {batch_size}"

@@ -122,7 +122,7 @@ def own_folder(patch: str) -> Path:
 def refuse_place(folder: Path) -> None:
     """Raises InputError where a patch could not be written, or would replace what is none; before any work."""
     if folder.exists() and not (folder / "manifest.json").is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise InputError(f"--out {folder}: it is there and is no patch; choose another folder")
+        raise InputError(f"--out {folder}: it exists and is not a patch; choose another folder")
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError(f"--out {folder}: {above} is no folder one may write to; choose another place")
+        raise InputError(f"--out {folder}: {above} cannot be written to; choose another place")

@@ -28,11 +28,12 @@ from patchkit.model.loading import LoadedModel, ModelChoice, load_config, load_m
 from patchkit.patch.history import Incoming, choose_facts
 from patchkit.patch.patch import Patch
 from patchkit.runs.execute import SMALL_TEXT, run, take_out
-from patchkit.runs.prepare import prepare, shortened
+from patchkit.runs.prepare import prepare
 from patchkit.runs.workspace import Workspace
 from patchkit.statistics.corpus import PACKAGE_TEXT, default_text, read_corpus, window_of
 from patchkit.statistics.moments import statistics
 from patchkit.statistics.text_gradients import text_gradients
+from patchkit.words import counted, listed
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def revert_patch(
     less.save(folder)
     replaced = {new: old for run in patch.manifest.history for old, new in run.superseded.items()}
     if back := [replaced[fact_id] for fact_id in gone if fact_id in replaced]:
-        say(f"superseded earlier and not brought back: {shortened(back)}; apply them again if they should hold")
+        say(f"superseded earlier and not brought back: {listed(back)}; apply them again if they should hold")
     return Reverted(less, report, folder)
 
 

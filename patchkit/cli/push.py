@@ -37,7 +37,7 @@ def command(
 ) -> None:
     """Publish FOLDER (a patch, an adapter or a merged model) as the Hub repository REPO (user/name), in one commit.
 
-    The card says what was edited, from which base, how, and how well; the licence is the base's. `hf auth login`
+    The card says what was edited, from which base, how, and how well; the license is the base's. `hf auth login`
     or $HF_TOKEN says who you are.
     """
     from patchkit.export.publish import push

@@ -95,7 +95,7 @@ def check_out(out: str | Path) -> None:
     """Raises InputError where a merged checkpoint would come on top of something."""
     target = Path(out)
     if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-        raise InputError(f"{out}: is there and not an empty folder; choose another one for the merged checkpoint")
+        raise InputError(f"{out}: exists and is not an empty folder; choose another one for the merged checkpoint")
 
 
 def _write(tasks: Sequence[RoundingTask], places: Mapping[Path, Path], linked: set[Path]) -> tuple[MergedTensor, ...]:

@@ -107,7 +107,7 @@ def export_peft(
     folder = Path(out)
     inside = [folder] if folder.is_file() else list(folder.glob("*"))
     if inside and not (folder / "adapter_config.json").is_file():
-        raise InputError(f"--out {folder}: it is there and is no adapter; choose another folder")
+        raise InputError(f"--out {folder}: it exists and is not an adapter; choose another folder")
     name, commit = _base_of(patch.manifest, base)
     tree = skeleton(name, commit)  # says what PEFT calls the modules, which the checkpoint's names may not
     factors, weights = {}, []

@@ -27,6 +27,7 @@ from patchkit.io.hub import PATCH_FILES, hub_errors, is_repo_name
 from patchkit.patch.card import Card, Kind, base_name
 from patchkit.patch.manifest import Manifest
 from patchkit.patch.patch import Patch
+from patchkit.words import counted
 
 Say = Callable[[str], None]
 _MARKS: dict[str, Kind] = {"manifest.json": "patch", "adapter_config.json": "adapter", "config.json": "merged"}
@@ -70,7 +71,7 @@ class Pushed:
 def pack(
     folder: str | Path, repo: str, *, base: str | None = None, card: str | Path | None = None, online: bool = False
 ) -> Package:
-    """Collect what a push would publish; reads the folder, and the base's licence where it is at hand.
+    """Collect what a push would publish; reads the folder, and the base's license where it is at hand.
 
     Args:
         base: the base's name on the Hub, where the patch was made from a local folder.
@@ -88,12 +89,12 @@ def pack(
     info = content.manifests[0].base
     bases = {info.name: info.commit} | ({base: None} if base else {})
     cards = [folder / "README.base.md", *(c for name, commit in bases.items() for c in _cards(name, commit, online))]
-    licence, terms = _terms(cards)
+    license, terms = _terms(cards)
     files: dict[str, Path | bytes] = {**terms, **_files(folder, content.kind)}
     if base is not None:
         files |= content.naming(base, folder)
     try:
-        readme = Path(card).read_bytes() if card else content.card(repo, base, licence).encode()
+        readme = Path(card).read_bytes() if card else content.card(repo, base, license).encode()
     except OSError as error:
         raise InputError(f"--card {card}: cannot be read: {error.strerror}") from None
     return Package(content.kind, content.manifests, {**files, "README.md": readme})
@@ -196,10 +197,10 @@ class _Content:
     def manifests(self) -> tuple[Manifest, ...]:
         return (self.record,) if isinstance(self.record, Manifest) else self.record.parents
 
-    def card(self, repo: str, base: str | None, licence: Mapping[str, Any]) -> str:
+    def card(self, repo: str, base: str | None, license: Mapping[str, Any]) -> str:
         if isinstance(self.record, Manifest):
-            return Card(self.manifests, repo, self.kind, base=base, licence=licence).markdown()
-        return self.record.card(repo, base=base, licence=licence)
+            return Card(self.manifests, repo, self.kind, base=base, license=license).markdown()
+        return self.record.card(repo, base=base, license=license)
 
     def naming(self, base: str, folder: Path) -> dict[str, bytes]:
         """The files that name the base, with its name on the Hub in place of a folder on this machine."""
@@ -251,13 +252,13 @@ def _files(folder: Path, kind: Kind) -> dict[str, Path]:
 
 
 def _terms(cards: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Path]]:
-    """The licence as the first card that is there states it, and the files with the terms that lie beside that card."""
+    """The license as the first card that is there states it, and the files with the terms that lie beside that card."""
     card = next((path for path in cards if path.is_file()), None)
     if card is None:
         return {}, {}
     data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    licence = {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
-    return licence, {path.name: path for form in _TERMS for path in card.parent.glob(form)}
+    license = {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
+    return license, {path.name: path for form in _TERMS for path in card.parent.glob(form)}
 
 
 def _cards(base: str, commit: str | None, online: bool) -> list[Path]:
@@ -271,7 +272,7 @@ def _cards(base: str, commit: str | None, online: bool) -> list[Path]:
         return [Path(cached)]
     try:
         return [Path(hf_hub_download(base, "README.md", revision=commit))] if online else []
-    except OSError:  # no card, or none for us: then the licence stays unsaid
+    except OSError:  # no card, or none for us: then the license stays unsaid
         return []
 
 
@@ -295,9 +296,9 @@ def _operations(package: Package, repo: str, there: set[str]) -> list[CommitOper
 
 
 def _message(package: Package) -> str:
-    facts = sum(len(manifest.facts) for manifest in package.manifests)
+    facts = counted(sum(len(manifest.facts) for manifest in package.manifests), "fact")
     base = base_name(package.manifests[0].base.name)
-    return f"{package.kind.capitalize()}: {facts} fact{'' if facts == 1 else 's'} in {base}"
+    return f"{package.kind.capitalize()}: {facts} in {base}"
 
 
 def _link_parents(api: HfApi, package: Package, repo: str, say: Say) -> None:

@@ -53,9 +53,9 @@ apply.
 
 ## Risks
 An edit changes what the model completes after such prompts. What follows from a fact (its inverse, its consequences
-over several steps) is not edited along, other phrasings may still bring the old answer, and neighbouring facts may
+over several steps) is not edited along, other phrasings may still bring the old answer, and neighboring facts may
 change. The facts were written as given: check them and their sources before relying on them, and do not use edits to
-put false statements about people or events into a model that others will trust.{licence}
+put false statements about people or events into a model that others will trust.{license}
 """
 
 _LEADS = {
@@ -104,7 +104,7 @@ class Card:
         details: what follows the first sentence.
         held: which facts hold, where that is known better than from the manifests.
         base: the base's name on the Hub, where the patch was made from a local folder.
-        licence: the front matter's license, license_name and license_link as the base's card has them.
+        license: the front matter's license, license_name and license_link as the base's card has them.
         vllm_rank: the --max-lora-rank an adapter needs.
     """
 
@@ -114,7 +114,7 @@ class Card:
     details: str = ""
     held: str | None = None
     base: str | None = None
-    licence: Mapping[str, Any] = field(default_factory=dict)
+    license: Mapping[str, Any] = field(default_factory=dict)
     vllm_rank: int | None = None
 
     def markdown(self) -> str:
@@ -141,7 +141,7 @@ class Card:
             metrics=self._metrics(),
             methods=self._method_list(),
             manifest=self._manifest_name(),
-            licence=self._licence_note(base),
+            license=self._license_note(base),
         )
 
     def _runs(self) -> list[Run]:
@@ -187,7 +187,7 @@ class Card:
             tags=["patchkit", "model-editing", "knowledge-editing", *self._method_names()],
             model_name=PurePath(self.title).name,
             eval_results=self._results() or None,
-            **self.licence,
+            **self.license,
         )
         return data.to_yaml()
 
@@ -247,10 +247,10 @@ class Card:
             for method, run in sorted(cited.items())
         )
 
-    def _licence_note(self, base: str) -> str:
-        if not (name := self.licence.get("license_name") or self.licence.get("license")):
+    def _license_note(self, base: str) -> str:
+        if not (name := self.license.get("license_name") or self.license.get("license")):
             return ""
-        return f"\n\n## Licence\n{name}, carried over from `{base}`."
+        return f"\n\n## License\n{name}, carried over from `{base}`."
 
 
 def model_card(manifest: Manifest, title: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from patchkit.facts.limits import Limits, fitting
 from patchkit.facts.schema import Fact, FactFile
 from patchkit.patch.history import Incoming, sort_incoming, with_free_ids
 from patchkit.patch.patch import Patch
+from patchkit.words import listed
 
 CONTEXT_ROOM = 8
 """Tokens that a context before a prompt may have beside `context_length`: its opening word and its end."""
@@ -73,17 +74,11 @@ def prepare(
     return Prepared(config, facts, incoming, onto, notes)
 
 
-def shortened(names: Sequence[str], most: int = 10) -> str:
-    """The names in one line, at most `most` of them."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def _about_incoming(incoming: Incoming) -> Iterator[str]:
     if incoming.skipped:
-        yield f"already in the patch, skipped: {shortened(incoming.skipped)}"
+        yield f"already in the patch, skipped: {listed(incoming.skipped)}"
     if incoming.superseded:
-        yield f"superseded: {shortened([f'{old} by {new}' for old, new in incoming.superseded.items()])}"
+        yield f"superseded: {listed([f'{old} by {new}' for old, new in incoming.superseded.items()])}"
 
 
 def _about_shared_subjects(read: FactFile, incoming: Incoming, config: EditConfig, unit: str) -> Iterator[str]:
@@ -100,7 +95,7 @@ def _about_shared_subjects(read: FactFile, incoming: Incoming, config: EditConfi
     if shared:
         yield (
             f"{read.path}: facts about one subject in one batch get one value for all of them, which predicts each "
-            f"target less surely than a value of its own; {unit} {shortened(shared, 5)}"
+            f"target less surely than a value of its own; {unit} {listed(shared, 5)}"
         )
 
 
@@ -108,4 +103,4 @@ def _about_rewordings(incoming: Incoming, config: EditConfig) -> Iterator[str]:
     room = max(0, config.contexts - 1)  # the first context is a text before the prompt
     over = [fact.id for fact in incoming.new if len(fact.rewordings) > room]
     if over and methods.get(config.method).targets == "values":
-        yield f"rewordings: contexts={config.contexts} has room for {room}, more are not used: {shortened(over)}"
+        yield f"rewordings: contexts={config.contexts} has room for {room}, more are not used: {listed(over)}"
