@@ -134,7 +134,7 @@ class _After:
     as_json: bool
 
     def check(self, folder: Path) -> None:
-        """Raises PatchkitError for what could not be done whatever the edit turns out to be."""
+        """Raises PatchkitError for what cannot be done however the edit turns out."""
         from patchkit.export.merge import check_out
         from patchkit.export.publish import check_destination
 

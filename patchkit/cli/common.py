@@ -120,7 +120,7 @@ def own_folder(patch: str) -> Path:
 
 
 def refuse_place(folder: Path) -> None:
-    """Raises InputError where a patch could not be written, or would replace what is none; before any work."""
+    """Raises InputError where a patch could not be written, or would replace something that is not one."""
     if folder.exists() and not (folder / "manifest.json").is_file() and (folder.is_file() or any(folder.iterdir())):
         raise InputError(f"--out {folder}: it exists and is not a patch; choose another folder")
     above = next(parent for parent in folder.absolute().parents if parent.exists())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -85,21 +85,15 @@ def command(
 
 @contextmanager
 def stacked(model: Any, patches: Sequence[Patch]) -> Iterator[None]:
-    """The model with `patches` on top of one another inside the block; afterwards, whatever happens, as it was.
+    """Inside the block the model has `patches` on top of one another; afterwards it is as it was.
 
     Raises:
         InputError: a patch is for another base.
     """
-    from patchkit.patch.stack import load
-
-    stack = None
-    try:
-        for number, patch in enumerate(patches, 1):
-            stack = load(model, patch, f"{number}")
+    with ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch.attached(model))
         yield
-    finally:
-        if stack is not None:
-            stack.unload()
 
 
 def _print_table(found: list[Answer]) -> None:

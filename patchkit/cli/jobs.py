@@ -1,4 +1,4 @@
-"""The jobs behind the commands, from file to file: apply facts, revert, verify a patch, compute statistics."""
+"""What the commands do, from file to file: apply facts, revert, verify and merge patches, compute statistics."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def metrics_table(found: Summary) -> RenderableType:
     table.add_column("what it counts", overflow="fold")
     for metric in metrics():
         if metric.of(found) is not None or metric.headline:
-            table.add_row(metric.label, metric.shown(found), metric.items(found), metric.what)
+            table.add_row(metric.label, metric.shown(found), metric.items(found), metric.explained(found))
     return table
 
 

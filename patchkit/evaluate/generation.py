@@ -1,4 +1,4 @@
-"""What a model answers to a prompt, without and with patches."""
+"""What a model answers to a prompt, with patches and without."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """What follows one prompt, with the patches, and without them where that was asked for."""
+    """What the patched model answers to one prompt, and what the base does if that was asked for as well."""
 
     prompt: str
     patched: str

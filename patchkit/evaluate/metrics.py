@@ -81,13 +81,14 @@ class Metric:
         return found.value(self.group, self.name)
 
     def shown(self, found: Summary) -> str:
-        """Its value for people, with both sides where it is a ratio; "-" where it was not measured."""
+        """Its value for people; "-" where it was not measured."""
         value = self.of(found)
-        if value is None:
-            return "-"
+        return "-" if value is None else f"{self.prefix}{value:{self.form}}"
+
+    def explained(self, found: Summary) -> str:
+        """What it counts, and both sides where it is a ratio."""
         before, after = (found.value(self.group, side) for side in self.sides or ("", ""))
-        compared = "" if before is None or after is None else f" ({before:.3f} -> {after:.3f})"
-        return f"{self.prefix}{value:{self.form}}{compared}"
+        return self.what + ("" if before is None or after is None else f": {before:.3f} -> {after:.3f}")
 
     def items(self, found: Summary) -> str:
         """On how much it stands, "24 facts"; empty where a report of an earlier version did not note it."""
@@ -112,9 +113,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Found:
-    """What an instrument found, by metric's name; per_fact by the fact's id first, with whatever else is worth noting.
+    """What an instrument found.
 
-    counts: on how many items each value stands.
+    Attributes:
+        values: by the metric's name.
+        counts: on how many items each value stands.
+        per_fact: by the fact's id, whatever it found for a single fact.
     """
 
     values: Mapping[str, float | None]
@@ -175,7 +179,7 @@ GROUPS: list[Group] = [
             Metric(
                 "efficacy",
                 "success",
-                "the target is likelier than target_true, if not the likeliest of all",
+                "the target is likelier than target_true, if not the likeliest",
                 "Share of facts with a target_true after whose prompt target_new has the higher mean token "
                 f"log-probability of the two; another text may be likelier than both ({_ROME}).",
                 "fact",
@@ -189,7 +193,7 @@ GROUPS: list[Group] = [
             Metric(
                 "generalization",
                 "exact",
-                "the same after paraphrases: every token is the likeliest",
+                "after a paraphrase, every token of the target is the likeliest",
                 "As efficacy exact, after the paraphrases, which the edit has not seen: mean over facts of the share "
                 f"of a fact's paraphrases ({_MEND}).",
                 "paraphrase",
@@ -200,14 +204,14 @@ GROUPS: list[Group] = [
             Metric(
                 "generalization",
                 "generated",
-                "greedy generation begins with the target",
+                "after a paraphrase, greedy generation begins with the target",
                 f"As efficacy generated, after the paraphrases: mean over facts ({_MIRAGE}).",
                 "paraphrase",
             ),
             Metric(
                 "generalization",
                 "success",
-                "the target is likelier than target_true, if not the likeliest of all",
+                "after a paraphrase, likelier than target_true, if not the likeliest",
                 f"As efficacy success, after the paraphrases: mean over facts ({_ROME}).",
                 "paraphrase",
                 column="general. success",
@@ -231,7 +235,7 @@ GROUPS: list[Group] = [
             Metric(
                 "locality",
                 "success",
-                "its own target is likelier than the fact's; low where the base is wrong, too",
+                "its own target is likelier than the fact's; base errors count, too",
                 "Share of neighbors with a known target of their own after whose prompt that is likelier than the "
                 f"fact's target_new; what the base already has wrong counts against it: mean over facts ({_ROME}).",
                 "neighbor",
@@ -245,7 +249,7 @@ GROUPS: list[Group] = [
             Metric(
                 "perplexity",
                 "ratio",
-                "perplexity of plain text, of the base's",
+                "perplexity of plain text over the base's",
                 "exp of the mean next-token loss over plain text with the patch, divided by the base's; "
                 f"drawdown in MEND is their difference ({_MEND}).",
                 "token",

@@ -1,4 +1,4 @@
-"""The README.md of a patch, an adapter or a merged checkpoint: a model card made from the manifests behind it."""
+"""The README.md of a patch, an adapter or a merged checkpoint: a model card made from their manifests."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ def base_name(name: str) -> str:
 
 
 def _metric_row(metric: Metric, measured: Summary) -> str:
-    return f"| {metric.label} | {metric.shown(measured)} | {metric.items(measured)} | {metric.what} |"
+    return f"| {metric.label} | {metric.shown(measured)} | {metric.items(measured)} | {metric.explained(measured)} |"
 
 
 def cell(text: str) -> str:
