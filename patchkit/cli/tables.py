@@ -77,14 +77,13 @@ def patch_table(manifest: Manifest) -> RenderableType:
 def _facts_table(manifest: Manifest) -> Table:
     """The facts with what the model said of them when they were last measured."""
     facts = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("id", "prompt", "target", "says now", "", "instead of", "by"):
+    for heading in ("id", "prompt", "target", "says now", "", "instead of", "run"):
         facts.add_column(heading, overflow="fold")
-    written = [f"run {number}, {run.method}" for number, run in enumerate(manifest.history, 1)]
     for fact in manifest.facts:
         outcome = manifest.outcomes.get(fact.id)
         said = (first_words(outcome.says, fact.target_new) or "-") if outcome else "not measured"
         mark = _mark(outcome.holds) if outcome else Text()
-        facts.add_row(fact.id, fact.prompt, fact.target_new, said, mark, fact.target_true or "", written[fact.run])
+        facts.add_row(fact.id, fact.prompt, fact.target_new, said, mark, fact.target_true or "", str(fact.run + 1))
     return facts
 
 
