@@ -17,7 +17,6 @@ from patchkit.evaluate.readings import read_targets
 from patchkit.evaluate.report import Report
 from patchkit.export.merge import merge
 from patchkit.export.record import HeldFacts, Merged, Rounding
-from patchkit.facts.checks import counted
 from patchkit.facts.limits import GENERATED, Limits, fitting
 from patchkit.facts.reader import parse_facts, read_facts, write_rejected
 from patchkit.facts.schema import Fact, FactFile

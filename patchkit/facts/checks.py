@@ -46,14 +46,3 @@ def visible(token_count: Callable[[str], int]) -> Check:
             raise Refused("target_new", f"{quote(fact.target_new)} becomes no token; put visible text in it")
 
     return check
-
-
-def shortened(names: list[str], most: int = 10) -> str:
-    """The names in one line, at most `most` of them."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def counted(count: int, noun: str) -> str:
-    """ "1 fact", "2 facts"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

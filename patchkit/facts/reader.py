@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from patchkit.errors import InputError
-from patchkit.facts.checks import Check, counted, shortened, tidied, visible
+from patchkit.facts.checks import Check, tidied, visible
 from patchkit.facts.containers import Entry
 from patchkit.facts.layout import Layout, Options, ZsreTarget
 from patchkit.facts.layouts import layouts, recognize
@@ -27,6 +27,7 @@ from patchkit.facts.record import Record, Refused, quote, wrong_type
 from patchkit.facts.schema import Fact, FactFile, Rejected
 from patchkit.facts.sources import file_entries, object_entries
 from patchkit.facts.text import same_wording
+from patchkit.words import counted, listed
 
 _SHOWN = 20  # problems printed before "and N more"
 _NAME = 40  # characters of a field's name in a note
@@ -221,9 +222,9 @@ class _Reading:
     def _notes(self) -> Iterator[str]:
         if self.unused:
             named = [f"{name[:_NAME]} ({counted(count, 'record')})" for name, count in self.unused.most_common()]
-            yield f"{self.name}: not used: {shortened(named)}"
+            yield f"{self.name}: not used: {listed(named)}"
         for remark, places in self.remarks.items():
-            yield f"{self.name}: {remark}: {shortened(places)}"
+            yield f"{self.name}: {remark}: {listed(places)}"
 
     def _report(self, skip_bad: bool) -> str:
         lines = [f"{self.name}: {len(self.problems)} of {counted(self.count, 'fact')} cannot be used"]
