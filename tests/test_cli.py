@@ -325,7 +325,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "out is a file": (("facts.jsonl", "--out", "facts.jsonl"), "--out facts.jsonl: it exists and is not a patch"),
     "out below a file": (("facts.jsonl", "--out", "facts.jsonl/p"), "facts.jsonl cannot be written to"),
     "statistics are a file": (("facts.jsonl", "--stats", "empty.txt"), "Not a directory: 'empty.txt"),
-    "no facts named": ((), "Missing argument 'FACTS'"),
+    "no facts named": ((), "give either FACTS or --fact"),
     "no such option": (("facts.jsonl", "--steps", "3"), "No such option"),
 }
 
@@ -646,4 +646,4 @@ def test_a_real_process_keeps_its_streams_apart(model: Path) -> None:
     failed = python("apply", "--json")
     assert failed.returncode == 2
     assert failed.stdout == ""
-    assert "Missing argument 'FACTS'" in failed.stderr
+    assert "give either FACTS or --fact" in failed.stderr
