@@ -80,16 +80,14 @@ def command(
     With --onto, facts that PATCH has already are skipped, and a fact with another target supersedes the earlier one.
 
     A gate that does not hold makes the exit status 1, and nothing is merged or published; the patch is written all the
-    same. --merge and --push ask for an efficacy of 0.9 and a perplexity ratio of 1.1 unless told otherwise.
+    same. --merge and --push ask for what the gates below say "to publish", unless told otherwise.
     """
     from patchkit.cli.jobs import apply_file
 
     if bool(facts) == bool(typed):
         raise click.UsageError('give either FACTS or --fact "prompt | subject | target"')
-    usual = own_folder(onto) if onto else Path(f"{_stem(facts)}-patch")
-    folder = Path(out) if out else usual
-    short = {"layers": layers, "batch_size": batch_size, "seed": seed}
-    overrides = (*overrides, *(f"{key}={value}" for key, value in short.items() if value is not None))
+    folder = Path(out) if out else own_folder(onto) if onto else Path(f"{_stem(facts)}-patch")
+    overrides = (*overrides, *_settings(layers=layers, batch_size=batch_size, seed=seed))
     refuse_place(folder)
     after = _After(merged, repo, gates.within(Gates.published()) if merged or repo else gates, stats, as_json)
     after.check(folder)

@@ -66,7 +66,8 @@ class GatedCommand(click.Command):
 def _gate_option(metric: Metric, gate: Gate) -> click.Option:
     kind = click.FloatRange(0, 1) if metric.share else click.FLOAT
     flag = f"--{'min' if metric.better == 'up' else 'max'}-{gate.name.replace('_', '-')}"
-    return click.Option([flag, gate.name], type=kind, metavar="X", help=gate.help)
+    publishing = "" if gate.published is None else f" [to publish: {gate.published:g}]"
+    return click.Option([flag, gate.name], type=kind, metavar="X", help=gate.help + publishing)
 
 
 def choice(name: str | None, device: str, dtype: str) -> ModelChoice:
