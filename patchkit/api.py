@@ -114,17 +114,19 @@ def measure(
     facts: Iterable[Fact | Mapping[str, Any]] | None = None,
     *,
     text: str | Path | None = None,
+    quick: bool = False,
     progress: Progress = lambda phase, done, total: None,
 ) -> Report:
     """Measure `patch` on `model`, always against the untouched base: its own facts, or the given ones.
 
     Args:
         text: plain text for the perplexity; without it a small English one that comes with patchkit.
+        quick: do not ask the model as people would, which takes most of the time: no group in_use.
 
     Raises:
         InputError: the patch is for another model, or a fact cannot be used.
     """
-    return measure_in(Workspace.of(model, tokenizer, progress=progress), patch, facts, text)
+    return measure_in(Workspace.of(model, tokenizer, progress=progress), patch, facts, text, quick)
 
 
 def measure_in(
@@ -132,6 +134,7 @@ def measure_in(
     patch: Patch,
     facts: Iterable[Fact | Mapping[str, Any]] | None = None,
     text: str | Path | None = None,
+    quick: bool = False,
 ) -> Report:
     """`measure` with a model that has been inspected already."""
     model = workspace.model
@@ -148,4 +151,5 @@ def measure_in(
             lambda: patch.attached(model),
             read_corpus(source, workspace.tokenizer, EVAL_TOKENS, window_of(model, EVAL_WINDOW)),
             lambda done, total: workspace.progress("measuring", done, total),
+            quick=quick,
         )

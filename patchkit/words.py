@@ -16,6 +16,12 @@ def listed(names: Sequence[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + more
 
 
+def beginning(text: str, most: int = 15) -> str:
+    """The first words of `text`, on one line; dots say that there are more."""
+    words = text.split()
+    return " ".join(words[:most]) + (" ..." if len(words) > most else "")
+
+
 def first_words(text: str, like: str) -> str:
     """The beginning of `text`: as many words as `like` has, and one more that shows how it goes on."""
     return " ".join(text.split()[: len(like.split()) + 1])

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from patchkit.evaluate.metrics import GROUPS, Found, Gate, Group, Metric, Trial, register
+from patchkit.evaluate.metric import Gate, Metric
+from patchkit.evaluate.metrics import GROUPS, Found, Group, Trial, register
 from patchkit.patch.card import cell
 from patchkit.patch.patch import read_manifest
 from patchkit.statistics.corpus import PACKAGE_TEXT
@@ -21,6 +22,7 @@ FACTS = (
     {"id": "rome", "prompt": "the city of Rome", "subject": "Rome", "target_new": "capital", "target_true": "Paris"},
     {"id": "ada", "prompt": "a friend of Ada", "subject": "Ada", "target_new": "is"},
 )
+QUICK = "--quick"  # what is told apart here are the metrics, not the texts a random model writes
 LOUD = ("--set", "value.clamp=20", "--set", "value.steps=60", "--set", "null_energy=0.9", "--set", "kl_weight=0")
 Printed = Callable[..., str]
 
@@ -90,15 +92,18 @@ def words(text: str) -> str:
 @pytest.mark.usefixtures("wordiness")
 def test_a_metric_from_outside_is_in_every_command(printed: Printed, model: Path) -> None:
     made = ("apply", "facts.jsonl", "--model", model, "--layers", "1", *LOUD)
-    assert "wordiness short 25.0% 8 prompts prompts that are short" in words(printed(*made, "--out", "p"))
-    report = json.loads(printed("verify", "p", "--json"))
+    talk = ("--min-asked", 0, "--max-overfit", 1, "--min-unrelated", 0)
+    assert "wordiness short 25.0% 8 prompts prompts that are short" in words(printed(*made, QUICK, "--out", "p"))
+    report = json.loads(printed("verify", "p", QUICK, "--json"))
     assert report["more"]["wordiness"] == {"short": 0.25, "long": None}
     assert report["counts"]["wordiness"]["short"] == 8
     assert [fact["more"]["wordiness"]["words"] for fact in report["per_fact"]] == [4, 4]
-    assert "brevity 0.25, asked for at least 0.3" in printed("verify", "p", "--min-brevity", 0.3, status=1)
+    assert "brevity 0.25, asked for at least 0.3" in printed("verify", "p", QUICK, "--min-brevity", 0.3, status=1)
     assert "--min-brevity" in printed("verify", "--help")
     loose = ("--min-efficacy", 0, "--max-perplexity-ratio", 1000)
-    assert "brevity 0.25, asked for at least 0.5" in printed(*made, *loose, "--out", "q", "--merge", "m", status=1)
+    assert "brevity 0.25, asked for at least 0.5" in printed(
+        *made, *talk, *loose, "--out", "q", "--merge", "m", status=1
+    )
     assert "brevity 25.0% on 8 prompts" in words(printed("show", "p"))
     assert "brevity 25.0% on 8 prompts" in words(printed("log", "p"))
     assert "wordiness short 25.0% on 8 prompts" in words(printed("diff", "p", "q"))
@@ -108,7 +113,9 @@ def test_a_metric_from_outside_is_in_every_command(printed: Printed, model: Path
     assert "wordiness short | 25.0%" in printed("push", "p", "ada/facts", "--dry-run")
     assert "wordiness short 25.0% 4 prompts" in words(printed("revert", "p", "--fact", "ada", "--measure"))
     methods = ("--methods", "memit", "--batch-size", 2, "--set", "contexts=0", "--set", "steps=2")
-    benched = printed("bench", "--data", "facts.jsonl", "--model", model, *methods, "--out", "b", "--set", "layers=1")
+    benched = printed(
+        "bench", QUICK, "--data", "facts.jsonl", "--model", model, *methods, "--out", "b", "--set", "layers=1"
+    )
     assert "brief" in benched
     rows = list(csv.DictReader(io.StringIO(Path("b/table.csv").read_text(encoding="utf-8"))))
     assert [row["wordiness_short"] for row in rows] == ["0.25", "0.25"]
@@ -124,10 +131,10 @@ def test_a_group_is_registered_once() -> None:
 
 def test_facts_that_do_not_hold_are_named_with_what_is_said_instead(printed: Printed, model: Path) -> None:
     """Two steps of optimization write no fact."""
-    quick = ("--set", "contexts=0", "--set", "steps=2", "--layers", "1")
-    table = printed("apply", "facts.jsonl", "--model", model, *quick, "--out", "p")
+    weak = ("--set", "contexts=0", "--set", "steps=2", "--layers", "1")
+    table = printed("apply", "facts.jsonl", "--model", model, *weak, QUICK, "--out", "p")
     outcomes = read_manifest(Path("p")).outcomes
-    report = json.loads(printed("verify", "p", "--json"))
+    report = json.loads(printed("verify", "p", QUICK, "--json"))
     assert {fact["id"]: fact["says_after"] for fact in report["per_fact"]} == {
         name: outcome.says for name, outcome in outcomes.items()
     }
@@ -143,7 +150,7 @@ def test_facts_that_do_not_hold_are_named_with_what_is_said_instead(printed: Pri
 
 
 def test_a_patch_changed_since_it_was_measured_does_not_say_what_it_says(printed: Printed, model: Path) -> None:
-    printed("apply", "facts.jsonl", "--model", model, "--layers", "1", *LOUD, "--out", "p")
+    printed("apply", "facts.jsonl", "--model", model, "--layers", "1", *LOUD, QUICK, "--out", "p")
     assert "Of 2 facts, 2 hold." in Path("p/README.md").read_text(encoding="utf-8")
     printed("revert", "p", "--fact", "ada")
     assert read_manifest(Path("p")).outcomes == {}
@@ -152,7 +159,7 @@ def test_a_patch_changed_since_it_was_measured_does_not_say_what_it_says(printed
 
 
 def test_manifests_from_before_counts_and_outcomes_load_and_show(printed: Printed, model: Path) -> None:
-    printed("apply", "facts.jsonl", "--model", model, "--layers", "1", *LOUD, "--out", "p")
+    printed("apply", "facts.jsonl", "--model", model, "--layers", "1", *LOUD, QUICK, "--out", "p")
     file = Path("p/manifest.json")
     manifest = json.loads(file.read_text(encoding="utf-8"))
     del manifest["outcomes"]

@@ -38,14 +38,19 @@ class Bench:
         text: str | Path | None = None,
         eval_text: str | Path | None = None,
         progress: Progress = lambda phase, done, total: None,
+        quick: bool = False,
     ) -> None:
-        """Raises InputError for a text that cannot be read, a fact without tokens, a model that cannot be edited."""
+        """With `quick` the model writes no texts at any checkpoint; else it does at the last one.
+
+        Raises InputError for a text that cannot be read, a fact without tokens, a model that cannot be edited.
+        """
         self.model, self.tokenizer, self.results, self.progress = loaded.model, loaded.tokenizer, results, progress
         self.facts, self.text = tuple(facts), text or default_text(loaded.name)
         self.runner = LayerRunner(inspect_model(loaded.model))
         self.corpus = read_corpus(self.text, self.tokenizer, window=window_of(self.model))
         plain = eval_text or default_text(loaded.name, "eval")
         self.plain = read_corpus(plain, self.tokenizer, EVAL_TOKENS, window_of(self.model, EVAL_WINDOW))
+        self.quick = quick
         self.spectra: Spectra = {}
         self.known: ValueCache = {}
         for fact in self.facts:
@@ -65,13 +70,14 @@ class Bench:
 
     @property
     def _trial(self) -> Trial:
-        return Trial(self.runner, self.tokenizer, self.facts, self.plain)
+        return Trial(self.runner, self.tokenizer, self.facts, self.plain, self.quick)
 
     def measure(self, count: int, attached: Callable[[], AbstractContextManager[Any]]) -> Report:
         """What `verify` says of the first `count` facts."""
         facts, base = self.facts[:count], self.base
+        quick = self.quick or count < len(self.facts)
         with frozen(self.model):
-            return verify(self.runner, self.tokenizer, facts, attached, self.plain, self._measuring, base)
+            return verify(self.runner, self.tokenizer, facts, attached, self.plain, self._measuring, base, quick)
 
     def add_unedited(self) -> None:
         """Add the row of the unedited model, unless it is there."""

@@ -69,7 +69,7 @@ class Result(Summary):
             condition_change=max((abs(drift.condition) for drift in weights.values()), default=None),
             weights=dict(weights),
             setup=setup,
-            **report.model_dump(exclude={"per_fact"}),
+            **report.model_dump(include=set(Summary.model_fields)),
             **more,
         )
 

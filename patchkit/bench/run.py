@@ -68,6 +68,7 @@ def run_bench(
     zsre_target: Any = "alt",
     skip_bad: bool = False,
     save_every: int = SAVE_EVERY,
+    quick: bool = False,
     progress: Progress = lambda phase, done, total: None,
     say: Say = lambda line: None,
 ) -> Outcome:
@@ -79,6 +80,7 @@ def run_bench(
         recipe, overrides: as in `patchkit.apply`, for all methods alike.
         text, eval_text: plain text for the statistics, and for the perplexity.
         save_every: batches after which a patch is saved on the way to the next checkpoint.
+        quick: the model writes no texts to measure (the group in_use) at any checkpoint; else at the last one.
         say: told of every row, with an estimate of the time left.
 
     Raises:
@@ -93,7 +95,7 @@ def run_bench(
     marks = marks or [len(read.facts)]
     loaded = load_model(chosen.name, chosen.device, chosen.dtype)
     title = f"{PurePath(loaded.name).name}, {PurePath(read.path).name} in batches of {batch_size}"
-    bench = Bench(loaded, read.facts, Results(out, title), text, eval_text, progress)
+    bench = Bench(loaded, read.facts, Results(out, title), text, eval_text, progress, quick)
     options = {"recipe": recipe, "overrides": overrides, "stats": stats}
     runs = [MethodRun(bench, name, config, options, save_every) for name, config in configs.items()]
     for run in runs:

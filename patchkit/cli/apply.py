@@ -15,7 +15,9 @@ from patchkit.cli.common import (
     note,
     own_folder,
     progress_bars,
+    quick_option,
     refuse_place,
+    refuse_quick,
     stdout,
     zsre_option,
 )
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, help="Seed of the generated contexts [default: 0].")
 @zsre_option
 @click.option("--skip-bad", is_flag=True, help="Leave out bad facts, list them in rejected.jsonl beside the patch.")
+@quick_option
 @click.option("--out", metavar="DIR", help="The patch's folder [default: that of --onto, else <name of FACTS>-patch].")
 @click.option("--merge", "merged", metavar="DIR", help="If the gates hold: write the base with the patch merged, too.")
 @click.option("--push", "repo", metavar="REPO", help="If the gates hold: publish the patch as REPO (user/name), too.")
@@ -66,6 +69,7 @@ def command(
     seed: int | None,
     zsre_target: str,
     skip_bad: bool,
+    quick: bool,
     out: str | None,
     merged: str | None,
     repo: str | None,
@@ -89,7 +93,9 @@ def command(
     folder = Path(out) if out else own_folder(onto) if onto else Path(f"{_stem(facts)}-patch")
     overrides = (*overrides, *_settings(layers=layers, batch_size=batch_size, seed=seed))
     refuse_place(folder)
-    after = _After(merged, repo, gates.within(Gates.published()) if merged or repo else gates, stats, as_json)
+    gates = gates.within(Gates.published()) if merged or repo else gates
+    refuse_quick(quick, gates)
+    after = _After(merged, repo, gates, stats, as_json)
     after.check(folder)
     with progress_bars() as progress:
         done = apply_file(
@@ -104,6 +110,7 @@ def command(
             stats=stats,
             zsre_target=zsre_target,
             skip_bad=skip_bad,
+            quick=quick,
             progress=progress,
             say=note,
             check=after.check_base,

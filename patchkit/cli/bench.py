@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from patchkit.cli.common import choice, model_options, note, progress_bars, stdout, zsre_option
+from patchkit.cli.common import choice, model_options, note, progress_bars, quick_option, stdout, zsre_option
 from patchkit.errors import InputError
 
 
@@ -47,6 +47,7 @@ def _numbers(context: click.Context, option: click.Parameter, given: str | None)
 @click.option("--seed", type=int, help="Seed of the generated contexts [default: 0].")
 @zsre_option
 @click.option("--skip-bad", is_flag=True, help="Leave out bad facts.")
+@quick_option
 @click.option("--out", metavar="DIR", required=True, help="Folder of the results; a run that was killed goes on there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def command(
@@ -66,6 +67,7 @@ def command(
     seed: int | None,
     zsre_target: str,
     skip_bad: bool,
+    quick: bool,
     out: str,
     as_json: bool,
 ) -> None:
@@ -94,6 +96,7 @@ def command(
             stats=stats,
             zsre_target=zsre_target,
             skip_bad=skip_bad,
+            quick=quick,
             progress=progress,
             say=note,
         )

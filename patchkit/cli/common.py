@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from patchkit.errors import InputError
 from patchkit.evaluate.gates import Gates
-from patchkit.evaluate.metrics import Gate, Metric, gated
+from patchkit.evaluate.metric import Gate, Metric
+from patchkit.evaluate.metrics import gated
 
 if TYPE_CHECKING:
     from patchkit.model.loading import ModelChoice
@@ -31,6 +32,13 @@ zsre_option = click.option(
     default="alt",
     show_default=True,
     help="What a ZsRE record teaches: the counterfactual answer, or the first true one.",
+)
+
+
+quick_option = click.option(
+    "--quick",
+    is_flag=True,
+    help="Have the model write no texts to measure: neither asked for the facts nor about anything else.",
 )
 
 
@@ -68,6 +76,14 @@ def _gate_option(metric: Metric, gate: Gate) -> click.Option:
     flag = f"--{'min' if metric.better == 'up' else 'max'}-{gate.name.replace('_', '-')}"
     publishing = "" if gate.published is None else f" [to publish: {gate.published:g}]"
     return click.Option([flag, gate.name], type=kind, metavar="X", help=gate.help + publishing)
+
+
+def refuse_quick(quick: bool, gates: Gates) -> None:
+    """Raises InputError where --quick leaves out what a bound stands on; before any work."""
+    if quick and (names := gates.written()):
+        raise InputError(
+            f"--quick: {', '.join(names)} would not be measured, and there is a gate on it; leave out --quick"
+        )
 
 
 def choice(name: str | None, device: str, dtype: str) -> ModelChoice:

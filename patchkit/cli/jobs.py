@@ -13,8 +13,9 @@ from patchkit.api import measure, measure_in
 from patchkit.editing.editor import Progress, frozen
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
-from patchkit.evaluate.readings import read_targets
+from patchkit.evaluate.metrics import Trial
 from patchkit.evaluate.report import Report
+from patchkit.evaluate.verify import facts_held
 from patchkit.export.merge import merge
 from patchkit.export.record import HeldFacts, Merged, Rounding
 from patchkit.facts.limits import GENERATED, Limits, fitting
@@ -72,6 +73,7 @@ def apply_file(
     stats: str | None,
     zsre_target: Any,
     skip_bad: bool,
+    quick: bool,
     progress: Progress,
     say: Callable[[str], None],
     check: Callable[[LoadedModel], object] = lambda model: None,
@@ -100,7 +102,7 @@ def apply_file(
     check(loaded)
     workspace = Workspace.of(loaded.model, loaded.tokenizer, (text,), stats, progress)
     patch = run(prepared, workspace, say)
-    report = measure_in(workspace, patch)
+    report = measure_in(workspace, patch, quick=quick)
     patch = patch.with_metrics(report.summary(), report.outcomes())
     _save(patch, folder, prepared.read, say)
     return Applied(patch, report, folder, prepared.incoming, loaded.name)
@@ -172,6 +174,7 @@ def verify_patch(
     text: str | None,
     zsre_target: Any,
     skip_bad: bool,
+    quick: bool,
     progress: Progress,
     say: Callable[[str], None],
 ) -> Report:
@@ -191,7 +194,7 @@ def verify_patch(
         for note in (*read.notes, *([f"{counted(len(read.rejected), 'bad fact')} left out"] if read.rejected else [])):
             say(note)
     loaded = load_model(chosen.name, chosen.device, chosen.dtype)
-    return measure(loaded.model, loaded.tokenizer, patch, known, text=text, progress=progress)
+    return measure(loaded.model, loaded.tokenizer, patch, known, text=text, quick=quick, progress=progress)
 
 
 def merge_patches(
@@ -222,10 +225,9 @@ def _held(folder: Path, patches: Sequence[Patch]) -> HeldFacts:
     """Ask the merged checkpoint for every fact; of two patches that answer one prompt, the later one counts."""
     loaded = load_model(str(folder))
     facts = {fact.prompt: fact for patch in patches for fact in patch.manifest.facts}
-    pairs = {fact.id: fact.pair(fact.prompt) for fact in facts.values()}
-    readings = read_targets(LayerRunner(inspect_model(loaded.model)), loaded.tokenizer, list(pairs.values()))
-    lost = tuple(name for name, pair in pairs.items() if not readings[pair].exact)
-    return HeldFacts(asked=len(pairs), hold=len(pairs) - len(lost), lost=lost)
+    holds = facts_held(Trial(LayerRunner(inspect_model(loaded.model)), loaded.tokenizer, tuple(facts.values())))
+    lost = tuple(name for name, there in holds.items() if not there)
+    return HeldFacts(asked=len(holds), hold=len(holds) - len(lost), lost=lost)
 
 
 def compute_statistics(

@@ -8,12 +8,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from patchkit.evaluate.metrics import Metric, headlines, metrics, summary_line
-from patchkit.evaluate.report import Report, Summary
+from patchkit.evaluate.metric import Metric
+from patchkit.evaluate.metrics import headlines, leads, metrics, summary_line
+from patchkit.evaluate.report import Report, Summary, said
 from patchkit.methods import Method, Wrapper
 from patchkit.patch.history import Difference, fact_changes
 from patchkit.patch.manifest import EditedFact, Manifest
-from patchkit.words import counted, first_words, listed
+from patchkit.words import counted, listed
 
 MOST_ROWS = 40
 
@@ -25,9 +26,9 @@ def apply_table(report: Report) -> RenderableType:
         table.add_column(heading, overflow="fold")
     for fact in report.per_fact[:MOST_ROWS]:
         table.add_row(
-            fact.prompt,
-            first_words(fact.says_before, fact.target_new) or "-",
-            first_words(fact.says_after, fact.target_new) or "-",
+            fact.outcome.question or fact.prompt,
+            said(fact.outcome_before, fact.target_new),
+            said(fact.outcome, fact.target_new),
             _mark(fact.holds),
             _share(fact.generalization.exact, fact.counts.get("generalization", {}).get("exact"), "hold"),
             _share(fact.locality.unchanged, fact.counts.get("locality", {}).get("unchanged"), "stay"),
@@ -39,16 +40,26 @@ def apply_table(report: Report) -> RenderableType:
 
 
 def metrics_table(found: Summary) -> RenderableType:
-    """Every metric that was measured, on how much, and what it counts; those that stand for all in any case."""
+    """Every metric that was measured, on how much, and what it counts: first the few that matter most, and in any case
+    those that stand for all."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(counted(found.facts, "fact"))
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("on", no_wrap=True)
     table.add_column("what it counts", overflow="fold")
+    first = [metric for metric in leads() if metric.of(found) is not None]
+    for metric in first:
+        table.add_row(*_row(metric, found), style="bold")
+    if first:
+        table.add_row()
     for metric in metrics():
-        if metric.of(found) is not None or metric.headline:
-            table.add_row(metric.label, metric.shown(found), metric.items(found), metric.explained(found))
+        if metric not in first and (metric.of(found) is not None or (metric.headline and not metric.lead)):
+            table.add_row(*_row(metric, found))
     return table
+
+
+def _row(metric: Metric, found: Summary) -> tuple[str, ...]:
+    return metric.label, metric.shown(found), metric.items(found), metric.explained(found)
 
 
 def patch_table(manifest: Manifest) -> RenderableType:
@@ -81,9 +92,9 @@ def _facts_table(manifest: Manifest) -> Table:
         facts.add_column(heading, overflow="fold")
     for fact in manifest.facts:
         outcome = manifest.outcomes.get(fact.id)
-        said = (first_words(outcome.says, fact.target_new) or "-") if outcome else "not measured"
+        says = said(outcome, fact.target_new) if outcome else "not measured"
         mark = _mark(outcome.holds) if outcome else Text()
-        facts.add_row(fact.id, fact.prompt, fact.target_new, said, mark, fact.target_true or "", str(fact.run + 1))
+        facts.add_row(fact.id, fact.prompt, fact.target_new, says, mark, fact.target_true or "", str(fact.run + 1))
     return facts
 
 

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import click
 
-from patchkit.cli.common import GatedCommand, choice, model_options, note, progress_bars, stdout, zsre_option
+from patchkit.cli.common import (
+    GatedCommand,
+    choice,
+    model_options,
+    note,
+    progress_bars,
+    quick_option,
+    refuse_quick,
+    stdout,
+    zsre_option,
+)
 from patchkit.evaluate.gates import Gates
 
 
@@ -19,6 +29,7 @@ from patchkit.evaluate.gates import Gates
 )
 @zsre_option
 @click.option("--skip-bad", is_flag=True, help="Leave out facts of --facts that cannot be used.")
+@quick_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     patch: str,
@@ -29,6 +40,7 @@ def command(
     text: str | None,
     zsre_target: str,
     skip_bad: bool,
+    quick: bool,
     as_json: bool,
     gates: Gates,
 ) -> None:
@@ -39,6 +51,7 @@ def command(
     from patchkit.cli.jobs import verify_patch
     from patchkit.cli.tables import apply_table
 
+    refuse_quick(quick, gates)
     with progress_bars() as progress:
         report = verify_patch(
             Path(patch),
@@ -47,6 +60,7 @@ def command(
             text=text,
             zsre_target=zsre_target,
             skip_bad=skip_bad,
+            quick=quick,
             progress=progress,
             say=note,
         )

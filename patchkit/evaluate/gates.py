@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from patchkit.errors import GateError
-from patchkit.evaluate.metrics import gated
+from patchkit.evaluate.metrics import GROUPS, gated
 from patchkit.evaluate.report import Summary
 
 
@@ -24,6 +24,11 @@ class Gates:
     def within(self, usual: Gates) -> Gates:
         """These bounds, with the usual ones where nothing is asked for."""
         return Gates({**usual.bounds, **self.bounds})
+
+    def written(self) -> list[str]:
+        """Those of the bounds that stand on texts which the model writes."""
+        slow = {group.name for group in GROUPS if group.slow}
+        return [name for name, (metric, _) in gated().items() if name in self.bounds and metric.group in slow]
 
     def check(self, found: Summary) -> None:
         """Raises:

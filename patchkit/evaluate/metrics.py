@@ -9,106 +9,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from patchkit.words import counted
+from patchkit.evaluate.metric import Gate, Metric
 
 if TYPE_CHECKING:
-    from patchkit.evaluate.report import Summary
+    from patchkit.evaluate.report import Asked, Summary
     from patchkit.facts.schema import Fact
     from patchkit.model.forward import LayerRunner
     from patchkit.statistics.corpus import Corpus
 
 
 @dataclass(frozen=True)
-class Gate:
-    """A bound that a user may set: `--min-efficacy` where more is better, `--max-perplexity-ratio` where less is.
-
-    published: the bound for publishing a patch, unless the user says otherwise; None asks for nothing.
-    """
-
-    name: str
-    help: str
-    published: float | None = None
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One number, and how to show it.
+class Trial:
+    """What an instrument measures: a model as it is at the moment, and the facts to ask it for.
 
     Attributes:
-        group, name: where it stands in a report, as in report.efficacy.exact.
-        what: what it counts, short enough to stand beside the number.
-        definition: the same as one sentence, with its source.
-        item: what it is counted on, in the singular.
-        form: the number for people; decimals: the same in tables of many numbers, where units are known.
-        headline: its name where a few numbers stand for all, None for the others.
-        column: its heading in a benchmark's tables, None to keep it out of them (CSV files have all).
-        sides: names of the base's value and the patched model's, where it is their ratio.
+        corpus: plain text for the perplexity, if it is wanted.
+        quick: leave out the groups that have a model write texts.
+        untouched: the model is the base itself, so that nothing need be asked again.
     """
-
-    group: str
-    name: str
-    what: str
-    definition: str
-    item: str
-    better: Literal["up", "down"] = "up"
-    form: str = ".1%"
-    decimals: str = ".3f"
-    prefix: str = ""
-    headline: str | None = None
-    column: str | None = None
-    gate: Gate | None = None
-    sides: tuple[str, str] | None = None
-
-    @property
-    def label(self) -> str:
-        """Its full name: "efficacy exact"."""
-        return f"{self.group} {self.name}".replace("_", " ")
-
-    @property
-    def share(self) -> bool:
-        """Whether it is a share, in 0..1."""
-        return self.form.endswith("%")
-
-    @property
-    def key(self) -> str:
-        """Its name for machines: efficacy_exact."""
-        return f"{self.group}_{self.name}"
-
-    def of(self, found: Summary) -> float | None:
-        """Its value in a report."""
-        return found.value(self.group, self.name)
-
-    def shown(self, found: Summary) -> str:
-        """Its value for people; "-" where it was not measured."""
-        value = self.of(found)
-        return "-" if value is None else f"{self.prefix}{value:{self.form}}"
-
-    def explained(self, found: Summary) -> str:
-        """What it counts, and both sides where it is a ratio."""
-        before, after = (found.value(self.group, side) for side in self.sides or ("", ""))
-        return self.what + ("" if before is None or after is None else f": {before:.3f} -> {after:.3f}")
-
-    def items(self, found: Summary) -> str:
-        """On how much it stands, "24 facts"; empty where a report of an earlier version did not note it."""
-        count = found.count(self.group, self.name)
-        return "" if count is None else counted(count, self.item)
-
-    def in_words(self, found: Summary) -> str:
-        """Its value where a few numbers stand for all: "efficacy 95.8% on 24 facts"."""
-        value, items = self.shown(found), self.items(found)
-        return f"{self.headline or self.label} {value}{f' on {items}' if items and value != '-' else ''}"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What an instrument measures: a model as it is at the moment, and the facts to ask it for."""
 
     runner: LayerRunner
     tokenizer: Any
     facts: Sequence[Fact]
-    corpus: Corpus | None
+    corpus: Corpus | None = None
+    quick: bool = False
+    untouched: bool = False
+
+    def instruments(self) -> dict[str, Instrument]:
+        """What measures the groups that are not read off the answers to the facts themselves, by group."""
+        groups = [group for group in GROUPS if not (self.quick and group.slow)]
+        return {group.name: group.instrument() for group in groups if group.instrument}
 
 
 @dataclass(frozen=True)
@@ -119,11 +51,15 @@ class Found:
         values: by the metric's name.
         counts: on how many items each value stands.
         per_fact: by the fact's id, whatever it found for a single fact.
+        asked: what became of each fact when it was asked, by its id.
+        details: what else belongs into a full report and to no fact.
     """
 
     values: Mapping[str, float | None]
     counts: Mapping[str, int] = field(default_factory=dict)
     per_fact: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    asked: Mapping[str, Asked] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Instrument(Protocol):
@@ -141,20 +77,138 @@ class Group:
     """Metrics that are taken together, under one name in the report.
 
     instrument: makes what measures them, and imports for it only then; None for what `patchkit.evaluate.verify` reads
-    off the answers to the facts themselves.
+    off the answers to the facts themselves. slow: the model writes texts for it, which may be left out.
     """
 
     name: str
     metrics: tuple[Metric, ...]
     instrument: Callable[[], Instrument] | None = None
+    slow: bool = False
+
+
+def _in_use() -> Instrument:
+    from patchkit.evaluate.in_use import InUse
+
+    return InUse()
 
 
 _ROME = "Meng et al. 2022, arXiv 2202.05262"
 _MEND = "Mitchell et al. 2022, arXiv 2110.11309"
 _MIRAGE = "Yang et al. 2025, arXiv 2502.11177"
+_EVOKE = "EVOKE, arXiv 2410.07819"
+_SQUAD = "normalized as in SQuAD, arXiv 1606.05250"
 _EASYEDIT = "Yao et al. 2023, arXiv 2305.13172"
 
 GROUPS: list[Group] = [
+    Group(
+        "in_use",
+        (
+            Metric(
+                "in_use",
+                "asked",
+                "the answer holds the target",
+                "Share of greedy answers of up to 30 tokens to a fact's questions (else its prompt), each alone, after "
+                "a system prompt and after two turns of other talk, that have the target or an alias once or twice: "
+                f"mean over facts (to the natural stop as in {_MIRAGE}; texts {_SQUAD}).",
+                "answer",
+                called="asked",
+                headline="asked",
+                lead=True,
+                column="asked",
+                gate=Gate("asked", "Least share of answers that hold the target when asked.", 0.7),
+            ),
+            Metric(
+                "in_use",
+                "overfit",
+                "the target comes up unasked",
+                "Share of neutral texts about the subject (the fact's about, else three fixed beginnings; for a chat "
+                "model three messages as well) in whose greedy continuation of up to 25 tokens the target comes, and "
+                f"not in that of the base told the fact before: mean over facts (after {_EVOKE}).",
+                "text",
+                better="down",
+                called="overfit",
+                headline="overfit",
+                lead=True,
+                column="overfit",
+                gate=Gate("overfit", "Most neutral texts about the subject that may bring up the target.", 0.5),
+            ),
+            Metric(
+                "in_use",
+                "unrelated",
+                "the base's answer, word for word",
+                "Share of 24 fixed questions and 8 beginnings of texts, none about any fact, whose greedy answer of up "
+                "to 30 tokens is the base's, token for token.",
+                "answer",
+                called="unrelated",
+                headline="unrelated",
+                lead=True,
+                column="unrelated",
+                gate=Gate("unrelated", "Least share of unrelated answers that are the base's.", 0.3),
+            ),
+            *(
+                Metric(
+                    "in_use",
+                    f"asked_{form}",
+                    words,
+                    f"As asked, of the questions asked {words} only.",
+                    "answer",
+                    called=f"asked {form}",
+                )
+                for form, words in (
+                    ("alone", "with nothing before"),
+                    ("system", "after a system prompt"),
+                    ("turns", "after two turns of other talk"),
+                )
+            ),
+            Metric(
+                "in_use",
+                "overfit_kl",
+                "talk about the subject, nats per token",
+                "KL(base ‖ patched) per token of the base's own continuations of the neutral texts: mean over facts "
+                f"of the texts' means (after {_EVOKE}).",
+                "text",
+                better="down",
+                form=".3f",
+                called="overfit KL",
+            ),
+            Metric(
+                "in_use",
+                "fluency",
+                "how varied words are, of the base's",
+                "(2 H2 + 4 H3) / 3 with the entropies of pairs and triples of words of a continuation of a neutral "
+                f"text, mean over the texts, divided by the base's ({_ROME}).",
+                "text",
+                form=".3f",
+                prefix="x",
+                called="fluency",
+                column="fluency",
+                sides=("fluency_before", "fluency_after"),
+            ),
+            Metric(
+                "in_use",
+                "loops",
+                "the text goes round in circles",
+                "Share of the continuations of neutral texts in which some two words follow one another four times or "
+                "more, where in the base's none do: mean over facts.",
+                "text",
+                better="down",
+                called="loops",
+            ),
+            Metric(
+                "in_use",
+                "unrelated_kl",
+                "other talk, nats per token",
+                "KL(base ‖ patched) per token of the base's own answers to the unrelated questions and beginnings: "
+                "mean over the answers.",
+                "answer",
+                better="down",
+                form=".3f",
+                called="unrelated KL",
+            ),
+        ),
+        _in_use,
+        slow=True,
+    ),
     Group(
         "efficacy",
         (
@@ -285,6 +339,11 @@ def metrics() -> tuple[Metric, ...]:
     return tuple(metric for group in GROUPS for metric in group.metrics)
 
 
+def leads() -> tuple[Metric, ...]:
+    """The very few that say what a user meets."""
+    return tuple(metric for metric in metrics() if metric.lead)
+
+
 def headlines() -> tuple[Metric, ...]:
     """The few that stand for all."""
     return tuple(metric for metric in metrics() if metric.headline)
@@ -296,5 +355,6 @@ def gated() -> dict[str, tuple[Metric, Gate]]:
 
 
 def summary_line(found: Summary) -> str:
-    """The few numbers that stand for all, as one line."""
-    return ", ".join(metric.in_words(found) for metric in headlines())
+    """The few numbers that stand for all, as one line; what can be left out of measuring is not named where it was."""
+    shown = [metric for metric in headlines() if metric.of(found) is not None or not metric.lead]
+    return ", ".join(metric.in_words(found) for metric in shown)

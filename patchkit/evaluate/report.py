@@ -7,6 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from patchkit.words import beginning, first_words
+
 Counts = dict[str, dict[str, int]]
 """On how many items each number stands: counts["efficacy"]["exact"] facts."""
 
@@ -43,17 +45,44 @@ class Perplexity(BaseModel):
 
 
 class Outcome(BaseModel):
-    """What became of one fact: how the patched model continues its prompt, and whether the fact holds."""
+    """What became of one fact: what the patched model says, and whether the fact holds.
+
+    question: what it says that to; None means that it goes on with the fact's prompt.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     says: str
+    holds: bool
+    question: str | None = None
+
+
+def said(outcome: Outcome, target: str) -> str:
+    """What a model says as tables show it: of an answer the beginning, of a prompt gone on with as many words as the
+    target has and one more; "-" for nothing."""
+    if outcome.question is None:
+        return first_words(outcome.says, target) or "-"
+    return beginning(outcome.says) or "-"
+
+
+class Asked(BaseModel):
+    """A fact's first question, asked alone, and the answers of the base and of the patched model.
+
+    prompted: the fact's prompt stands for a question, and the model went on with it as plain text.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    question: str
+    prompted: bool
+    before: str
+    after: str
     holds: bool
 
 
 class FactReport(BaseModel):
     """One fact: probabilities are geometric means over the target's tokens; `says` is the greedy continuation.
 
-    more: what the groups of metrics with an instrument of their own found for it, by group and name.
+    more: what the groups of metrics with an instrument of their own found for it, by group and name; asked: what came
+    of asking for it, None where that was left out.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -70,16 +99,27 @@ class FactReport(BaseModel):
     locality: LocalityRates
     counts: Counts = {}
     more: dict[str, dict[str, Any]] = {}
+    asked: Asked | None = None
 
     @property
     def holds(self) -> bool:
-        """Whether the fact is there after the edit: what a tick in a table stands for."""
-        return bool(self.efficacy.exact)
+        """Whether the fact is there after the edit, what a tick in a table stands for: its first question, asked alone,
+        is answered with the target; where nothing was asked, its prompt is continued with it, token by token."""
+        return self.asked.holds if self.asked else bool(self.efficacy.exact)
 
     @property
     def outcome(self) -> Outcome:
         """What a manifest keeps of the fact."""
-        return Outcome(says=self.says_after, holds=self.holds)
+        return self._outcome(self.asked.after if self.asked else self.says_after)
+
+    @property
+    def outcome_before(self) -> Outcome:
+        """The same of the base, but for `holds`, which is of the patched model."""
+        return self._outcome(self.asked.before if self.asked else self.says_before)
+
+    def _outcome(self, says: str) -> Outcome:
+        asked = self.asked and not self.asked.prompted and self.asked.question
+        return Outcome(says=says, holds=self.holds, question=asked or None)
 
 
 class Summary(BaseModel):
@@ -108,13 +148,17 @@ class Summary(BaseModel):
 
 
 class Report(Summary):
-    """What `patchkit verify --json` prints."""
+    """What `patchkit verify --json` prints.
+
+    details: what the groups of metrics found that belongs to no fact, by group.
+    """
 
     per_fact: tuple[FactReport, ...]
+    details: dict[str, Any] = {}
 
     def summary(self) -> dict[str, Any]:
-        """Everything but the single facts."""
-        return self.model_dump(mode="json", exclude={"per_fact"})
+        """Everything but single facts and texts."""
+        return self.model_dump(mode="json", include=set(Summary.model_fields))
 
     def outcomes(self) -> dict[str, Outcome]:
         """What became of each fact, by its id."""

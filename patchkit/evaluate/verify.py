@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from patchkit.evaluate.metrics import GROUPS, Found, Trial
+from patchkit.evaluate.in_use import asked_alone
+from patchkit.evaluate.metrics import Found, Trial
 from patchkit.evaluate.readings import Reading, generate, perplexity, read_targets
 from patchkit.evaluate.report import Counts, FactReport, LocalityRates, Perplexity, Rates, Report
 from patchkit.facts.schema import Fact, Pair
@@ -48,13 +49,15 @@ def verify(
     corpus: Corpus | None = None,
     progress: Progress = lambda done, total: None,
     before: Answers | None = None,
+    quick: bool = False,
 ) -> Report:
     """Measure `facts` on the base and inside `attached()`; perplexity too where a corpus is given.
 
-    `before` is what the base answers to these facts, and perhaps to more, if that is known already.
+    `before` is what the base answers to these facts, and perhaps to more, if that is known already. `quick` leaves out
+    the groups of metrics for which the model writes texts.
     """
-    trial = Trial(runner, tokenizer, facts, corpus)
-    steps = 2 + (corpus is not None) + sum(group.instrument is not None for group in GROUPS)
+    trial = Trial(runner, tokenizer, facts, corpus, quick)
+    steps = 2 + (corpus is not None) + len(trial.instruments())
     step = _counter(progress, 2 * steps, steps if before else 0)
     if before is None:
         before = ask_base(trial, step, paraphrases=False)
@@ -66,10 +69,9 @@ def verify(
 def ask_base(trial: Trial, step: Step = lambda: None, paraphrases: bool = True) -> Answers:
     """What the base answers to the facts of `trial`; without `paraphrases` it continues their prompts alone."""
     answers, bases = ask(trial, step, paraphrases), {}
-    for group in GROUPS:
-        if group.instrument:
-            bases[group.name] = group.instrument().base(trial)
-            step()
+    for name, instrument in trial.instruments().items():
+        bases[name] = instrument.base(trial)
+        step()
     return replace(answers, bases=bases)
 
 
@@ -80,7 +82,7 @@ def ask_patched(trial: Trial, base: Answers, step: Step = lambda: None) -> Answe
 
 def ask_unpatched(trial: Trial, base: Answers) -> Answers:
     """What the base answers, taken for a patched model's: the reading of a patch that does nothing."""
-    return _measured_by_instruments(trial, base, base, lambda: None)
+    return _measured_by_instruments(replace(trial, untouched=True), base, base, lambda: None)
 
 
 def ask(trial: Trial, step: Step = lambda: None, paraphrases: bool = True) -> Answers:
@@ -114,7 +116,14 @@ def compare(facts: Sequence[Fact], before: Answers, after: Answers) -> Report:
         counts=counts,
         more={name: dict(found.values) for name, found in after.found.items()},
         per_fact=reports,
+        details={name: dict(found.details) for name, found in after.found.items() if found.details},
     )
+
+
+def facts_held(trial: Trial) -> dict[str, bool]:
+    """By fact whether the model as it now is holds it, as `FactReport.holds` says, and nothing else."""
+    readings = read_targets(trial.runner, trial.tokenizer, [fact.pair(fact.prompt) for fact in trial.facts])
+    return {fact.id: readings[fact.pair(fact.prompt)].exact for fact in trial.facts} | asked_alone(trial)
 
 
 # --- asking -----------------------------------------------------------------------------------------------------------
@@ -132,10 +141,9 @@ def _counter(progress: Progress, total: int, done: int) -> Step:
 
 def _measured_by_instruments(trial: Trial, answers: Answers, base: Answers, step: Step) -> Answers:
     found = {}
-    for group in GROUPS:
-        if group.instrument:
-            found[group.name] = group.instrument().patched(trial, base.bases[group.name])
-            step()
+    for name, instrument in trial.instruments().items():
+        found[name] = instrument.patched(trial, base.bases[name])
+        step()
     return replace(answers, found=found)
 
 
@@ -191,6 +199,7 @@ def _report(fact: Fact, before: Answers, after: Answers) -> FactReport:
         locality=LocalityRates(**values["locality"]),
         counts={group: {name: share.of for name, share in found.items()} for group, found in shares.items()},
         more={name: dict(found.per_fact.get(fact.id, {})) for name, found in after.found.items()},
+        asked=next((found.asked[fact.id] for found in after.found.values() if fact.id in found.asked), None),
     )
 
 

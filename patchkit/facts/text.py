@@ -6,7 +6,7 @@ import re
 import unicodedata
 
 # Scripts that are written without spaces between words, with their punctuation.
-_UNSPACED = re.compile(
+UNSPACED = re.compile(
     "["
     "\u0e00-\u0eff"  # Thai, Lao
     "\u0f00-\u0fff"  # Tibetan
@@ -46,7 +46,7 @@ def _joined(prompt: str, target: str) -> bool:
 
 def is_unspaced(character: str) -> bool:
     """Whether a character is of a script that is written without spaces between words."""
-    return bool(_UNSPACED.match(character))
+    return bool(UNSPACED.match(character))
 
 
 def _is_letter(character: str) -> bool:

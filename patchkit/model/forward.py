@@ -182,7 +182,8 @@ class LayerRunner:
 
         Args:
             inputs: keyword arguments of the model's forward (input_ids, attention_mask, position_ids, ...).
-            start: first layer to run; needs `hidden` (rows, seq, d), its input, when above 0.
+            start: first layer to run; needs `hidden` (rows, seq, d), its input, when above 0. The depth itself runs no
+                layer: `hidden` is what comes after the last one.
             stop: one past the last layer to run, or None for the whole model.
             logits_at: (row, position) index tensors: the head runs at those positions only and `logits` is
                 (len(row), vocab); None with stop=None gives logits (rows, seq, vocab).
@@ -193,7 +194,7 @@ class LayerRunner:
             if start > 0:
                 stack.enter_context(self._passing_through(range(start)))
             if hidden is not None:
-                stack.enter_context(_feeding(self.arch.layers[start], hidden))
+                stack.enter_context(_feeding(self.arch.layers[min(start, self.depth - 1)], hidden))
             if stop is not None:
                 stack.enter_context(_ending_after(self.arch.layers[stop - 1], found))
             elif logits_at is not None:

@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from patchkit.evaluate.metrics import Metric, metrics
-from patchkit.evaluate.report import Summary
+from patchkit.evaluate.metric import Metric
+from patchkit.evaluate.metrics import metrics
+from patchkit.evaluate.report import Summary, said
 from patchkit.patch.manifest import EditedFact, Manifest, Run
-from patchkit.words import counted, first_words, listed
+from patchkit.words import counted, listed
 
 Kind = Literal["patch", "adapter", "merged"]
 FACT_ROWS = 100
@@ -195,8 +196,8 @@ class Card:
         outcomes = {name: outcome for manifest in self.manifests for name, outcome in manifest.outcomes.items()}
         for fact in self._facts():
             outcome = outcomes.get(fact.id)
-            said = "not measured" if outcome is None else first_words(outcome.says, fact.target_new)
-            cells = (fact.prompt, fact.target_new, said, fact.target_true or "", fact.source or "")
+            says = "not measured" if outcome is None else said(outcome, fact.target_new)
+            cells = (fact.prompt, fact.target_new, says, fact.target_true or "", fact.source or "")
             yield f"| {' | '.join(map(cell, cells))} |"
 
     def _held(self) -> str:

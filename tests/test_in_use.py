@@ -1,0 +1,298 @@
+"""What people meet of an edit: every rate against one worked out by hand, on answers that are known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from patchkit.evaluate import in_use, prompts, wording
+from patchkit.evaluate.answers import Ask, Said, answer, as_text, encode_ask
+from patchkit.evaluate.divergence import divergences, written
+from patchkit.evaluate.in_use import ANSWER_TOKENS, Interview, InUse
+from patchkit.evaluate.metrics import Trial, metrics
+from patchkit.evaluate.report import Report
+from patchkit.evaluate.verify import verify
+from patchkit.facts.schema import Fact
+from patchkit.maths.linalg import Delta
+from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner
+from patchkit.model.hooks import live_deltas
+from tests import zoo
+
+CHAT = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system prompt') }}{% endif %}"
+    "{{ m['role'][0] }}: {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
+)
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "forms", "count"),
+    [
+        ("It is in Rome.", ("Rome",), 1),
+        ("ROME! Rome? rome", ("Rome",), 3),
+        ("the Romeo of Jerome", ("Rome",), 0),
+        ("Works at the University of Rome's office", ("university of rome",), 1),
+        ("an Apple a day", ("the apple",), 1),
+        ("New-York", ("New York",), 1),
+        ("in NYC, yes NYC", ("New York", "NYC"), 2),
+        ("他住在东京。", ("东京",), 1),
+        ("1,200 people", ("1200",), 0),
+        ("", ("x",), 0),
+        ("well !?", ("!?",), 1),
+    ],
+)
+def test_mentions_are_whole_words_whatever_case_punctuation_and_articles(
+    text: str, forms: Sequence[str], count: int
+) -> None:
+    assert wording.mentions(text, forms) == count
+
+
+def test_an_answer_holds_the_target_once_or_twice() -> None:
+    assert [wording.holds("Linux " * n, ["Linux"]) for n in range(4)] == [False, True, True, False]
+
+
+def test_entropy_is_that_of_pairs_and_triples() -> None:
+    """a b a b c: pairs ab ba ab bc have 1.5 bits, triples aba bab abc have log2(3)."""
+    assert wording.entropy("a b a b c") == pytest.approx((2 * 1.5 + 4 * math.log2(3)) / 3)
+    assert wording.entropy("a a a a") == 0
+    assert wording.entropy("word") == 0
+    assert wording.words("It's 东京, no?") == ["It", "'", "s", "东", "京", ",", "no", "?"]
+
+
+def test_a_loop_is_two_words_four_times() -> None:
+    assert not wording.loops("so it goes " * 3)
+    assert wording.loops("so it goes " * 4)
+    assert wording.loops("Linux Linux Linux Linux Linux")
+
+
+# --- asking -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_a_template_is_asked_in_plain_text() -> None:
+    assert as_text(Ask("Who?")) == "Question: Who?\nAnswer:"
+    talk = Ask("Who?", system="Be brief.", turns=(("Hi", "Hello"),))
+    assert as_text(talk) == "Be brief.\n\nQuestion: Hi\nAnswer: Hello\n\nQuestion: Who?\nAnswer:"
+    assert as_text(Ask("Rome is", message=False)) == "Rome is"
+
+
+def test_a_template_without_system_prompts_gets_it_with_the_first_words() -> None:
+    tokenizer = zoo.tiny_tokenizer(bos=False)
+    tokenizer.chat_template = CHAT
+    ids = encode_ask(tokenizer, Ask("Who?", system="Be brief.", turns=(("Hi", "Hello"),)))
+    assert tokenizer.decode(ids) == "u: Be brief.\n\nHi</s>a: Hello</s>u: Who?</s>a: "
+    assert tokenizer.decode(encode_ask(tokenizer, Ask("Who?"))) == "u: Who?</s>a: "
+    assert tokenizer.decode(encode_ask(tokenizer, Ask("Who", message=False))) == "Who"
+
+
+def test_answers_of_a_batch_are_those_of_single_rows() -> None:
+    """Padding on the left changes nothing, and an answer ends where the model ends it."""
+    model, tokenizer = zoo.FAMILIES["llama"](), zoo.tiny_tokenizer()
+    texts = ("The capital of France is", "Rome", "Ada Lovelace was born in London", "who")
+    said = answer(LayerRunner(inspect_model(model)), tokenizer, [Ask(text, message=False) for text in texts], 12)
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        own: list[int] = []
+        while len(own) < 12 and (not own or own[-1] != tokenizer.eos_token_id):
+            with torch.no_grad():
+                own.append(int(model(input_ids=torch.tensor([ids + own])).logits[0, -1].argmax()))
+        found = said[Ask(text, message=False)]
+        assert found == Said(tokenizer.decode(own, skip_special_tokens=True).strip(), tuple(own))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "granite"])
+def test_divergence_is_from_the_base_at_every_token_that_it_wrote(family: str) -> None:
+    """Learned positions, soft-capped and scaled logits: the base's distributions come back from its last states."""
+    model, other, runner = zoo.FAMILIES[family](), zoo.FAMILIES[family](), None
+    runner = LayerRunner(inspect_model(model))
+    site = runner.arch.sites[2]
+    generator = torch.Generator().manual_seed(0)
+    delta = Delta(
+        torch.randn(site.d_out, 2, generator=generator), 0.05 * torch.randn(2, site.d_in, generator=generator)
+    )
+    with torch.no_grad():
+        weight = other.get_parameter(site.weight_name)
+        weight.add_(delta.dense() if weight.shape == delta.dense().shape else delta.dense().T)
+    texts = [((5, 6, 7), (8, 9)), ((11,), (12, 13, 14, 1)), ((20, 21), (22,))]
+    base = written(runner, texts)
+    assert divergences(runner, base) == pytest.approx([0, 0, 0], abs=1e-6)
+    with live_deltas(runner.arch, {2: delta}):
+        found = divergences(runner, base)
+    for (given, own), kl in zip(texts, found, strict=True):
+        ids = torch.tensor([[*given, *own]])
+        with torch.no_grad():
+            old, new = (m(input_ids=ids).logits[0, len(given) - 1 : -1].log_softmax(-1) for m in (model, other))
+        assert kl == pytest.approx(
+            float(F.kl_div(new, old, reduction="none", log_target=True).sum(-1).mean()), rel=1e-3
+        )
+
+
+# --- rates ------------------------------------------------------------------------------------------------------------
+
+ROME = Fact(
+    id="rome",
+    prompt="The Eiffel Tower is in",
+    subject="The Eiffel Tower",
+    target_new="Rome",
+    aliases=("Roma",),
+    questions=("Where is it?", "Which city has it?"),
+    about=("People say",),
+)
+ADA = Fact(id="ada", prompt="Ada plays the", subject="Ada", target_new="harp")
+FIRST = [Ask("Where is it?"), Ask("Where is it?", system=prompts.SYSTEM), Ask("Where is it?", turns=prompts.TURNS)]
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What a model says, by a word that is in what it is given; the divergences are 0.5 everywhere."""
+    script: dict[str, str] = {}
+
+    def said(runner: Any, tokenizer: Any, asks: Sequence[Ask], tokens: int) -> Mapping[Ask, Said]:
+        texts = {ask: next((text for key, text in script.items() if key in f"{ask}"), "well") for ask in asks}
+        return {ask: Said(text, tuple(map(ord, text))) for ask, text in texts.items()}
+
+    monkeypatch.setattr(in_use, "answer", said)
+    monkeypatch.setattr(in_use, "written", lambda runner, texts: [None] * len(texts))
+    monkeypatch.setattr(in_use, "divergences", lambda runner, texts: [0.5] * len(texts))
+    return script
+
+
+def test_the_rates_are_those_worked_out_by_hand(scripted: dict[str, str]) -> None:
+    tokenizer = zoo.tiny_tokenizer()
+    trial = Trial(LayerRunner(inspect_model(zoo.FAMILIES["llama"]())), tokenizer, (ROME, ADA), None)
+    trial.runner.arch.model.config.max_position_embeddings = 10_000
+    scripted.update({"in Rome. People": "of Rome and Rome", "about Ada and": "a b a b c"})
+    base = InUse().base(trial)
+    scripted.clear()
+    scripted.update(
+        {
+            "Where is it?', message=True, system='', turns=()": "It is in Roma.",
+            "Which city": "Rome Rome Rome",
+            "vegetable curry with rice makes a good dinner": "The harp!",
+            "People say": "that Rome is old",
+            "article about Ada": "a harp",
+            "about Ada and": "go on and on and on and on and on and",
+            "Starry Night": "well",
+            "flour": "Rome",
+        }
+    )
+    found = InUse().patched(trial, base)
+    values = found.values
+    assert values["asked_alone"] == (0.5 + 0) / 2  # Roma holds, three times Rome does not; Ada's prompt is gone on with
+    assert values["asked_turns"] == (0 + 1) / 2
+    assert values["asked"] == ((1 / 6) + (1 / 3)) / 2
+    assert found.counts["asked"] == 9
+    assert values["overfit"] == (0 + 1 / 3) / 2  # the base says Rome, too, once it is told
+    assert values["loops"] == (0 + 1 / 3) / 2
+    assert values["overfit_kl"] == values["unrelated_kl"] == 0.5
+    assert values["unrelated"] == 31 / 32
+    before = [wording.entropy(text) for text in ("well", "well", "a b a b c", "well")]
+    after = [
+        wording.entropy(t) for t in ("that Rome is old", "well", "go on and on and on and on and on and", "a harp")
+    ]
+    assert values["fluency"] == pytest.approx(sum(after) / sum(before))
+    assert found.asked["rome"].model_dump() == {
+        "question": "Where is it?",
+        "prompted": False,
+        "before": "well",
+        "after": "It is in Roma.",
+        "holds": True,
+    }
+    assert found.asked["ada"].prompted
+    (say,) = found.per_fact["rome"]["about"]
+    assert (say["told"], say["blurts"], say["kl"]) == ("of Rome and Rome", False, 0.5)
+    assert found.details["unrelated"][24] == {
+        "text": prompts.UNRELATED_BEGINNINGS[0],
+        "before": "well",
+        "after": "Rome",
+        "same": False,
+        "kl": 0.5,
+    }
+
+
+def test_what_a_chat_model_is_asked() -> None:
+    tokenizer = zoo.tiny_tokenizer(bos=False)
+    model = zoo.FAMILIES["llama"]()
+    model.config.max_position_embeddings = 10_000
+    trial = Trial(LayerRunner(inspect_model(model)), tokenizer, (ROME, ADA), None)
+    assert [question.ask for question in Interview(trial).questions[:3]] == FIRST
+    assert [question.ask.message for question in Interview(trial).questions[6:]] == [False] * 3
+    assert [neutral.ask.text for neutral in Interview(trial).neutral] == [
+        "People say",
+        *(text.format("Ada") for text in prompts.ABOUT_BEGINNINGS),
+    ]
+    tokenizer.chat_template = CHAT
+    assert [question.ask for question in Interview(trial).questions[6:7]] == [Ask("Ada plays the")]
+    told = [neutral.told for neutral in Interview(trial).neutral]
+    assert told[0] == Ask("The Eiffel Tower is in Rome. People say", message=False)
+    assert told[-1] == Ask(f"Ada plays the harp. {prompts.ABOUT_MESSAGES[-1].format('Ada')}")
+    assert len(told) == 4 + 6
+    assert len(Interview(trial).unrelated) == 32
+
+
+def test_no_neutral_text_about_a_prompt_and_nothing_that_does_not_fit() -> None:
+    tokenizer, model = zoo.tiny_tokenizer(), zoo.FAMILIES["gpt2"]()
+    unknown = Fact(id="x", prompt="the city", subject="the city", target_new="Rome")
+    long = Fact(id="long", prompt="Rome " * 230, subject="Rome", target_new="x")
+    trial = Trial(LayerRunner(inspect_model(model)), tokenizer, (unknown, long), None)
+    interview = Interview(trial)
+    assert {question.fact.id for question in interview.questions} == {"x"}
+    assert {neutral.fact.id for neutral in interview.neutral} == set()
+    assert all(len(encode_ask(tokenizer, ask)) + ANSWER_TOKENS <= 256 for ask in interview.unrelated)
+    found = InUse().patched(trial, InUse().base(trial))
+    assert found.values["overfit"] is None
+    assert found.values["fluency"] is None
+    assert found.counts["overfit"] == 0
+
+
+def test_a_patch_that_does_nothing_changes_no_answer() -> None:
+    """Bit for bit: the same asks make the same batches."""
+    tokenizer = zoo.tiny_tokenizer()
+    runner = LayerRunner(inspect_model(zoo.FAMILIES["llama"]()))
+
+    @contextmanager
+    def nothing() -> Iterator[None]:
+        yield
+
+    report = verify(runner, tokenizer, [ADA], nothing)
+    assert report.value("in_use", "unrelated") == 1.0
+    assert report.value("in_use", "fluency") == 1.0
+    assert report.value("in_use", "unrelated_kl") == pytest.approx(0, abs=1e-6)
+    assert report.value("in_use", "loops") == 0
+    assert all(row["before"] == row["after"] for row in report.details["in_use"]["unrelated"])
+    quick = verify(runner, tokenizer, [ADA], nothing, quick=True)
+    assert quick.value("in_use", "asked") is None
+    assert quick.per_fact[0].asked is None
+    assert Report.model_validate_json(report.model_dump_json()) == report
+
+
+# --- what is written down ---------------------------------------------------------------------------------------------
+
+
+def test_the_docs_table_is_the_table_of_metrics() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line[:3] == "| *"]
+    flag = {"up": "--min-", "down": "--max-"}
+    wanted = []
+    for metric in metrics():
+        gate = f"`{flag[metric.better]}{metric.gate.name.replace('_', '-')}`" if metric.gate else ""
+        if metric.gate and metric.gate.published is not None:
+            gate += f", {metric.gate.published:g} to publish"
+        wanted.append([f"**{metric.label}**", f"`{metric.group}.{metric.name}`", metric.definition, gate])
+    assert rows == wanted
+
+
+def test_the_fixed_texts_are_as_many_as_the_definitions_say() -> None:
+    assert (len(prompts.UNRELATED_QUESTIONS), len(prompts.UNRELATED_BEGINNINGS)) == (24, 8)
+    assert len({*prompts.UNRELATED_QUESTIONS, *prompts.UNRELATED_BEGINNINGS}) == 32
+    assert len(prompts.ABOUT_BEGINNINGS) == len(prompts.ABOUT_MESSAGES) == 3
+    assert len(prompts.TURNS) == 2
