@@ -49,6 +49,7 @@ def bench(tmp_path: Path, eval_text: Path, watch: Watch) -> Bench:
 
     def run(*methods: str, **more: Any) -> Outcome:
         usual = {"methods": methods, "edits": 4, "checkpoints": (2,), "overrides": QUICK, "eval_text": str(eval_text)}
+        usual["quick"] = True
         data, out = more.pop("data", WORLD), more.pop("out", tmp_path / "out")
         model = more.pop("model", FACTWORLD)
         more = {"progress": watch, **more}
@@ -115,7 +116,7 @@ def test_rows_say_what_apply_and_measure_say(bench: Bench, loaded: LoadedModel, 
         patch = patchkit.apply(loaded.model, loaded.tokenizer, facts[: row.edits], row.method, overrides=settings)
         kept = patchkit.Patch.load(outcome.folder / row.method / str(row.edits))
         assert kept.manifest.digest == patch.manifest.digest
-        report = patchkit.measure(loaded.model, loaded.tokenizer, patch, text=eval_text)
+        report = patchkit.measure(loaded.model, loaded.tokenizer, patch, text=eval_text, quick=True)
         for name, found in report.summary().items():
             if name != "perplexity":
                 assert row.model_dump()[name] == found
@@ -288,7 +289,7 @@ def test_a_method_that_cannot_go_on_does_not_stop_the_others(bench: Bench, watch
 def done(tmp_path_factory: pytest.TempPathFactory, eval_text: Path) -> Path:
     out = tmp_path_factory.mktemp("done") / "out"
     chosen = ModelChoice(str(FACTWORLD), "cpu", "float32")
-    run_bench(WORLD, chosen, out, methods=["memit"], edits=2, overrides=QUICK, eval_text=str(eval_text))
+    run_bench(WORLD, chosen, out, methods=["memit"], edits=2, overrides=QUICK, eval_text=str(eval_text), quick=True)
     return out
 
 

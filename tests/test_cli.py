@@ -63,7 +63,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def patch(run: Command, model: Path) -> Path:
     """A patch that holds, of ROME and ADA."""
-    assert run("apply", "facts.jsonl", "--model", model, "--layers", "1-2", *LOUD, "--out", "p").status == 0
+    assert run("apply", "facts.jsonl", "--model", model, "--layers", "1-2", *LOUD, "--quick", "--out", "p").status == 0
     return Path("p")
 
 
@@ -72,7 +72,7 @@ def patch(run: Command, model: Path) -> Path:
 
 def test_apply_prints_a_table_and_writes_the_patch(run: Command, model: Path) -> None:
     before = {file.name: file.read_bytes() for file in model.iterdir()}
-    ended = run("apply", "facts.jsonl", "--model", model, "--layers", "1-2", *LOUD)
+    ended = run("apply", "facts.jsonl", "--model", model, "--layers", "1-2", *LOUD, "--quick")
     assert ended.status == 0
     assert ended.err == ""
     assert "the city of Rome" in ended.out
@@ -86,12 +86,12 @@ def test_apply_prints_a_table_and_writes_the_patch(run: Command, model: Path) ->
 
 
 def test_apply_json_is_the_report_and_the_patch(run: Command, model: Path) -> None:
-    ended = run("apply", "facts.jsonl", "--model", model, *QUICK, "--out", "deep/er/p", "--json")
+    ended = run("apply", "facts.jsonl", "--model", model, *QUICK, "--quick", "--out", "deep/er/p", "--json")
     assert ended.status == 0
     result = ended.json()
     assert set(result) == {
         *("patch", "bytes", "digest", "facts", "efficacy", "generalization", "locality", "perplexity", "per_fact"),
-        *("counts", "more"),
+        *("counts", "more", "details"),
     }
     assert result["patch"] == str(Path("deep/er/p"))
     assert result["bytes"] == sum(file.stat().st_size for file in Path("deep/er/p").iterdir())
@@ -123,7 +123,7 @@ def test_another_seed_makes_other_contexts(run: Command, model: Path) -> None:
 
 
 def test_facts_come_from_standard_input(run: Command, model: Path) -> None:
-    ended = run("apply", "-", "--model", model, *QUICK, "--json", stdin=Path("facts.jsonl").read_bytes())
+    ended = run("apply", "-", "--model", model, *QUICK, "--quick", "--json", stdin=Path("facts.jsonl").read_bytes())
     assert ended.status == 0
     assert ended.json()["facts"] == 2
     assert Path("stdin-patch/manifest.json").is_file()
@@ -141,8 +141,8 @@ def test_a_fact_may_be_typed(run: Command, model: Path) -> None:
 
 def test_skip_bad_lists_what_it_left_out_beside_the_patch(run: Command, model: Path) -> None:
     write_facts("facts.jsonl", ROME, {**ADA, "subject": "Eve"})
-    assert run("apply", "facts.jsonl", "--model", model, *QUICK, "--out", "p").status == 2
-    ended = run("apply", "facts.jsonl", "--model", model, *QUICK, "--out", "p", "--skip-bad")
+    assert run("apply", "facts.jsonl", "--model", model, *QUICK, "--quick", "--out", "p").status == 2
+    ended = run("apply", "facts.jsonl", "--model", model, *QUICK, "--quick", "--out", "p", "--skip-bad")
     assert ended.status == 0
     assert "1 bad fact left out: p/rejected.jsonl" in ended.err
     (rejected,) = map(json.loads, Path("p/rejected.jsonl").read_text().splitlines())
@@ -153,7 +153,7 @@ def test_skip_bad_lists_what_it_left_out_beside_the_patch(run: Command, model: P
 def test_a_patch_is_replaced_whole(run: Command, model: Path, patch: Path) -> None:
     (patch / "rejected.jsonl").write_text("old")
     write_facts("facts.jsonl", ADA)
-    assert run("apply", "facts.jsonl", "--model", model, *QUICK, "--out", patch).status == 0
+    assert run("apply", "facts.jsonl", "--model", model, *QUICK, "--quick", "--out", patch).status == 0
     assert not (patch / "rejected.jsonl").exists()
     assert len(json.loads((patch / "manifest.json").read_text())["facts"]) == 1
     assert [file.name for file in Path.cwd().iterdir() if file.name.startswith(".")] == []
@@ -166,26 +166,29 @@ def test_texts_are_cut_to_the_positions_a_model_has(run: Command, tmp_path: Path
     for name in ("text", "eval"):
         text = PACKAGE_TEXT.read_text(encoding="utf-8")[:3000]
         (folder / f"patchkit-{name}.txt").write_text(text, encoding="utf-8")
-    assert run("apply", "facts.jsonl", "--model", folder, *QUICK).status == 0
+    assert run("apply", "facts.jsonl", "--model", folder, *QUICK, "--quick").status == 0
 
 
 # --- apply, then merge ------------------------------------------------------------------------------------------------
 
-LAX = ("--max-perplexity-ratio", "100")
+# What a random model says is no talk.
+LAX = ("--max-perplexity-ratio", "100", "--min-asked", "0", "--max-overfit", "1", "--min-unrelated", "0")
 
 
 def test_apply_merges_when_the_gates_hold(run: Command, model: Path) -> None:
     wanted = ("apply", "facts.jsonl", "--model", model, "--layers", "1-2", *LOUD, *LAX, "--out", "p")
     ended = run(*wanted, "--merge", "m")
     assert ended.status == 0, ended.err
-    assert ended.out.index("patch: p") < ended.out.index("facts: 2 of 2 hold") < ended.out.index("checkpoint: m")
+    hold = len(Path("p/manifest.json").read_text(encoding="utf-8").split('"holds": true')) - 1
+    assert ended.out.index("patch: p") < ended.out.index(f"facts: {hold} of 2 hold") < ended.out.index("checkpoint: m")
     again = run("merge", "p", "--out", "again")
     assert again.status == 0
     assert Path("m/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()
     assert Path("m/model.safetensors").read_bytes() != (model / "model.safetensors").read_bytes()
     result = run(*wanted, "--merge", "j", "--json").json()
     assert result["merged"]["folder"] == "j"
-    assert result["merged"]["facts"] == {"asked": 2, "hold": 2, "lost": []}
+    lost = [fact["id"] for fact in result["per_fact"] if not fact["asked"]["holds"]]
+    assert result["merged"]["facts"] == {"asked": 2, "hold": 2 - len(lost), "lost": lost}
     assert result["facts"] == 2
 
 
@@ -199,7 +202,7 @@ def test_apply_merges_nothing_when_a_gate_fails(run: Command, model: Path, json_
         ended.err.strip().splitlines()[-1],
     )
     assert not Path("m").exists()
-    assert run("verify", "p").status == 0
+    assert run("verify", "p", "--quick").status == 0
     if json_too:
         assert "merged" not in ended.json()
     else:
@@ -207,7 +210,7 @@ def test_apply_merges_nothing_when_a_gate_fails(run: Command, model: Path, json_
 
 
 def test_gates_hold_for_apply_alone(run: Command, model: Path) -> None:
-    quick = ("apply", "facts.jsonl", "--model", model, *QUICK, "--out", "p")
+    quick = ("apply", "facts.jsonl", "--model", model, *QUICK, "--quick", "--out", "p")
     assert run(*quick).status == 0
     ended = run(*quick, "--min-efficacy", 1)
     assert ended.status == 1
@@ -226,6 +229,8 @@ def test_gates_hold_for_apply_alone(run: Command, model: Path) -> None:
         (("--push", "facts"), "facts: not the name of a Hub repository; give user/repo"),
         (("--push", "ada/facts"), "ada/facts: nobody is logged in to the Hub here; `hf auth login`"),
         (("--merge", "m", "--min-efficacy", "90"), "90"),
+        (("--merge", "m", "--quick"), "--quick: asked, overfit, unrelated would not be measured"),
+        (("--min-asked", "0.5", "--quick"), "--quick: asked would not be measured, and there is a gate on it"),
     ],
 )
 def test_what_cannot_follow_is_refused_before_the_edit(
@@ -253,7 +258,7 @@ def test_what_cannot_follow_is_refused_before_the_edit(
 
 def test_the_model_can_come_from_the_environment(run: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATCHKIT_MODEL", str(model))
-    ended = run("apply", "facts.jsonl", *QUICK, "--json")
+    ended = run("apply", "facts.jsonl", *QUICK, "--quick", "--json")
     assert ended.status == 0
     assert f"model: {model} (from $PATCHKIT_MODEL)" in ended.err
     ended.json()
@@ -407,11 +412,11 @@ def numbers(value: Any) -> list[float]:
 
 
 def test_verify_json_has_this_schema(run: Command, patch: Path, model: Path) -> None:
-    ended = run("verify", patch, "--model", model, "--json")
+    ended = run("verify", "--quick", patch, "--model", model, "--json")
     assert ended.status == 0
     report = ended.json()
     groups = {"efficacy", "generalization", "locality", "perplexity"}
-    assert set(report) == {"facts", *groups, "per_fact", "counts", "more"}
+    assert set(report) == {"facts", *groups, "per_fact", "counts", "more", "details"}
     assert set(report["counts"]) == groups
     assert report["counts"]["efficacy"] == {"success": 1, "exact": 2, "generated": 2}  # one has a target_true
     assert report["counts"]["locality"] == {"success": 1, "unchanged": 1}
@@ -432,23 +437,23 @@ def test_verify_json_has_this_schema(run: Command, patch: Path, model: Path) -> 
 
 
 def test_verify_uses_the_base_that_the_patch_names(run: Command, patch: Path) -> None:
-    ended = run("verify", patch, "--json")
+    ended = run("verify", "--quick", patch, "--json")
     assert ended.status == 0
     assert ended.json()["efficacy"]["exact"] == 1.0
     assert ended.err == ""
 
 
 def test_verify_repeats_what_apply_measured(run: Command, patch: Path) -> None:
-    again = run("verify", patch, "--json").json()
-    del again["per_fact"]
+    again = run("verify", "--quick", patch, "--json").json()
+    del again["per_fact"], again["details"]
     assert json.loads((patch / "manifest.json").read_text())["history"][0]["metrics"] == again
 
 
 def test_verify_measures_other_facts_and_text(run: Command, patch: Path) -> None:
     write_facts("other.jsonl", {"prompt": "the city of Berlin", "subject": "Berlin", "target_new": "Ada Lovelace"})
     Path("other.txt").write_text(PACKAGE_TEXT.read_text(encoding="utf-8")[6000:7000], encoding="utf-8")
-    usual = run("verify", patch, "--json").json()
-    ended = run("verify", patch, "--facts", "other.jsonl", "--text", "other.txt", "--json")
+    usual = run("verify", "--quick", patch, "--json").json()
+    ended = run("verify", "--quick", patch, "--facts", "other.jsonl", "--text", "other.txt", "--json")
     assert ended.status == 0
     assert ended.json()["facts"] == 1
     assert ended.json()["efficacy"]["exact"] == 0.0
@@ -456,8 +461,8 @@ def test_verify_measures_other_facts_and_text(run: Command, patch: Path) -> None
 
 
 def test_gates(run: Command, patch: Path) -> None:
-    assert run("verify", patch, "--min-efficacy", 1, "--max-perplexity-ratio", 100).status == 0
-    failed = run("verify", patch, "--min-efficacy", 1, "--max-perplexity-ratio", "0.01", "--json")
+    assert run("verify", "--quick", patch, "--min-efficacy", 1, "--max-perplexity-ratio", 100).status == 0
+    failed = run("verify", "--quick", patch, "--min-efficacy", 1, "--max-perplexity-ratio", "0.01", "--json")
     assert failed.status == 1
     assert failed.json()["facts"] == 2  # the report is printed all the same
     assert failed.err.startswith("error: gate failed: perplexity ratio ")
@@ -467,13 +472,13 @@ def test_gates(run: Command, patch: Path) -> None:
 def test_a_gate_on_what_cannot_be_measured_fails(run: Command, patch: Path) -> None:
     write_facts("bare.jsonl", ADA)
     for gate in ("--min-generalization", "--min-locality"):
-        ended = run("verify", patch, "--facts", "bare.jsonl", gate, 0)
+        ended = run("verify", "--quick", patch, "--facts", "bare.jsonl", gate, 0)
         assert ended.status == 1
         assert "not measured" in ended.err
 
 
 def test_a_gate_in_percent_is_refused(run: Command, patch: Path) -> None:
-    assert run("verify", patch, "--min-efficacy", 90).status == 2
+    assert run("verify", "--quick", patch, "--min-efficacy", 90).status == 2
 
 
 @pytest.mark.parametrize(
@@ -484,7 +489,7 @@ def test_a_damaged_patch_is_refused(run: Command, patch: Path, name: str, at: in
     content = bytearray((patch / name).read_bytes())
     content[at] ^= 0xFF
     (patch / name).write_bytes(bytes(content))
-    ended = run("verify", patch)
+    ended = run("verify", "--quick", patch)
     assert ended.status == 2
     assert ended.err.startswith("error: p")
     assert len(ended.err.splitlines()) == 1
@@ -521,10 +526,10 @@ def test_another_base_is_refused_by_its_first_other_tensor(
         other.get_submodule("model.layers.2.mlp.down_proj").weight[0, 0] += 1
     folder = checkpoint("llama", tmp_path / "other")
     zoo.save(other, zoo.tiny_tokenizer(), folder)
-    ended = run("verify", patch, "--model", folder)
+    ended = run("verify", "--quick", patch, "--model", folder)
     assert ended.status == 2
     assert ended.err.startswith("error: model.layers.2.mlp.down_proj.weight: other numbers than in the model the patch")
-    ended = run("verify", patch, "--model", gpt2)
+    ended = run("verify", "--quick", patch, "--model", gpt2)
     assert ended.status == 2
     assert ended.err.startswith("error: model.layers.1.mlp.down_proj.weight: no such weight in GPT2LMHeadModel")
 
@@ -615,7 +620,7 @@ def test_a_disk_that_fails_is_one_message(run: Command, model: Path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("patchkit.patch.patch.save_file", fail)
-    ended = run("apply", "facts.jsonl", "--model", model, *QUICK)
+    ended = run("apply", "facts.jsonl", "--model", model, *QUICK, "--quick")
     assert (ended.status, ended.err) == (2, "error: [Errno 28] No space left on device\n")
     assert os.listdir() == ["facts.jsonl"]
 
@@ -639,7 +644,7 @@ def python(*args: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_real_process_keeps_its_streams_apart(model: Path) -> None:
-    done = python("apply", "facts.jsonl", "--model", model, *QUICK, "--json", "--out", "p")
+    done = python("apply", "facts.jsonl", "--model", model, *QUICK, "--quick", "--json", "--out", "p")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["facts"] == 2
     assert done.stderr == ""

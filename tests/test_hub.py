@@ -305,6 +305,7 @@ def test_merged_model_goes_up_and_loads(hub: Hub, folder: Path, tmp_path: Path, 
 
 
 QUICK = ("--layers", "1", "--set", "contexts=0", "--set", "steps=1", "--max-perplexity-ratio", "100")
+QUICK += ("--min-asked", "0", "--max-overfit", "1", "--min-unrelated", "0")
 
 
 def applied(base: Path, *args: str) -> Result:

@@ -21,7 +21,9 @@ def after_fifty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     """Each method's row."""
     out = tmp_path_factory.mktemp("bench") / "out"
     model = ModelChoice(str(EXAMPLES / "factworld"), "cpu", "float32")
-    found = run_bench(str(EXAMPLES / "world.jsonl"), model, out, methods=METHODS, edits=50, overrides=SETTINGS)
+    found = run_bench(
+        str(EXAMPLES / "world.jsonl"), model, out, methods=METHODS, edits=50, overrides=SETTINGS, quick=True
+    )
     assert not found.stopped
     return {row.method: row for row in found.rows if row.edits == 50}
 
