@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from patchkit.errors import InputError
-from patchkit.facts.layout import Layout, layout
-from patchkit.facts.layouts import LAYOUTS
+from patchkit.facts.layout import LAYOUTS, Layout, Options, layout
+from patchkit.facts.layouts import layouts
 from patchkit.facts.reader import parse_facts, read_facts
 from patchkit.facts.schema import Fact, FactFile, Locality, Probe
+from tests.formats import PAGE, SAMPLES, page
 
 ADA = {"prompt": "Ada Berg was born in", "subject": "Ada Berg", "target_new": "Lima"}
 NEAR = Locality(prompt="Where was Nils Dahl born?", target="Bergen")
@@ -151,6 +152,12 @@ def test_mquake_is_a_case_of_several_facts() -> None:
     assert (second.subject, second.portability) == ("Ola Vik", {})
     assert found.notes == ()
     assert found.lines == (0, 0)
+
+
+def test_a_record_without_a_fact_is_refused() -> None:
+    for record in ({"K_F": []}, {"prompts": [], "target_new": []}):
+        with pytest.raises(InputError, match=r"facts\[0\]: a .* record without a fact in it; leave it out"):
+            parse_facts([record])
 
 
 def test_a_case_is_refused_as_a_whole(tmp_path: Path) -> None:
@@ -556,6 +563,14 @@ def test_true_targets_that_are_none_are_left_out_and_said(tmp_path: Path) -> Non
 )
 def test_a_target_in_the_prompt_is_said_where_it_stands_as_words(prompt: str, target: str, said: bool) -> None:
     assert bool(parse_facts([{"prompt": prompt, "subject": "Eva", "target_new": target}]).notes) == said
+
+
+def test_the_page_of_formats_has_them_all_as_they_are_read() -> None:
+    known = {one.name for one in layouts(Options())}
+    assert known - set(SAMPLES) == {"convsent"}
+    for name, record in SAMPLES.items():
+        assert parse_facts([record], needs_subject=False).format == name
+    assert PAGE.read_text(encoding="utf-8") == page(), "`python -m tests.formats` writes docs/formats.md anew"
 
 
 def test_a_format_from_outside_is_one_class() -> None:

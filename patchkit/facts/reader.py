@@ -168,6 +168,8 @@ class _Reading:
             record = _record(entry.value)
             layout = recognize(record, self.known)
             facts = [(self._checked(layout, part), part) for part in layout.split(record)]
+            if not facts:
+                raise Refused(None, f"a {layout.name} record without a fact in it; leave it out")
             new = [(fact, part) for fact, part in facts if not self._is_repeat(fact, layout, part)]
         except Refused as bad:
             at = f"{bad.field}: " if bad.field else ""
