@@ -139,6 +139,15 @@ def test_a_fact_may_be_typed(run: Command, model: Path) -> None:
     assert "give either FACTS or --fact" in run("apply", "--model", model).err
 
 
+def test_a_target_that_the_base_says_already_is_named_by_its_line(run: Command, model: Path) -> None:
+    write_facts("f.jsonl", {**ROME, "id": "first"}, ADA)
+    asked = ("--model", model, *QUICK, "--json")
+    before = {fact["id"]: fact["says_before"] for fact in json.loads(run("apply", "f.jsonl", *asked).out)["per_fact"]}
+    write_facts("g.jsonl", ADA, {**ROME, "target_new": before["first"].split()[0]})
+    told = run("apply", "g.jsonl", *asked)
+    assert "the base says the target already, so that an edit shows nothing there: line 2 (rome)" in told.err
+
+
 def test_skip_bad_lists_what_it_left_out_beside_the_patch(run: Command, model: Path) -> None:
     write_facts("facts.jsonl", ROME, {**ADA, "subject": "Eve"})
     assert run("apply", "facts.jsonl", "--model", model, *QUICK, "--quick", "--out", "p").status == 2

@@ -68,3 +68,29 @@ def test_alphaedit_on_smollm2(kind: str, tmp_path: Path) -> None:
 def test_alphaedit_on_gemma3_with_its_norm_after_the_mlp(tmp_path: Path) -> None:
     report = edited("gemma3-270m", "counterfact" if DATA.is_dir() else "ours", tmp_path)
     assert report["efficacy"]["exact"] >= 0.90
+
+
+def test_names_that_begin_alike_keep_their_own_continuations(tmp_path: Path) -> None:
+    """SmolLM2 writes a Chinese character as three tokens with one span, and these names share the first four."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import patchkit
+    from patchkit.evaluate.readings import read_targets
+    from patchkit.model.arch import inspect_model
+    from patchkit.model.forward import LayerRunner
+
+    base = model_folder("smollm2-135m")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base).float(), AutoTokenizer.from_pretrained(base)
+    pairs = [(f"{name}出生于", "巴黎") for name in ("李娜", "李婷", "李婧")]
+    fact = {"prompt": "李娜出生于", "subject": "李娜", "target_new": "巴黎"}
+
+    def chances() -> list[float]:
+        found = read_targets(LayerRunner(inspect_model(model)), tokenizer, pairs)
+        return [found[pair].log_probability for pair in pairs]
+
+    before = chances()
+    with patchkit.apply(model, tokenizer, [fact], stats=tmp_path).attached(model):
+        after = chances()
+    print(before, after)
+    assert after[0] > -0.5
+    assert all(abs(new - old) < 1 for new, old in zip(after[1:], before[1:], strict=True))

@@ -28,7 +28,7 @@ from patchkit.model.loading import LoadedModel, ModelChoice, load_config, load_m
 from patchkit.patch.history import Incoming, choose_facts
 from patchkit.patch.patch import Patch
 from patchkit.runs.execute import SMALL_TEXT, run, take_out
-from patchkit.runs.prepare import prepare
+from patchkit.runs.prepare import Prepared, prepare
 from patchkit.runs.workspace import Workspace
 from patchkit.statistics.corpus import PACKAGE_TEXT, default_text, read_corpus, window_of
 from patchkit.statistics.moments import statistics
@@ -103,9 +103,19 @@ def apply_file(
     workspace = Workspace.of(loaded.model, loaded.tokenizer, (text,), stats, progress)
     patch = run(prepared, workspace, say)
     report = measure_in(workspace, patch, quick=quick)
+    if known := _known_before(prepared, report):
+        say(f"the base says the target already, so that an edit shows nothing there: {listed(known)}")
     patch = patch.with_metrics(report.summary(), report.outcomes())
     _save(patch, folder, prepared.read, say)
     return Applied(patch, report, folder, prepared.incoming, loaded.name)
+
+
+def _known_before(prepared: Prepared, report: Report) -> list[str]:
+    """The new facts that the base needs no edit for, by line."""
+    new = {fact.id for fact in prepared.incoming.new}
+    lines = {fact.id: line for fact, line in zip(prepared.read.facts, prepared.read.lines, strict=True)}
+    known = [each for each in report.per_fact if each.id in new and each.says_before.startswith(each.target_new)]
+    return [f"line {lines[each.id]} ({each.id})" for each in known]
 
 
 def _save(patch: Patch, folder: Path, read: FactFile, say: Callable[[str], None]) -> None:
