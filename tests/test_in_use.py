@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from patchkit.evaluate import in_use, prompts, wording
 from patchkit.evaluate.answers import Ask, Said, answer, as_text, encode_ask
-from patchkit.evaluate.divergence import divergences, written
+from patchkit.evaluate.divergence import divergences
 from patchkit.evaluate.in_use import ANSWER_TOKENS, Interview, InUse
 from patchkit.evaluate.metrics import Trial, metrics
 from patchkit.evaluate.report import Report
@@ -94,46 +94,52 @@ def test_a_template_without_system_prompts_gets_it_with_the_first_words() -> Non
     assert tokenizer.decode(encode_ask(tokenizer, Ask("Who", message=False))) == "Who"
 
 
-def test_answers_of_a_batch_are_those_of_single_rows() -> None:
-    """Padding on the left changes nothing, and an answer ends where the model ends it."""
-    model, tokenizer = zoo.FAMILIES["llama"](), zoo.tiny_tokenizer()
-    texts = ("The capital of France is", "Rome", "Ada Lovelace was born in London", "who")
-    said = answer(LayerRunner(inspect_model(model)), tokenizer, [Ask(text, message=False) for text in texts], 12)
-    for text in texts:
-        ids = tokenizer(text)["input_ids"]
+TEXTS = ("The capital of France is", "Rome", "Ada Lovelace was born in London", "who")
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["texts", "chat"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mistral", "opt", "falcon_sequential"])
+def test_answers_of_a_batch_are_those_of_single_rows(family: str, chat: bool) -> None:
+    """Neither padding nor a beginning read once changes anything, and an answer ends where the model ends it."""
+    model, tokenizer = zoo.FAMILIES[family](), zoo.tiny_tokenizer(bos=False)
+    tokenizer.chat_template = CHAT
+    asks = [Ask(text, message=chat, turns=(("Who?", "Ada Lovelace"),)) for text in TEXTS]
+    said = answer(LayerRunner(inspect_model(model)), tokenizer, asks, 12)
+    for ask in asks:
+        ids = encode_ask(tokenizer, ask)
         own: list[int] = []
         while len(own) < 12 and (not own or own[-1] != tokenizer.eos_token_id):
             with torch.no_grad():
                 own.append(int(model(input_ids=torch.tensor([ids + own])).logits[0, -1].argmax()))
-        found = said[Ask(text, message=False)]
-        assert found == Said(tokenizer.decode(own, skip_special_tokens=True).strip(), tuple(own))
+        found = said[ask]
+        assert (found.given, found.ids) == (tuple(ids), tuple(own))
+        assert found.text == tokenizer.decode(own, skip_special_tokens=True).strip()
+        assert len(found.states) == len(own)
 
 
+@pytest.mark.parametrize("chat", [False, True], ids=["texts", "chat"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "granite"])
-def test_divergence_is_from_the_base_at_every_token_that_it_wrote(family: str) -> None:
+def test_divergence_is_from_the_base_at_every_token_that_it_wrote(family: str, chat: bool) -> None:
     """Learned positions, soft-capped and scaled logits: the base's distributions come back from its last states."""
-    model, other, runner = zoo.FAMILIES[family](), zoo.FAMILIES[family](), None
+    model, other, tokenizer = zoo.FAMILIES[family](), zoo.FAMILIES[family](), zoo.tiny_tokenizer(bos=False)
     runner = LayerRunner(inspect_model(model))
-    site = runner.arch.sites[2]
-    generator = torch.Generator().manual_seed(0)
-    delta = Delta(
-        torch.randn(site.d_out, 2, generator=generator), 0.05 * torch.randn(2, site.d_in, generator=generator)
-    )
+    site, random = runner.arch.sites[2], torch.Generator().manual_seed(0)
+    delta = Delta(torch.randn(site.d_out, 2, generator=random), 0.2 * torch.randn(2, site.d_in, generator=random))
     with torch.no_grad():
         weight = other.get_parameter(site.weight_name)
         weight.add_(delta.dense() if weight.shape == delta.dense().shape else delta.dense().T)
-    texts = [((5, 6, 7), (8, 9)), ((11,), (12, 13, 14, 1)), ((20, 21), (22,))]
-    base = written(runner, texts)
-    assert divergences(runner, base) == pytest.approx([0, 0, 0], abs=1e-6)
+    tokenizer.chat_template = CHAT
+    base = answer(runner, tokenizer, [Ask(text, message=chat) for text in TEXTS], 6)
+    assert list(divergences(runner, base).values()) == pytest.approx([0] * len(TEXTS), abs=1e-6)
     with live_deltas(runner.arch, {2: delta}):
         found = divergences(runner, base)
-    for (given, own), kl in zip(texts, found, strict=True):
-        ids = torch.tensor([[*given, *own]])
+    for ask, said in base.items():
+        ids = torch.tensor([[*said.given, *said.ids]])
         with torch.no_grad():
-            old, new = (m(input_ids=ids).logits[0, len(given) - 1 : -1].log_softmax(-1) for m in (model, other))
-        assert kl == pytest.approx(
-            float(F.kl_div(new, old, reduction="none", log_target=True).sum(-1).mean()), rel=1e-3
-        )
+            old, new = (m(input_ids=ids).logits[0, len(said.given) - 1 : -1].log_softmax(-1) for m in (model, other))
+        kl = float(F.kl_div(new, old, reduction="none", log_target=True).sum(-1).mean())
+        assert kl > 1e-3
+        assert found[ask] == pytest.approx(kl, rel=1e-3)
 
 
 # --- rates ------------------------------------------------------------------------------------------------------------
@@ -158,11 +164,10 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
     def said(runner: Any, tokenizer: Any, asks: Sequence[Ask], tokens: int) -> Mapping[Ask, Said]:
         texts = {ask: next((text for key, text in script.items() if key in f"{ask}"), "well") for ask in asks}
-        return {ask: Said(text, tuple(map(ord, text))) for ask, text in texts.items()}
+        return {ask: Said(text, (), tuple(map(ord, text)), torch.empty(0)) for ask, text in texts.items()}
 
     monkeypatch.setattr(in_use, "answer", said)
-    monkeypatch.setattr(in_use, "written", lambda runner, texts: [None] * len(texts))
-    monkeypatch.setattr(in_use, "divergences", lambda runner, texts: [0.5] * len(texts))
+    monkeypatch.setattr(in_use, "divergences", lambda runner, said: dict.fromkeys(said, 0.5))
     return script
 
 

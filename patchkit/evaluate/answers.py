@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
 from jinja2.exceptions import TemplateError
-from transformers import GenerationConfig
+from torch import Tensor
 
+from patchkit.facts.limits import Limits
 from patchkit.facts.requests import encode_prompt, pad
-from patchkit.model.forward import LayerRunner
+from patchkit.model.forward import LayerRunner, Prefix, watching_output
 
-ROWS = 32
+ROWS = 64
+_WORTH_SHARING = 8
 Turn = tuple[str, str]
 """What a user said, and what the assistant answered."""
 
@@ -35,10 +38,19 @@ class Ask:
 
 @dataclass(frozen=True)
 class Said:
-    """An answer: as text, and all tokens of it, with the one that ends it if it came to its end."""
+    """An answer.
+
+    Attributes:
+        text: the answer as text.
+        given: the tokens that the model was given.
+        ids: all tokens of the answer, with the one that ends it if it came to its end.
+        states: (tokens of the answer, d), the last layer's output where each was predicted.
+    """
 
     text: str
+    given: tuple[int, ...]
     ids: tuple[int, ...]
+    states: Tensor = field(compare=False)
 
 
 def is_chat(tokenizer: Any) -> bool:
@@ -86,9 +98,7 @@ def _templated(tokenizer: Any, turns: Sequence[tuple[str, str]]) -> list[int]:
 
 def fits(runner: LayerRunner, tokenizer: Any, ask: Ask, tokens: int) -> bool:
     """Whether the model has positions for what it is given and for so many new tokens."""
-    config: Any = runner.arch.model.config
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return limit is None or len(encode_ask(tokenizer, ask)) + tokens <= limit
+    return Limits.of(runner.arch.model.config).fault(encode_ask(tokenizer, ask), tokens) is None
 
 
 def endings(runner: LayerRunner, tokenizer: Any) -> list[int]:
@@ -102,41 +112,63 @@ def endings(runner: LayerRunner, tokenizer: Any) -> list[int]:
 def answer(runner: LayerRunner, tokenizer: Any, asks: Sequence[Ask], tokens: int) -> dict[Ask, Said]:
     """Greedy answers to all of `asks`, each up to its natural end or `tokens` tokens.
 
-    Those of like length share a batch, padded on the left. The same asks make the same batches: a model that is not
-    changed answers alike, bit for bit.
+    Those of like form and length share a batch, and what they begin with alike is read once. The same asks make the
+    same batches: a model that is not changed answers alike, bit for bit.
     """
     encoded = {ask: encode_ask(tokenizer, ask) for ask in asks}
-    order = sorted(encoded, key=lambda ask: len(encoded[ask]))
-    said: dict[Ask, Said] = {}
-    for first in range(0, len(order), ROWS):
-        said |= _answer_batch(runner, tokenizer, {ask: encoded[ask] for ask in order[first : first + ROWS]}, tokens)
+    ends, said = endings(runner, tokenizer), dict[Ask, Said]()
+    for batch in batches({ask: len(ids) for ask, ids in encoded.items()}, ROWS):
+        found, states = _continued(runner, [encoded[ask] for ask in batch], tokens, ends)
+        for ask, row, own in zip(batch, found.tolist(), states, strict=True):
+            end = next((place for place, token in enumerate(row, 1) if token in ends), len(row))
+            text = _shown(tokenizer, ask, row[:end])
+            said[ask] = Said(text, tuple(encoded[ask]), tuple(row[:end]), own[:end].clone())
     return said
 
 
-def _answer_batch(
-    runner: LayerRunner, tokenizer: Any, encoded: Mapping[Ask, list[int]], tokens: int
-) -> dict[Ask, Said]:
-    ends = endings(runner, tokenizer)
-    ids, mask = pad(list(encoded.values()), runner.device, left=True)
-    config = GenerationConfig(
-        max_new_tokens=tokens,
-        do_sample=False,
-        repetition_penalty=1.0,  # a model's own settings must not hide that an edit makes it repeat itself
-        no_repeat_ngram_size=0,
-        pad_token_id=_padding(tokenizer, ends),
-        eos_token_id=list(ends) or None,
-    )
-    out = runner.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    said = {}
-    for ask, row in zip(encoded, out[:, ids.shape[1] :].tolist(), strict=True):
-        end = next((place for place, token in enumerate(row, 1) if token in ends), len(row))
-        said[ask] = Said(_shown(tokenizer, ask, row[:end]), tuple(row[:end]))
-    return said
+def batches(lengths: Mapping[Ask, int], rows: int) -> Iterator[list[Ask]]:
+    """Asks of one form and of like length, at most `rows` at a time."""
+    forms: dict[tuple[Any, ...], list[Ask]] = {}
+    for ask in sorted(lengths, key=lambda ask: lengths[ask]):
+        forms.setdefault((ask.message, ask.system, ask.turns), []).append(ask)
+    for alike in forms.values():
+        yield from (alike[first : first + rows] for first in range(0, len(alike), rows))
 
 
-def _padding(tokenizer: Any, ends: Sequence[int]) -> int:
-    """What fills up answers that have ended."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+def common_start(runner: LayerRunner, texts: Sequence[Sequence[int]]) -> tuple[Prefix | None, int]:
+    """The states of what all of `texts` begin with, for each of them, and how many tokens that is; none if it is short.
+
+    At least the last token of every text is left out.
+    """
+    columns = zip(*(text[:-1] for text in texts), strict=False)
+    length = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    if length < _WORTH_SHARING or len(texts) < 2:
+        return None, 0
+    start = Prefix.read(runner, *pad([texts[0][:length]], runner.device))
+    return start.rows(torch.zeros(len(texts), dtype=torch.long, device=runner.device)), length
+
+
+def _continued(
+    runner: LayerRunner, texts: Sequence[Sequence[int]], tokens: int, ends: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """The likeliest continuations (texts, tokens), and the last layer's output (texts, tokens, d) before each token;
+    as many tokens as it takes until all have ended."""
+    start, length = common_start(runner, texts)
+    before = Prefix.read(runner, *pad([text[length:-1] for text in texts], runner.device, width=1), before=start)
+    cache, mask, position = before.growing_cache(), before.mask, before.mask.sum(1, keepdim=True)
+    last = torch.tensor([text[-1:] for text in texts], device=runner.device)  # (texts, 1)
+    ended, stops = torch.zeros_like(last, dtype=torch.bool), torch.tensor(ends, device=runner.device)
+    found, states = list[Tensor](), list[Tensor]()
+    while len(found) < tokens and not ended.all():
+        mask = torch.cat([mask, torch.ones_like(last)], 1)
+        inputs = {"input_ids": last, "attention_mask": mask, "position_ids": position, "past_key_values": cache}
+        with watching_output(runner.arch.layers[-1], len(texts), states.append):
+            logits = runner.run({**inputs, "use_cache": True}).logits
+        assert logits is not None
+        last, position = logits[:, -1].argmax(-1, keepdim=True), position + 1
+        ended |= torch.isin(last, stops)
+        found.append(last)
+    return torch.cat(found, 1), torch.cat(states, 1)
 
 
 def _shown(tokenizer: Any, ask: Ask, ids: Sequence[int]) -> str:

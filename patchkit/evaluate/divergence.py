@@ -2,88 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchkit.evaluate.answers import ROWS, Ask, Said, batches, common_start
 from patchkit.facts.requests import pad
 from patchkit.model.forward import LayerRunner
 
-_LOGITS, _POINTS = 1 << 24, 2048
-"""Logits held at a time, and positions at most."""
+_LOGITS = 1 << 25
+"""Logits held at a time."""
 
 
-@dataclass(frozen=True)
-class Written:
-    """A text of the base: what it was given (ids up to `first`) and what it wrote.
+@torch.no_grad()
+def divergences(runner: LayerRunner, said: Mapping[Ask, Said]) -> dict[Ask, float]:
+    """KL(base ‖ model as it now is) in nats per token of the base's answers `said`, for each of them.
 
-    hidden: (tokens written, d), the last layer's output where each was predicted; the head makes the base's
-    distributions of it again, which would take a thousand times the memory.
+    The head makes the base's distributions again of the last layer's output, which is a thousandth of their size.
     """
-
-    ids: tuple[int, ...]
-    first: int
-    hidden: Tensor
-
-    @property
-    def count(self) -> int:
-        """Tokens written."""
-        return len(self.ids) - self.first
-
-
-@torch.no_grad()
-def written(runner: LayerRunner, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Written]:
-    """What the model as it now is has in mind while it writes: `texts` are what it was given, and what it wrote."""
-    plain = [Written((*given, *own), len(given), torch.empty(0)) for given, own in texts]
-    found: dict[int, Written] = {}
-    for places in _batches(runner, plain):
-        batch = [plain[place] for place in places]
-        ids, mask = pad([text.ids for text in batch], runner.device)
-        hidden = runner.run({"input_ids": ids, "attention_mask": mask, "use_cache": False}, stop=runner.depth).hidden
-        assert hidden is not None
-        for place, text, row in zip(places, batch, hidden, strict=True):
-            found[place] = Written(text.ids, text.first, row[text.first - 1 : len(text.ids) - 1].clone())
-    return [found[place] for place in range(len(plain))]
+    longest = max((len(own.ids) for own in said.values()), default=1)
+    rows = min(ROWS, max(1, _LOGITS // (runner.vocabulary * longest)))
+    found: dict[Ask, float] = {}
+    for batch in batches({ask: len(own.given) for ask, own in said.items()}, rows):
+        answers = [said[ask] for ask in batch]
+        new = _logits(runner, answers).float().log_softmax(-1)
+        old = _of_states(runner, torch.cat([own.states for own in answers])).float().log_softmax(-1)
+        kl = F.kl_div(new, old, reduction="none", log_target=True).sum(-1).clamp_min(0)  # (tokens of all answers,)
+        parts = kl.split([len(own.ids) for own in answers])
+        found |= {ask: float(part.mean()) for ask, part in zip(batch, parts, strict=True)}
+    return found
 
 
-@torch.no_grad()
-def divergences(runner: LayerRunner, texts: Sequence[Written]) -> list[float]:
-    """KL(base ‖ model as it now is) in nats per token that the base wrote, text by text."""
-    found: dict[int, float] = {}
-    for places in _batches(runner, texts):
-        batch = [texts[place] for place in places]
-        ids, mask = pad([text.ids for text in batch], runner.device)
-        points = [(row, at - 1) for row, text in enumerate(batch) for at in range(text.first, len(text.ids))]
-        where = torch.tensor(points, device=ids.device).T
-        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        now = runner.run(inputs, logits_at=(where[0], where[1])).logits  # (points, vocab)
-        before = _logits(runner, torch.cat([text.hidden for text in batch]))
-        assert now is not None
-        new, old = now.float().log_softmax(-1), before.float().log_softmax(-1)
-        kl = F.kl_div(new, old, reduction="none", log_target=True).sum(-1).clamp_min(0)  # (points,)
-        parts = kl.split([text.count for text in batch])
-        found |= {place: float(part.mean()) for place, part in zip(places, parts, strict=True)}
-    return [found[place] for place in range(len(texts))]
+def _logits(runner: LayerRunner, said: Sequence[Said]) -> Tensor:
+    """The model's logits (tokens of all answers, vocab) where it would predict the answers' tokens."""
+    start, length = common_start(runner, [own.given for own in said])
+    ids, mask = pad([(*own.given, *own.ids)[length:-1] for own in said], runner.device)
+    points = [(row, len(own.given) - length - 1 + at) for row, own in enumerate(said) for at in range(len(own.ids))]
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if start:
+        inputs |= {"attention_mask": torch.cat([start.mask, mask], 1), "past_key_values": start.cache()}
+        place = length + torch.arange(ids.shape[1], device=ids.device)
+        inputs |= {"position_ids": place.expand(len(said), -1), "use_cache": True}
+    rows, positions = torch.tensor(points, device=ids.device).T
+    logits = runner.run(inputs, logits_at=(rows, positions)).logits
+    assert logits is not None
+    return logits
 
 
-def _logits(runner: LayerRunner, hidden: Tensor) -> Tensor:
-    """The logits (points, vocab) after hidden states (points, d) of the last layer."""
-    ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=runner.device)  # any token: no layer runs
-    logits = runner.run({"input_ids": ids, "use_cache": False}, start=runner.depth, hidden=hidden[:, None]).logits
+def _of_states(runner: LayerRunner, states: Tensor) -> Tensor:
+    """The logits (points, vocab) that the last layer's output (points, d) gives."""
+    ids = torch.zeros(len(states), 1, dtype=torch.long, device=runner.device)  # any token: no layer runs
+    logits = runner.run({"input_ids": ids, "use_cache": False}, start=runner.depth, hidden=states[:, None]).logits
     assert logits is not None
     return logits[:, 0]
-
-
-def _batches(runner: LayerRunner, texts: Sequence[Written]) -> Iterator[list[int]]:
-    """Places of texts of like length, as many as there is room for the logits of."""
-    room, places = min(_POINTS, _LOGITS // runner.vocabulary), list[int]()
-    for place in sorted(range(len(texts)), key=lambda place: len(texts[place].ids)):
-        if places and sum(texts[each].count for each in (*places, place)) > room:
-            yield places
-            places = []
-        places.append(place)
-    if places:
-        yield places

@@ -13,8 +13,8 @@ from statistics import fmean
 from typing import Any, Literal
 
 from patchkit.evaluate import prompts, wording
-from patchkit.evaluate.answers import Ask, Said, answer, encode_ask, fits, is_chat
-from patchkit.evaluate.divergence import Written, divergences, written
+from patchkit.evaluate.answers import Ask, Said, answer, fits, is_chat
+from patchkit.evaluate.divergence import divergences
 from patchkit.evaluate.metrics import Found, Trial
 from patchkit.evaluate.report import Asked
 from patchkit.facts.schema import Fact
@@ -90,20 +90,14 @@ class Interview:
         )
 
     def base(self) -> Base:
-        """The same of the base, with what it says when told the facts, and its states while it writes."""
-        said = self.answers()
-        told = self._said([neutral.told for neutral in self.neutral], ABOUT_TOKENS)
-        return Base(said, told, self._written(said.neutral), self._written(said.unrelated))
+        """The same of the base, with what it says when told the facts."""
+        return Base(self.answers(), self._said([neutral.told for neutral in self.neutral], ABOUT_TOKENS))
 
     def _fits(self, ask: Ask, tokens: int) -> bool:
         return fits(self.trial.runner, self.trial.tokenizer, ask, tokens)
 
     def _said(self, asks: Sequence[Ask], tokens: int) -> dict[Ask, Said]:
         return answer(self.trial.runner, self.trial.tokenizer, asks, tokens)
-
-    def _written(self, said: Mapping[Ask, Said]) -> dict[Ask, Written]:
-        texts = [(encode_ask(self.trial.tokenizer, ask), own.ids) for ask, own in said.items()]
-        return dict(zip(said, written(self.trial.runner, texts), strict=True))
 
 
 def _questions(fact: Fact, chat: bool) -> Iterator[Question]:
@@ -148,12 +142,10 @@ class Answers:
 
 @dataclass(frozen=True)
 class Base:
-    """What the base says: `told`, when the fact stands before; and its states where it wrote of the rest."""
+    """What the base says, and what when it is told the fact before."""
 
     said: Answers
     told: Mapping[Ask, Said]
-    neutral: Mapping[Ask, Written]
-    unrelated: Mapping[Ask, Written]
 
 
 class InUse:
@@ -223,25 +215,25 @@ class _Judgement:
     def neutral(self) -> list[_Row]:
         """Every neutral text, as three models go on with it: the base, the base told the fact, and this one."""
         neutral, rows = self.interview.neutral, []
-        kl = divergences(self.interview.trial.runner, [self.base.neutral[each.ask] for each in neutral])
-        for each, moved in zip(neutral, kl, strict=True):
+        kl = self._moved(self.base.said.neutral, [each.ask for each in neutral])
+        for each in neutral:
             before, after = (said.neutral[each.ask].text for said in (self.base.said, self.said))
             told, forms = self.base.told[each.told].text, _forms(each.fact)
             row = {"fact": each.fact.id, "text": each.ask.text, "before": before, "told": told, "after": after}
             blurts = wording.mentions(after, forms) > 0 and wording.mentions(told, forms) == 0
             loops = wording.loops(after) and not wording.loops(before)
-            rows.append({**row, "blurts": blurts, "loops": loops, "kl": moved})
+            rows.append({**row, "blurts": blurts, "loops": loops, "kl": kl[each.ask]})
         return rows
 
     @cached_property
     def unrelated(self) -> list[_Row]:
         """Every unrelated text, with both answers."""
         asks, rows = self.interview.unrelated, []
-        kl = divergences(self.interview.trial.runner, [self.base.unrelated[ask] for ask in asks])
-        for ask, moved in zip(asks, kl, strict=True):
+        kl = self._moved(self.base.said.unrelated, asks)
+        for ask in asks:
             before, after = self.base.said.unrelated[ask], self.said.unrelated[ask]
             row = {"text": ask.text, "before": before.text, "after": after.text}
-            rows.append({**row, "same": before.ids == after.ids, "kl": moved})
+            rows.append({**row, "same": before.ids == after.ids, "kl": kl[ask]})
         return rows
 
     def fluency(self) -> dict[str, float | None]:
@@ -250,6 +242,9 @@ class _Judgement:
         before, after = (_mean([wording.entropy(said.neutral[ask].text) for ask in asks]) for said in self._sides())
         ratio = after / before if before and after is not None else None
         return {"fluency": ratio, "fluency_before": before, "fluency_after": after}
+
+    def _moved(self, said: Mapping[Ask, Said], asks: Sequence[Ask]) -> dict[Ask, float]:
+        return divergences(self.interview.trial.runner, {ask: said[ask] for ask in asks})
 
     def _sides(self) -> tuple[Answers, Answers]:
         return self.base.said, self.said
