@@ -103,6 +103,16 @@ def places(outcome: Outcome) -> list[tuple[str, int, int]]:
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
+def test_texts_are_written_at_the_last_checkpoint(bench: Bench) -> None:
+    """And for the unedited model, which needs no second asking."""
+    unedited, first, last = bench("memit", edits=2, checkpoints=(1,), quick=False).rows
+    assert first.more == {}
+    assert unedited.value("in_use", "unrelated") == 1.0
+    assert unedited.value("in_use", "asked") == 0.0
+    assert last.count("in_use", "asked") == 2 * 3
+    assert last.value("in_use", "overfit") is not None
+
+
 def test_rows_say_what_apply_and_measure_say(bench: Bench, loaded: LoadedModel, eval_text: Path) -> None:
     """One fact after another, in stretches, is the same as all of them in one run."""
     outcome = bench("alphaedit", "memit")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,20 +13,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import patchkit
+from patchkit.errors import GateError
 from patchkit.evaluate import in_use, prompts, wording
 from patchkit.evaluate.answers import Ask, Said, answer, as_text, encode_ask
 from patchkit.evaluate.divergence import divergences
+from patchkit.evaluate.gates import Gates
 from patchkit.evaluate.in_use import ANSWER_TOKENS, Interview, InUse
 from patchkit.evaluate.metrics import Trial, metrics
-from patchkit.evaluate.report import Report
+from patchkit.evaluate.report import Asked, FactReport, Outcome, Report, said
 from patchkit.evaluate.verify import verify
 from patchkit.facts.schema import Fact
 from patchkit.maths.linalg import Delta
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import live_deltas
+from patchkit.model.loading import load_model
 from tests import zoo
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 CHAT = (
     "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system prompt') }}{% endif %}"
     "{{ m['role'][0] }}: {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
@@ -133,10 +139,10 @@ def test_divergence_is_from_the_base_at_every_token_that_it_wrote(family: str, c
     assert list(divergences(runner, base).values()) == pytest.approx([0] * len(TEXTS), abs=1e-6)
     with live_deltas(runner.arch, {2: delta}):
         found = divergences(runner, base)
-    for ask, said in base.items():
-        ids = torch.tensor([[*said.given, *said.ids]])
+    for ask, own in base.items():
+        ids = torch.tensor([[*own.given, *own.ids]])
         with torch.no_grad():
-            old, new = (m(input_ids=ids).logits[0, len(said.given) - 1 : -1].log_softmax(-1) for m in (model, other))
+            old, new = (m(input_ids=ids).logits[0, len(own.given) - 1 : -1].log_softmax(-1) for m in (model, other))
         kl = float(F.kl_div(new, old, reduction="none", log_target=True).sum(-1).mean())
         assert kl > 1e-3
         assert found[ask] == pytest.approx(kl, rel=1e-3)
@@ -162,11 +168,11 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """What a model says, by a word that is in what it is given; the divergences are 0.5 everywhere."""
     script: dict[str, str] = {}
 
-    def said(runner: Any, tokenizer: Any, asks: Sequence[Ask], tokens: int) -> Mapping[Ask, Said]:
+    def says(runner: Any, tokenizer: Any, asks: Sequence[Ask], tokens: int) -> Mapping[Ask, Said]:
         texts = {ask: next((text for key, text in script.items() if key in f"{ask}"), "well") for ask in asks}
         return {ask: Said(text, (), tuple(map(ord, text)), torch.empty(0)) for ask, text in texts.items()}
 
-    monkeypatch.setattr(in_use, "answer", said)
+    monkeypatch.setattr(in_use, "answer", says)
     monkeypatch.setattr(in_use, "divergences", lambda runner, said: dict.fromkeys(said, 0.5))
     return script
 
@@ -278,6 +284,66 @@ def test_a_patch_that_does_nothing_changes_no_answer() -> None:
     assert quick.value("in_use", "asked") is None
     assert quick.per_fact[0].asked is None
     assert Report.model_validate_json(report.model_dump_json()) == report
+
+
+# --- the embedded model, and reports ---------------------------------------------------------------------------------
+
+
+def test_a_fact_of_the_embedded_model_holds_when_asked(tmp_path: Path) -> None:
+    """Also with a question in words of its own, and everything that was said is in the report."""
+    loaded = load_model(str(EXAMPLES / "factworld"), "cpu", "float32")
+    record = json.loads((EXAMPLES / "facts.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    fact = Fact.model_validate({**record, "about": ["Pine Kelmel works for the company", "Pine Kelmel speaks"]})
+    patch = patchkit.apply(loaded.model, loaded.tokenizer, [fact], overrides=("contexts=1", "context_length=4"))
+    report = patchkit.measure(loaded.model, loaded.tokenizer, patch)
+    assert report.value("in_use", "asked") == 1.0
+    assert report.value("in_use", "overfit") == 0.0
+    assert (report.count("in_use", "asked"), report.count("in_use", "overfit")) == (3, 2)
+    assert 0 < (report.value("in_use", "overfit_kl") or 0) < 1
+    (found,) = report.per_fact
+    assert found.asked is not None
+    assert found.asked.before.startswith(fact.target_true or "?")
+    assert found.asked.after.startswith(fact.target_new)
+    assert found.holds
+    assert found.outcome.says == found.asked.after
+    assert found.outcome.question is None  # the prompt was gone on with
+    more = found.more["in_use"]
+    assert [row["form"] for row in more["asked"]] == ["alone", "system", "turns"]
+    assert [row["text"] for row in more["about"]] == list(fact.about)
+    assert all({"before", "told", "after", "blurts", "loops", "kl"} <= set(row) for row in more["about"])
+    assert len(report.details["in_use"]["unrelated"]) == 32
+    assert "details" not in report.summary()
+    Gates({"asked": 1, "overfit": 0, "unrelated": report.value("in_use", "unrelated") or 0}).check(report)
+    with pytest.raises(GateError, match=r"unrelated \S+, asked for at least 1\.1"):
+        Gates({"unrelated": 1.1}).check(report)
+
+
+def asked(**more: Any) -> FactReport:
+    nothing = {"success": None, "exact": 1.0, "generated": 1.0}
+    return FactReport.model_validate(
+        {
+            **{"id": "x", "prompt": "Rome is", "target_new": "big", "target_true": None, "says_before": "old"},
+            **{"says_after": "big, yes", "probability_before": 0.1, "probability_after": 0.9, "efficacy": nothing},
+            **{"generalization": nothing, "locality": {"success": None, "unchanged": None}, **more},
+        }
+    )
+
+
+def test_a_tick_means_that_it_holds_when_asked() -> None:
+    """A completion that is right does not help where the answer is wrong."""
+    chat = Asked(question="What is Rome?", prompted=False, before="Old.", after="Rome is a city.", holds=False)
+    assert not asked(asked=chat).holds
+    assert asked(asked=chat).outcome == Outcome(says="Rome is a city.", holds=False, question="What is Rome?")
+    assert said(asked(asked=chat).outcome, "big") == "Rome is a city."
+    assert said(asked(asked=chat).outcome_before, "big") == "Old."
+
+
+def test_reports_from_before_anything_was_asked_load() -> None:
+    """There the tick is that of the completion."""
+    old = asked().model_dump(exclude={"asked"})
+    assert FactReport.model_validate(old).holds
+    assert Outcome.model_validate({"says": "big, yes", "holds": True}) == asked().outcome
+    assert said(asked().outcome, "big") == "big, yes"
 
 
 # --- what is written down ---------------------------------------------------------------------------------------------
