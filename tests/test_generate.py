@@ -109,6 +109,23 @@ def test_chat_templates(saved: Saved, generate: Command, tmp_path: Path) -> None
     assert row == {"prompt": "Rome", "patched": tokenizer.decode(wanted, skip_special_tokens=True)}
 
 
+def test_a_system_prompt_and_earlier_turns(saved: Saved, generate: Command, tmp_path: Path) -> None:
+    """Both put the prompt into the chat template by themselves."""
+    tokenizer = zoo.tiny_tokenizer(bos=False)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
+    chatty = zoo.save(zoo.FAMILIES["llama"](), tokenizer, tmp_path / "chatty")
+    talk = ("--system", "Be true.", "--turn", "who", "Ada", "--turn", "in", "London")
+    ended = generate("--model", chatty, "--patch", saved.rome, *talk, "--json", "--max-new-tokens", 4, "Rome")
+    (row,) = json.loads(ended.out)["answers"]
+    text = "system: Be true. user: who assistant: Ada user: in assistant: London user: Rome "
+    model, ids = zoo.FAMILIES["llama"](), tokenizer(text, return_tensors="pt")
+    with Patch.load(saved.rome).attached(model):
+        wanted = model.generate(**ids, max_new_tokens=4, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert row == {"prompt": "Rome", "patched": tokenizer.decode(wanted, skip_special_tokens=True)}
+    refused = generate("--patch", saved.rome, "--turn", "who", "Ada", "Rome")
+    assert refused.err.startswith("error: --chat: the tokenizer has no chat template")
+
+
 def test_what_is_refused(saved: Saved, generate: Command, tmp_path: Path) -> None:
     other = zoo.FAMILIES["llama"]()
     torch.nn.init.ones_(other.model.layers[1].mlp.down_proj.weight)

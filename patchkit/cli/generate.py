@@ -32,6 +32,15 @@ if TYPE_CHECKING:
 )
 @click.option("--compare", is_flag=True, help="Show what the base says beside what the patched model says.")
 @click.option("--chat", is_flag=True, help="Put each prompt into the tokenizer's chat template, as a user's message.")
+@click.option("--system", metavar="TEXT", default="", help="The system prompt; implies --chat.")
+@click.option(
+    "--turn",
+    "turns",
+    nargs=2,
+    multiple=True,
+    metavar="USER ASSISTANT",
+    help="What was said before each PROMPT, and answered; may be repeated, and implies --chat.",
+)
 @click.option(
     "--max-new-tokens", type=click.IntRange(1), default=40, show_default=True, help="Tokens of an answer at most."
 )
@@ -52,6 +61,8 @@ def command(
     patches: tuple[str, ...],
     compare: bool,
     chat: bool,
+    system: str,
+    turns: tuple[tuple[str, str], ...],
     max_new_tokens: int,
     temperature: float,
     seed: int,
@@ -70,7 +81,8 @@ def command(
     asked = [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in prompts]
     chosen = choice(model_name or read[0].manifest.base.name, device, dtype)
     loaded = load_model(chosen.name, chosen.device, chosen.dtype)
-    sampling = Sampling(max_new_tokens, temperature, seed, chat)
+    chat = chat or bool(system or turns)
+    sampling = Sampling(max_new_tokens, temperature, seed, chat, system, turns)
     attached = partial(stacked, loaded.model, read)
     found = answers(loaded.model, loaded.tokenizer, attached, asked, sampling, compare)
     if as_json:

@@ -11,18 +11,26 @@ import torch
 from transformers import PreTrainedModel
 
 from patchkit.errors import InputError
+from patchkit.evaluate.answers import Ask, Turn, encode_ask, is_chat
 from patchkit.facts.limits import Limits
-from patchkit.facts.requests import encode_prompt
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How text is generated. Temperature 0 is greedy; `chat` puts the prompt into the tokenizer's chat template."""
+    """How text is generated. Temperature 0 is greedy.
+
+    Attributes:
+        chat: put the prompt into the tokenizer's chat template, as a user's message.
+        system: the system prompt there; empty leaves it to the template.
+        turns: what was said there before.
+    """
 
     max_new_tokens: int = 40
     temperature: float = 0.0
     seed: int = 0
     chat: bool = False
+    system: str = ""
+    turns: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ def answers(
     Raises:
         InputError: a prompt has no tokens or too many, or there is no chat template.
     """
-    encoded = [_encode(tokenizer, prompt, sampling.chat) for prompt in prompts]
+    encoded = [_encode(tokenizer, prompt, sampling) for prompt in prompts]
     limits = Limits.of(model.config)
     for prompt, ids in zip(prompts, encoded, strict=True):
         if fault := limits.fault(ids, sampling.max_new_tokens):
@@ -62,16 +70,13 @@ def answers(
     return [Answer(*row) for row in zip(prompts, patched, base, strict=True)]
 
 
-def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
-    if chat and not getattr(tokenizer, "chat_template", None):
+def _encode(tokenizer: Any, prompt: str, sampling: Sampling) -> list[int]:
+    """The same tokens as when facts are asked for."""
+    if sampling.chat and not is_chat(tokenizer):
         raise InputError(
             "--chat: the tokenizer has no chat template; leave --chat out, or use an instruction-tuned model"
         )
-    if not chat:
-        ids = encode_prompt(tokenizer, prompt)
-    else:
-        turns = [{"role": "user", "content": prompt}]
-        ids = list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"])
+    ids = encode_ask(tokenizer, Ask(prompt, sampling.chat, sampling.system, sampling.turns))
     if not prompt.strip() or not ids:
         raise InputError("an empty prompt: there is nothing to answer")
     return ids
