@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from patchkit.errors import InputError
+from patchkit.facts.batches import batches
 from patchkit.facts.reader import parse_facts, read_facts, write_rejected
 from patchkit.facts.schema import Fact, Locality, Probe, fact_schema
 from patchkit.patch.manifest import EditedFact
@@ -524,3 +525,19 @@ def test_facts_of_older_manifests_load() -> None:
     older |= {"paraphrases": ["y"], "locality": [{"prompt": "z", "target": None}], "run": 0, "batch": 0}
     fact = EditedFact.model_validate({**older, "target_loss": 0.1, "steps": 3})
     assert (fact.questions, fact.portability, fact.locality[0].aliases) == ((), {}, ())
+
+
+def test_a_case_is_never_parted_by_a_batch() -> None:
+    def facts(*cases: str | None) -> list[Fact]:
+        return [Fact(**ADA, id=str(i), case=case) for i, case in enumerate(cases)]
+
+    def sizes(found: list[Fact], size: int) -> list[int]:
+        return [len(batch) for batch in batches(found, size)]
+
+    assert sizes(facts(*[None] * 7), 3) == [3, 3, 1]
+    assert sizes(facts(None, "a", "a", "b", "b", None), 3) == [3, 3]
+    assert sizes(facts(None, None, "a", "a", None), 3) == [2, 3]
+    assert sizes(facts(None, *["a"] * 5, None), 3) == [1, 5, 1]
+    assert sizes(facts("a", "a", "a"), 1) == [1, 1, 1]
+    assert sizes([], 3) == []
+    assert [list(batch) for batch in batches(facts(None, None, None), 2)] == [[0, 1], [2]]

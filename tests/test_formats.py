@@ -200,6 +200,9 @@ def test_rippleedits_takes_its_sentences_apart() -> None:
         ),
         "Compositionality_I": (Probe(prompt="Ada Berg's mother-in-law is", answers=(("Eva", "Eva V."),)),),
     }
+    alike = {"prompt": "The name of the city of Ada Berg is New York.", "relation": "CITY"}
+    alike["original_fact"] = {"prompt": "The name of the city of Ada Berg is New Delhi."}
+    assert one({"example_type": "random", "edit": alike}, "rippleedits").target_new == "New York"
     with pytest.raises(InputError, match=r"edit.original_fact: missing; without it nothing shows"):
         parse_facts([{**record, "edit": {"prompt": "The spouse of Ada Berg is Ola Vik."}}])
 

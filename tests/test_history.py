@@ -216,6 +216,13 @@ def test_a_fact_may_keep_its_id_when_its_target_changes(make: Make) -> None:
     assert [(fact.id, fact.target_new) for fact in second.manifest.facts] == [("ada", "is"), ("rome", "Polish")]
 
 
+def test_a_case_is_edited_in_one_batch_and_reverts_as_other_facts_do(make: Make, less: Make) -> None:
+    case = [{**record, "case": "c"} for record in (ROME, ADA, {**ROME, "id": "town", "prompt": "the town of Rome"})]
+    made = make(case, overrides=(*QUICK, "batch_size=2"))
+    assert made.manifest.history[-1].batches == (3,)
+    assert ids(less(made, "town")) == ["rome", "ada"]
+
+
 def test_numbers_of_two_files_that_both_count_from_0_do_not_clash(make: Make) -> None:
     first = make([{**ROME, "id": 0}])
     second = make([{**ADA, "id": 0}], onto=first)

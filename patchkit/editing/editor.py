@@ -19,6 +19,7 @@ from patchkit.editing.recipe import EditConfig
 from patchkit.editing.session import EditSession, ValueCache, plan
 from patchkit.editing.state import EditRun, EditState
 from patchkit.editing.value_edits import ValueEdits
+from patchkit.facts.batches import batches
 from patchkit.facts.requests import EditRequest, build_request
 from patchkit.facts.schema import Fact
 from patchkit.maths.linalg import Covariance
@@ -72,18 +73,17 @@ def edit(
             if not run.contexts:  # before anything is attached: the untouched model's, whatever was edited earlier
                 run.contexts = make_contexts(runner, tokenizer, config)
             requests = requests_of(runner, tokenizer, facts, run.contexts, config, state.subjects)
-        size = solve_batch_size(config)
         with live_deltas(runner.arch, {**dict.fromkeys(how.layers), **state.deltas(runner.arch)}) as live:
             session = EditSession(runner, config, how, run, live, covariances, gradients, known)
             edits = _EDITS[session.method.targets](session)
-            for first in range(0, len(requests), size):
-                edits.edit(requests[first : first + size], advance)
+            for batch in batches(facts, solve_batch_size(config)):
+                edits.edit(requests[batch.start : batch.stop], advance)
         state.subjects |= {fact.subject for fact in facts}
     return run
 
 
 def solve_batch_size(config: EditConfig) -> int:
-    """How many facts are solved for together."""
+    """How many facts are solved for together at most; see `batches`."""
     return 1 if methods.get(config.method).one_by_one else config.batch_size
 
 
@@ -103,9 +103,9 @@ def requests_of(
     Raises:
         InputError: a fact cannot be tokenized.
     """
-    known, shared, size = set(written), list[bool](), solve_batch_size(config)
-    for first in range(0, len(facts), size):
-        subjects = [fact.subject for fact in facts[first : first + size]]
+    known, shared = set(written), list[bool]()
+    for batch in batches(facts, solve_batch_size(config)):
+        subjects = [facts[place].subject for place in batch]
         shared += [subject in known or subjects.count(subject) > 1 for subject in subjects]
         known |= set(subjects)
     found = about(runner, tokenizer, facts, contexts, config)

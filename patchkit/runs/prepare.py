@@ -8,6 +8,7 @@ from typing import Any
 
 from patchkit import methods
 from patchkit.editing.recipe import EditConfig
+from patchkit.facts.batches import batches
 from patchkit.facts.limits import Limits, fitting
 from patchkit.facts.schema import Fact, FactFile
 from patchkit.patch.history import Incoming, sort_incoming, with_free_ids
@@ -86,9 +87,9 @@ def _about_shared_subjects(read: FactFile, incoming: Incoming, config: EditConfi
     method, place = methods.get(config.method), dict(zip((fact.id for fact in read.facts), read.lines, strict=True))
     size = 1 if method.one_by_one or method.targets != "values" else config.batch_size
     shared: list[str] = []
-    for first in range(0, len(incoming.new), size):
+    for batch in batches(incoming.new, size):
         groups: dict[str, list[Fact]] = {}
-        for fact in incoming.new[first : first + size]:
+        for fact in incoming.new[batch.start : batch.stop]:
             groups.setdefault(fact.subject, []).append(fact)
         alike = [facts for facts in groups.values() if len(facts) > 1]
         shared += [f"{', '.join(str(place[fact.id]) for fact in facts)} ({facts[0].subject})" for facts in alike]

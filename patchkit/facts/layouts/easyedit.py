@@ -49,7 +49,7 @@ class KnowEdit(Layout):
             return 0
         near, follows = record.value.get("locality"), record.value.get("portability")
         listed = isinstance(near, Mapping) and "prompt" not in near
-        return 4 if listed or (isinstance(follows, Mapping) and "ground_truth" in str(follows)) else 0
+        return 4 if listed or _has_ground_truth(follows) else 0
 
     def locality(self, record: Record) -> tuple[Locality, ...]:
         """All groups, one after another."""
@@ -59,6 +59,13 @@ class KnowEdit(Layout):
         """The groups, less prompts without an answer."""
         found = {group: probes(parts) for group, parts in grouped(record, "portability").items()}
         return {group: each for group, each in found.items() if each}
+
+
+def _has_ground_truth(groups: object) -> bool:
+    """Whether lists of probes name their answers as KnowEdit does."""
+    lists = groups.values() if isinstance(groups, Mapping) else ()
+    probes = [probe for each in lists if isinstance(each, (list, tuple)) for probe in each]
+    return any(isinstance(probe, Mapping) and "ground_truth" in probe for probe in probes)
 
 
 @layout

@@ -56,6 +56,8 @@ class RippleEdits(Layout):
 def _parted(new: str, true: str, relation: str) -> dict[str, Any]:
     alike = takewhile(lambda words: words[0] == words[1], zip(new.split(), true.split(), strict=False))
     common = [word for word, _ in alike]
+    if "is" in common:  # what both targets begin with is none of the prompt
+        common = common[: len(common) - common[::-1].index("is")]
     stem = " ".join(common)
     ends = [sentence.split()[len(common) :] for sentence in (new, true)]
     target, before = (" ".join(words).removesuffix(".") for words in ends)
