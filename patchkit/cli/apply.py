@@ -36,7 +36,12 @@ if TYPE_CHECKING:
 @click.argument("facts", required=False)
 @click.option("--fact", "typed", multiple=True, metavar="TEXT", help=f'A fact as "{FORM}"; may be repeated.')
 @model_options
-@click.option("--onto", metavar="PATCH", help="Go on from this patch, with its recipe unless told otherwise.")
+@click.option(
+    "--onto",
+    metavar="PATCH",
+    help="Go on from this patch, with its recipe unless told otherwise: facts that it has are skipped, and one with "
+    "another target supersedes the earlier one.",
+)
 @click.option("--method", metavar="NAME", help="One of `patchkit methods` [default: alphaedit].")
 @click.option("--recipe", metavar="F", help="A recipe file, or the name of one under recipes/<method>/.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting; may be repeated.")
@@ -81,17 +86,13 @@ def command(
     The model itself is not changed. Native facts have prompt, subject and target_new; CounterFact, ZsRE and many other
     formats are recognized (docs/formats.md). Afterwards every fact is measured with and without the patch.
 
-    With --onto, facts that PATCH has already are skipped, and a fact with another target supersedes the earlier one.
-
     A gate that does not hold makes the exit status 1, and nothing is merged or published; the patch is written all the
     same. --merge and --push ask for what the gates below say "to publish", unless told otherwise.
     """
     from patchkit.cli.jobs import apply_file
 
-    if bool(facts) == bool(typed):
-        raise click.UsageError('give either FACTS or --fact "prompt | subject | target"')
-    folder = Path(out) if out else own_folder(onto) if onto else Path(f"{_stem(facts)}-patch")
     overrides = (*overrides, *_settings(layers=layers, batch_size=batch_size, seed=seed))
+    source, folder = _source(facts, typed), _folder(out, onto, facts)
     refuse_place(folder)
     gates = gates.within(Gates.published()) if merged or repo else gates
     refuse_quick(quick, gates)
@@ -99,7 +100,7 @@ def command(
     after.check(folder)
     with progress_bars() as progress:
         done = apply_file(
-            facts or typed,
+            source,
             lambda base: choice(model_name or base, device, dtype),
             folder,
             onto=onto,
@@ -118,14 +119,24 @@ def command(
     after.run(done)
 
 
+def _source(facts: str | None, typed: tuple[str, ...]) -> str | tuple[str, ...]:
+    """The fact file, or the facts that were typed."""
+    if bool(facts) == bool(typed):
+        raise click.UsageError(f'give either FACTS or --fact "{FORM}"')
+    return facts or typed
+
+
 def _settings(**short: object) -> list[str]:
     """Options that stand for a setting each, as --set takes them."""
     return [f"{key}={value}" for key, value in short.items() if value is not None]
 
 
-def _stem(facts: str | None) -> str:
-    """What a patch of these facts is called."""
-    return "stdin" if facts == "-" else PurePath((facts or "facts").removesuffix(".gz")).stem
+def _folder(out: str | None, onto: str | None, facts: str | None) -> Path:
+    """Where the patch goes."""
+    if out or onto:
+        return Path(out) if out else own_folder(str(onto))
+    stem = "stdin" if facts == "-" else PurePath((facts or "facts").removesuffix(".gz")).stem
+    return Path(f"{stem}-patch")
 
 
 @dataclass(frozen=True)
