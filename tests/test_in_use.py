@@ -15,11 +15,12 @@ import torch.nn.functional as F
 
 import patchkit
 from patchkit.errors import GateError
-from patchkit.evaluate import in_use, prompts, wording
+from patchkit.evaluate import in_use, interview, prompts, wording
 from patchkit.evaluate.answers import Ask, Said, answer, as_text, encode_ask
 from patchkit.evaluate.divergence import divergences
 from patchkit.evaluate.gates import Gates
-from patchkit.evaluate.in_use import ANSWER_TOKENS, Interview, InUse
+from patchkit.evaluate.in_use import InUse
+from patchkit.evaluate.interview import ANSWER_TOKENS, Interview
 from patchkit.evaluate.metrics import Trial, metrics
 from patchkit.evaluate.report import Asked, FactReport, Outcome, Report, said
 from patchkit.evaluate.verify import verify
@@ -159,7 +160,13 @@ ROME = Fact(
     questions=("Where is it?", "Which city has it?"),
     about=("People say",),
 )
-ADA = Fact(id="ada", prompt="Ada plays the", subject="Ada", target_new="harp")
+ADA = Fact(
+    id="ada",
+    prompt="Ada plays the",
+    subject="Ada",
+    target_new="harp",
+    paraphrases=("Ada has a", "Ada took up the", "x"),
+)
 FIRST = [Ask("Where is it?"), Ask("Where is it?", system=prompts.SYSTEM), Ask("Where is it?", turns=prompts.TURNS)]
 
 
@@ -172,7 +179,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         texts = {ask: next((text for key, text in script.items() if key in f"{ask}"), "well") for ask in asks}
         return {ask: Said(text, (), tuple(map(ord, text)), torch.empty(0)) for ask, text in texts.items()}
 
-    monkeypatch.setattr(in_use, "answer", says)
+    monkeypatch.setattr(interview, "answer", says)
     monkeypatch.setattr(in_use, "divergences", lambda runner, said: dict.fromkeys(said, 0.5))
     return script
 
@@ -189,6 +196,7 @@ def test_the_rates_are_those_worked_out_by_hand(scripted: dict[str, str]) -> Non
             "Where is it?', message=True, system='', turns=()": "It is in Roma.",
             "Which city": "Rome Rome Rome",
             "vegetable curry with rice makes a good dinner": "The harp!",
+            "Ada took up the": "Harp.",
             "People say": "that Rome is old",
             "article about Ada": "a harp",
             "about Ada and": "go on and on and on and on and on and",
@@ -202,6 +210,7 @@ def test_the_rates_are_those_worked_out_by_hand(scripted: dict[str, str]) -> Non
     assert values["asked_turns"] == (0 + 1) / 2
     assert values["asked"] == ((1 / 6) + (1 / 3)) / 2
     assert found.counts["asked"] == 9
+    assert (values["asked_reworded"], found.counts["asked_reworded"]) == (0.5, 2)
     assert values["overfit"] == (0 + 1 / 3) / 2  # the base says Rome, too, once it is told
     assert values["loops"] == (0 + 1 / 3) / 2
     assert values["overfit_kl"] == values["unrelated_kl"] == 0.5
@@ -236,7 +245,7 @@ def test_what_a_chat_model_is_asked() -> None:
     model.config.max_position_embeddings = 10_000
     trial = Trial(LayerRunner(inspect_model(model)), tokenizer, (ROME, ADA), None)
     assert [question.ask for question in Interview(trial).questions[:3]] == FIRST
-    assert [question.ask.message for question in Interview(trial).questions[6:]] == [False] * 3
+    assert [question.ask.message for question in Interview(trial).questions[6:]] == [False] * 5
     assert [neutral.ask.text for neutral in Interview(trial).neutral] == [
         "People say",
         *(text.format("Ada") for text in prompts.ABOUT_BEGINNINGS),
@@ -255,10 +264,10 @@ def test_no_neutral_text_about_a_prompt_and_nothing_that_does_not_fit() -> None:
     unknown = Fact(id="x", prompt="the city", subject="the city", target_new="Rome")
     long = Fact(id="long", prompt="Rome " * 230, subject="Rome", target_new="x")
     trial = Trial(LayerRunner(inspect_model(model)), tokenizer, (unknown, long), None)
-    interview = Interview(trial)
-    assert {question.fact.id for question in interview.questions} == {"x"}
-    assert {neutral.fact.id for neutral in interview.neutral} == set()
-    assert all(len(encode_ask(tokenizer, ask)) + ANSWER_TOKENS <= 256 for ask in interview.unrelated)
+    asks = Interview(trial)
+    assert {question.fact.id for question in asks.questions} == {"x"}
+    assert {neutral.fact.id for neutral in asks.neutral} == set()
+    assert all(len(encode_ask(tokenizer, ask)) + ANSWER_TOKENS <= 256 for ask in asks.unrelated)
     found = InUse().patched(trial, InUse().base(trial))
     assert found.values["overfit"] is None
     assert found.values["fluency"] is None
@@ -308,7 +317,7 @@ def test_a_fact_of_the_embedded_model_holds_when_asked(tmp_path: Path) -> None:
     assert found.outcome.says == found.asked.after
     assert found.outcome.question is None  # the prompt was gone on with
     more = found.more["in_use"]
-    assert [row["form"] for row in more["asked"]] == ["alone", "system", "turns"]
+    assert [row["form"] for row in more["asked"]] == ["alone", "system", "turns", "reworded", "reworded"]
     assert [row["text"] for row in more["about"]] == list(fact.about)
     assert all({"before", "told", "after", "blurts", "loops", "kl"} <= set(row) for row in more["about"])
     assert len(report.details["in_use"]["unrelated"]) == 32

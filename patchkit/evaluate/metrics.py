@@ -162,6 +162,14 @@ GROUPS: list[Group] = [
             ),
             Metric(
                 "in_use",
+                "asked_reworded",
+                "a paraphrase in place of the question",
+                "As asked, of up to two paraphrases of a fact, asked with nothing before; they do not count in asked.",
+                "answer",
+                called="asked reworded",
+            ),
+            Metric(
+                "in_use",
                 "overfit_kl",
                 "talk about the subject, nats per token",
                 "KL(base ‖ patched) per token of the base's own continuations of the neutral texts: mean over facts "
