@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from patchkit.errors import InputError
+from patchkit.errors import InputError, PatchkitError
 from patchkit.facts.layout import LAYOUTS, Layout, Options, layout
 from patchkit.facts.layouts import layouts
 from patchkit.facts.reader import parse_facts, read_facts
@@ -505,9 +505,13 @@ def test_a_file_on_the_hub_is_fetched(tmp_path: Path, monkeypatch: pytest.Monkey
         return str(tmp_path / "cached")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetched)
+    monkeypatch.setattr("patchkit.io.hub.try_to_load_from_cache", lambda *_, **__: str(tmp_path))
     found = read_facts("hf://datasets/zjunlp/KnowEdit@v1/benchmark/ZsRE/test.json")
     assert (found.facts, found.path) == (EXPECTED, "hf://datasets/zjunlp/KnowEdit@v1/benchmark/ZsRE/test.json")
     assert asked == [("zjunlp/KnowEdit", "benchmark/ZsRE/test.json", {"repo_type": "dataset", "revision": "v1"})]
+    monkeypatch.undo()
+    with pytest.raises(PatchkitError, match="zjunlp/KnowEdit: the Hub"):
+        read_facts("hf://datasets/zjunlp/KnowEdit/test.json")
     with pytest.raises(InputError, match="names no file; write hf://datasets/ORG/NAME/FILE"):
         read_facts("hf://datasets/zjunlp/KnowEdit")
 

@@ -54,15 +54,17 @@ def _local(name: str) -> Path:
         return Path(name)
     from huggingface_hub import hf_hub_download
 
-    from patchkit.io.hub import hub_errors
+    from patchkit.io.hub import ask_once, hub_errors
 
     owner, _, rest = name.removeprefix(HUB).partition("/")
     dataset, _, file = rest.partition("/")
     dataset, _, revision = dataset.partition("@")
     if not (owner and dataset and file):
         raise InputError(f"{name}: names no file; write {HUB}ORG/NAME/FILE, or {HUB}ORG/NAME@REVISION/FILE")
-    with hub_errors(f"{owner}/{dataset}"):
-        return Path(hf_hub_download(f"{owner}/{dataset}", file, repo_type="dataset", revision=revision or None))
+    repo = f"{owner}/{dataset}"
+    ask_once(repo, file, repo_type="dataset", revision=revision or None)
+    with hub_errors(repo):
+        return Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision or None))
 
 
 def _read_bytes(path: Path, name: str) -> bytes:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -67,6 +67,17 @@ def is_repo_name(name: str) -> bool:
     except HFValidationError:
         return False
     return name.count("/") == 1
+
+
+def ask_once(repo: str, file: str, *, repo_type: str | None = None, revision: str | None = None) -> None:
+    """Ask the Hub for a file that is not in the cache, once: loading it would ask again and again where nobody answers.
+
+    Raises:
+        InputError, PatchkitError: as in `hub_errors`.
+    """
+    with hub_errors(repo):
+        if not isinstance(try_to_load_from_cache(repo, file, revision=revision, repo_type=repo_type), str):
+            get_hf_file_metadata(hf_hub_url(repo, file, revision=revision, repo_type=repo_type), timeout=10)
 
 
 @contextmanager

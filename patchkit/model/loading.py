@@ -10,11 +10,10 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from patchkit.errors import InputError, PatchkitError
-from patchkit.io.hub import hub_errors
+from patchkit.io.hub import ask_once
 from patchkit.io.places import shipped
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -154,12 +153,10 @@ def refuse_missing(name: str) -> None:
         close = get_close_matches(path.name, beside, 1)
         hint = f'; is it "{path.parent / close[0]}"?' if close else ""
         raise InputError(f"model {name}: no such folder{hint}")
-    if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-        try:  # one question, while transformers asks for every file in turn, and again and again where nobody answers
-            with hub_errors(name):
-                get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
-        except PatchkitError as error:
-            raise _not_loaded(name, error) from None
+    try:
+        ask_once(name, "config.json")
+    except PatchkitError as error:
+        raise _not_loaded(name, error) from None
 
 
 def _not_loaded(name: str, error: Exception) -> InputError:
