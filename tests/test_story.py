@@ -122,7 +122,7 @@ def test_the_life_of_a_patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hu
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "other-cache"))
     monkeypatch.setenv("PATCHKIT_CACHE", str(tmp_path / "other-statistics"))
     assert run("log", REPO) == here
-    for line in ("run 1: apply 3 facts", "run 2: apply 3 facts", "run 3: revert 1 facts", f"- {TONGUE['id']}  "):
+    for line in ("run 1: apply 3 facts", "run 2: apply 3 facts", "run 3: revert 1 fact", f"- {TONGUE['id']}  "):
         assert line in here
     assert f"~ moved  {BORN['prompt']} -> Pelwick, superseding {BORN['id']} -> Liscombe" in here
     assert says(f"{REPO}@v1", MOVED, TONGUE) == ["Pelwick", TONGUE["target_true"]]
@@ -132,6 +132,6 @@ def test_the_life_of_a_patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hu
     theirs = json.loads(run("apply", write("theirs.jsonl", TONGUE), "--onto", REPO, "--json"))
     assert theirs["patch"] == "story"
     assert says("story", TONGUE, MOVED, *MORE) == [fact["target_new"] for fact in (TONGUE, MOVED, *MORE)]
-    assert run("log", "story").startswith("run 4: apply 1 facts")
+    assert run("log", "story").startswith("run 4: apply 1 fact")
     assert load_file("story/patch.safetensors").keys() == load_file(tmp_path / "story/patch.safetensors").keys()
     assert {file.name: file.read_bytes() for file in embedded_model().iterdir()} == base
