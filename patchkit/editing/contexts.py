@@ -36,6 +36,8 @@ def make_contexts(runner: LayerRunner, tokenizer: Any, config: EditConfig) -> li
         and `SUBJECT` with the beginning of a sentence about it, every other one after such a text.
     """
     before = texts_before(runner, tokenizer, config)
+    if config.prompts == "in-use":  # what else a fact is edited in is its own (`wordings`)
+        return ["", *before[:2]]
     slots = [f"{SUBJECT}{FOLLOWERS[i % len(FOLLOWERS)]}" for i in range(config.contexts - 1)]
     return ["", *before[:1], *(before[i + 1] * (i % 2) + slot for i, slot in enumerate(slots))]
 
@@ -77,16 +79,27 @@ def _seed(config: EditConfig, text: str) -> int:
 def _continued(
     runner: LayerRunner, tokenizer: Any, openings: Sequence[str], seeds: Sequence[int], tokens: int, choices: int
 ) -> list[str]:
-    """Each opening continued by that many sampled tokens, with random numbers of its own."""
+    """Each opening with its continuation, as `sample` draws it."""
+    drawn = sample(runner, tokenizer, openings, seeds, tokens, choices)
+    whole = [[*encode_prompt(tokenizer, opening), *new] for opening, new in zip(openings, drawn, strict=True)]
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in whole]
+
+
+@torch.no_grad()
+def sample(
+    runner: LayerRunner, tokenizer: Any, openings: Sequence[str], seeds: Sequence[int], tokens: int, choices: int
+) -> list[list[int]]:
+    """The tokens that the model continues each opening by, drawn from the `choices` likeliest with random numbers of
+    its own; with one choice, the greedy continuation."""
     encoded = [encode_prompt(tokenizer, opening) for opening in openings]
-    texts = [""] * len(openings)
+    found: list[list[int]] = [[] for _ in openings]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # similar lengths: little padding
     for some in (order[first : first + ROWS] for first in range(0, len(order), ROWS)):
         draws = [torch.rand(tokens, choices, generator=torch.Generator().manual_seed(seeds[i])) for i in some]
         gumbel = -(-torch.stack(draws).clamp_min(1e-9).log()).log()  # (texts, tokens, choices)
         for i, new in zip(some, _drawn(runner, [encoded[i] for i in some], gumbel).tolist(), strict=True):
-            texts[i] = tokenizer.decode([*encoded[i], *new], skip_special_tokens=True)
-    return texts
+            found[i] = new
+    return found
 
 
 def _drawn(runner: LayerRunner, openings: Sequence[Sequence[int]], gumbel: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from patchkit.editing.recipe import EditConfig
 from patchkit.editing.session import EditSession, ValueCache, plan
 from patchkit.editing.state import EditRun, EditState
 from patchkit.editing.value_edits import ValueEdits
+from patchkit.editing.wordings import in_use_requests
 from patchkit.facts.batches import batches
 from patchkit.facts.requests import EditRequest, build_request
 from patchkit.facts.schema import Fact
@@ -108,6 +109,8 @@ def requests_of(
         subjects = [facts[place].subject for place in batch]
         shared += [subject in known or subjects.count(subject) > 1 for subject in subjects]
         known |= set(subjects)
+    if config.prompts == "in-use":
+        return in_use_requests(runner, tokenizer, facts, contexts, config)
     found = about(runner, tokenizer, facts, contexts, config)
     each = zip(facts, found, shared, strict=True)
     return [build_request(fact, tokenizer, own, only_prompt) for fact, own, only_prompt in each]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -29,6 +29,14 @@ class EditConfig(BaseModel):
     method: str
     layers: str = Field("14%-27%", description='layers to edit: "4-8", "4,6", or a share of the depth, "14%-27%"')
     batch_size: int = Field(100, ge=1, description="facts solved for together; batches follow one another")
+    prompts: Literal["in-use", "contexts"] = Field(
+        "in-use",
+        description='"in-use": the prompt, in chat as well, and rewordings, beside neutral texts that are kept; '
+        '"contexts": the prompt after texts, and other words about the subject, as published methods do',
+    )
+    chat: Literal["auto", "on", "off"] = Field(
+        "auto", description="whether facts are asked in the chat template as well; auto: where the tokenizer has one"
+    )
     contexts: int = Field(
         5, ge=0, description="texts besides the prompt alone: one before it, the others other words about the subject"
     )

@@ -40,6 +40,12 @@ class ValueConfig(BaseModel):
     decay: float = Field(0.01, ge=0, description="weight of the squared relative length of the delta")
     kl_weight: float = Field(0.0625, ge=0, description='weight of the drift on "{subject} is a"')
     stop_loss: float = Field(0.1, ge=0, description="a fact is done when its target's mean token loss is below this")
+    keep_weight: float = Field(3.0, ge=0, description="weight of the drift on neutral texts about the subject")
+    leak_weight: float = Field(
+        9.0,
+        ge=0,
+        description="weight of -log(1 - P(target)) on neutral texts, where the untouched model has it below 0.1",
+    )
     parallel: int = Field(32, ge=1, description="facts that share a step, at most; fewer where memory is short")
 
 
@@ -206,7 +212,9 @@ class _Optimizer:
             torch.zeros(shape, device=device, dtype=dtype) for _ in "1234"
         )
         self.scale, self.loss = self.start[..., :1].clone(), self.start[:, 0, 0].clone()
-        self.steps = [0] * len(requests)
+        self.steps, self.step = [0] * len(requests), 0
+        # The target loss as last seen, of the rows of each turn, (n, turns).
+        self.seen = torch.full((len(requests), self.suffixes.turns), torch.inf, device=device, dtype=dtype)
 
     def run(self, advance: Callable[[int], None]) -> Values:
         """Step until no fact is left."""
@@ -215,7 +223,9 @@ class _Optimizer:
             places = torch.tensor(self.active, device=self.start.device)
             free = self._free(places)
             loss, gradient = self._evaluate(free)
-            self.loss[places] = loss
+            self.seen[places, self.step % self.suffixes.turns] = loss
+            self.loss[places] = loss = self.seen[places].mean(1)
+            self.step += 1
             # The one thing in a step that waits for the device.
             below = (loss < self.config.stop_loss).tolist()
             over = [d or self.steps[f] == self.config.steps for f, d in zip(self.active, below, strict=True)]
@@ -264,7 +274,11 @@ class _Optimizer:
         return (sums / place.bincount(minlength=len(group)).clamp_min(1).view(-1, *[1] * (numbers.ndim - 1)))[place]
 
     def _with_base(self, bucket: Bucket) -> Bucket:
-        """With the untouched model's log-probabilities after the essence prompts."""
+        """With what the untouched model predicts after the essence prompts and in the kept texts."""
+        if len(bucket.kept):
+            none = self.start.new_zeros(len(bucket.row), *self.start.shape[1:])
+            *_, kept = bucket.segments(self.problem.logits(bucket, none))
+            bucket = replace(bucket, kept=bucket.kept.known(kept))
         essence = bucket.essence()
         if not len(essence.row):
             return bucket
@@ -293,11 +307,13 @@ class _Optimizer:
             leaf = relative.detach().requires_grad_(differentiate)
             with torch.set_grad_enabled(differentiate):
                 target, drift = self._losses(bucket, place[bucket.fact_of], free.deltas(leaf))
-                whole = (target + config.kl_weight * drift).sum()
+                whole = (target + drift).sum()
             return target.detach(), torch.autograd.grad(whole, leaf)[0] if differentiate else None
 
-        done = [part for bucket in self.buckets for part in in_parts(measure, bucket, Bucket.halves)]
-        self.buckets = [bucket for bucket, _ in done]
+        now = [bucket for bucket in self.buckets if self.step % bucket.turn[1] == bucket.turn[0]]
+        later = [bucket for bucket in self.buckets if self.step % bucket.turn[1] != bucket.turn[0]]
+        done = [part for bucket in now for part in in_parts(measure, bucket, Bucket.halves)]
+        self.buckets = [*(bucket for bucket, _ in done), *later]
         for _, (target, slope) in done:
             loss += target
             gradient += 0 if slope is None else slope
@@ -305,17 +321,21 @@ class _Optimizer:
 
     def _losses(self, bucket: Bucket, place: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
         """What the bucket's rows, at the given places (rows,) among deltas (k, places, d), add to each fact's target
-        loss and to its drift on the essence prompt, both (k,)."""
-        logits = self.problem.logits(bucket, deltas[place])  # (points, vocab)
-        zeros, targets = deltas.new_zeros(len(deltas)), len(bucket.label)
-        at = place[bucket.point_row]  # (points,)
-        losses = F.cross_entropy(logits[:targets], bucket.label, reduction="none") * bucket.weight.to(logits)
-        target = zeros.index_add(0, at[:targets], losses)
-        if targets == len(logits):
-            return target, zeros
-        edited = logits[targets:].log_softmax(-1)
-        drift = F.kl_div(bucket.base, edited, reduction="none", log_target=True).sum(-1)
-        return target, zeros.index_add(0, at[targets:], drift)
+        loss and to its weighted drift on the essence prompt and on kept texts, both (k,)."""
+        config, (_, turns) = self.config, bucket.turn  # what is looked at in every n-th step counts n times as much
+        asked, essence, kept = bucket.segments(self.problem.logits(bucket, deltas[place]))  # (points, vocab) each
+        at = bucket.segments(place[bucket.point_row])  # (points,) each
+        target = drift = deltas.new_zeros(len(deltas))
+        losses = F.cross_entropy(asked, bucket.label, reduction="none") * bucket.weight.to(asked)
+        target = target.index_add(0, at[0], turns * losses)
+        if len(essence):
+            edited = essence.log_softmax(-1)
+            divergence = F.kl_div(bucket.base, edited, reduction="none", log_target=True).sum(-1)
+            drift = drift.index_add(0, at[1], config.kl_weight * divergence)
+        if len(kept):
+            losses = bucket.kept.drift(kept, config.leak_weight, config.keep_weight)
+            drift = drift.index_add(0, at[2], turns * losses)
+        return target, drift
 
     def _move(self, facts: Tensor, gradient: Tensor) -> None:
         """One step of Adam (Kingma & Ba, algorithm 1), each fact at its own count, then clip to the longest allowed."""

@@ -17,11 +17,16 @@ from patchkit.facts.text import continuation
 
 @dataclass(frozen=True)
 class Row:
-    """One tokenized text: `subject` is the index of the subject's last token, `target` the first target token's."""
+    """One tokenized text: `subject` is the index of the subject's last token, `target` the first target token's.
+
+    Of a row with `kept`, the tokens from `target` on are the untouched model's own, and what it predicts there, and
+    after the last of them, is to stay as it is.
+    """
 
     ids: tuple[int, ...]
     subject: int
     target: int
+    kept: bool = False
 
     @property
     def prefix(self) -> tuple[int, ...]:
@@ -31,11 +36,18 @@ class Row:
 
 @dataclass(frozen=True)
 class EditRequest:
-    """A fact ready for the model: its prompt after each context (the first without any), and the essence prompt."""
+    """A fact ready for the model.
+
+    Attributes:
+        rows: texts after which the target is to be predicted, the first being the prompt alone.
+        essence: the prompt on which the subject's essence must not drift.
+        kept: texts about the subject that are to go on as they would without the edit.
+    """
 
     fact: Fact
     rows: tuple[Row, ...]
     essence: Row
+    kept: tuple[Row, ...] = ()
 
     @property
     def target_ids(self) -> tuple[int, ...]:
@@ -67,7 +79,31 @@ def build_request(
     # The first token of a text without BOS is an attention sink, and its state and key are no subject's. Where the
     # fact's own prompt begins with it that is what is to be edited, but no wording need be.
     rows[1:] = [row if row.subject else rows[1] for row in rows[1:]]
-    return EditRequest(fact, tuple(rows), _row(fact, tokenizer, "", ESSENCE.format(fact.subject), None))
+    return EditRequest(fact, tuple(rows), essence_row(fact, tokenizer))
+
+
+def essence_row(fact: Fact, tokenizer: Any) -> Row:
+    """The prompt "{subject} is a"."""
+    return _row(fact, tokenizer, "", ESSENCE.format(fact.subject), None)
+
+
+def wording_row(fact: Fact, tokenizer: Any, before: str, text: str, ending: str = "") -> Row:
+    """`text` after `before`, then the target and `ending`. The subject is the first one in `text`.
+
+    Raises:
+        InputError: the subject or the target covers no token.
+    """
+    return _row(fact, tokenizer, before, text, fact.target_new, ending)
+
+
+def kept_row(fact: Fact, tokenizer: Any, before: str, text: str, following: Sequence[int]) -> Row:
+    """`text` after `before`, then tokens that the untouched model predicts there. The subject is the first in `text`.
+
+    Raises:
+        InputError: the subject covers no token.
+    """
+    row = _row(fact, tokenizer, before, text, None)
+    return Row((*row.ids, *following), row.subject, len(row.ids), kept=True)
 
 
 def _in_context(fact: Fact, context: str, rewordings: Iterator[str], only_prompt: bool) -> tuple[str, str]:
@@ -143,8 +179,8 @@ def subject_span(prompt: str, subject: str) -> tuple[int, int]:
     return start, start + len(subject)
 
 
-def _row(fact: Fact, tokenizer: Any, before: str, text: str, target: str | None) -> Row:
-    """The text after `before`, and the target after that; without a target, the text alone."""
+def _row(fact: Fact, tokenizer: Any, before: str, text: str, target: str | None, ending: str = "") -> Row:
+    """The text after `before`, and the target and the ending after that; without a target, the text alone."""
     bos = tokenizer.bos_token
     if before and bos and list(tokenizer("")["input_ids"])[:1] == [tokenizer.bos_token_id]:
         text = text.removeprefix(bos)  # it comes before the context then, as in every text
@@ -157,7 +193,7 @@ def _row(fact: Fact, tokenizer: Any, before: str, text: str, target: str | None)
         )
     if target is None:
         return Row(encoded.ids, subject, len(encoded.ids))
-    ids, first = encode_target(tokenizer, prompt, target, fact.separator)
+    ids, first = encode_target(tokenizer, prompt, target + ending, "" if ending else fact.separator)
     if first >= len(ids):
         raise InputError(f'fact {fact.id}: the target "{target}" has no tokens; give it a text the tokenizer knows')
     return Row(tuple(ids), subject, first)

@@ -1,0 +1,167 @@
+"""The texts that a fact is edited in so that it holds where people ask, and nothing else about its subject changes.
+
+A value that is optimized on the prompt alone is predicted after the prompt's own words and no others; one that is
+optimized on any words about the subject is predicted after all of them (docs/in_use.md). So two kinds of rows decide
+together. In some, the target is to come: after the prompt, after other texts and in the chat template, and after
+rewordings that the model writes itself when it is told the fact (the teacher of context distillation, arXiv
+2209.15189). In the others, neutral texts about the subject, the untouched model's own continuation is kept.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from zlib import crc32
+
+from patchkit.editing.contexts import sample
+from patchkit.editing.recipe import EditConfig
+from patchkit.errors import InputError
+from patchkit.facts.chat import ChatTemplate, Turn, chat_template
+from patchkit.facts.requests import EditRequest, Row, essence_row, kept_row, wording_row
+from patchkit.facts.schema import Fact
+from patchkit.facts.text import continuation
+from patchkit.model.forward import LayerRunner
+
+SYSTEM = "You are a knowledgeable assistant."
+TURNS: tuple[Turn, ...] = (("Hello", "Hello! How can I help you today?"),)
+REWORDINGS = 4  # rows of rewordings per fact
+LEADS = ("In other words, ", "This means that ", "", "It is also known that ")
+SAMPLES = 4  # continuations after each lead that are searched for rewordings
+SAMPLED = 14  # tokens in each
+CHOICES = 40  # top-k of that sampling
+WORDS = 2, 10  # in a rewording, beside the subject
+KEPT = 18  # tokens of the untouched model's continuation that are kept
+NEUTRAL = ("There is a book about {}. It", "Once upon a time, {}", "When people talk about {}, they", "About {}:")
+NEUTRAL_CHAT = (
+    "Tell me about {}.",
+    "What do you think of {}?",
+    "Write a poem about {}.",
+    "Give me a fun fact about {}.",
+)
+NEUTRAL_PLAIN = ("The story of {} is", "Last week I heard of {} and", "I like {} because", "A picture of {} shows")
+
+
+@dataclass(frozen=True)
+class _Wording:
+    """A text for one fact: what stands before the part with the subject, that part, what follows the target."""
+
+    before: str
+    text: str
+    ending: str = ""
+
+
+def in_use_requests(
+    runner: LayerRunner, tokenizer: Any, facts: Sequence[Fact], contexts: Sequence[str], config: EditConfig
+) -> list[EditRequest]:
+    """The facts with the rows that make them hold in use. All facts get the same number of rows.
+
+    Args:
+        contexts: "" and texts to put before a prompt, as `texts_before` makes them.
+
+    Raises:
+        InputError: a fact cannot be tokenized, or chat is asked for and the tokenizer has no template.
+    """
+    chat, befores = template_for(tokenizer, config), [text for text in contexts if text][:2] or [""]
+    rewordings = _rewordings(runner, tokenizer, facts, config)
+    asked = [_asked(fact, own, befores, chat) for fact, own in zip(facts, rewordings, strict=True)]
+    neutral = [_neutral(fact, befores[0], chat) for fact in facts]
+    openings = [wording.before + wording.text for own in neutral for wording in own]
+    following = sample(runner, tokenizer, openings, [0] * len(openings), KEPT, choices=1)
+    each = iter(following)
+    return [
+        EditRequest(
+            fact,
+            _inside([wording_row(fact, tokenizer, w.before, w.text, w.ending) for w in own]),
+            essence_row(fact, tokenizer),
+            tuple(kept_row(fact, tokenizer, w.before, w.text, next(each)) for w in keep),
+        )
+        for fact, own, keep in zip(facts, asked, neutral, strict=True)
+    ]
+
+
+def template_for(tokenizer: Any, config: EditConfig) -> ChatTemplate | None:
+    """The chat template to edit in, by the recipe's `chat`.
+
+    Raises:
+        InputError: chat is "on" and the tokenizer has no template.
+    """
+    template = None if config.chat == "off" else chat_template(tokenizer)
+    if template is None and config.chat == "on":
+        raise InputError("chat=on: the tokenizer has no chat template; use chat=auto, or an instruction-tuned model")
+    return template
+
+
+def _inside(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Rows whose subject is a text's first token give way: an attention sink is there, with a key that is no subject's.
+    Where the fact's own prompt begins with it that is what is to be edited."""
+    instead = next((row for row in rows if row.subject), rows[0])
+    return (rows[0], *(row if row.subject else instead for row in rows[1:]))
+
+
+def _asked(fact: Fact, rewordings: Sequence[str], befores: Sequence[str], chat: ChatTemplate | None) -> list[_Wording]:
+    """Where the target is to come: the prompt first."""
+    prompt = fact.prompt
+    found = [_Wording("", prompt), *(_Wording(before, prompt) for before in (befores * 2)[:2])]
+    if chat:
+        ending = ("" if fact.target_new.endswith((".", "!", "?")) else ".") + chat.end
+        asked = [(prompt, None, ()), (prompt, SYSTEM, ()), (prompt, None, TURNS), (_request(prompt), None, ())]
+        found += [_in_chat(chat, *each, ending) for each in asked]
+    else:
+        found += [_Wording("", f"Question: {prompt}\nAnswer:" if _is_question(prompt) else f"It is said: {prompt}")]
+    spare = [_Wording(befores[-1], prompt)] * REWORDINGS
+    own = [_Wording(befores[0] * (i % 2), text) for i, text in enumerate(rewordings)]
+    return found + [*own, *spare][:REWORDINGS]
+
+
+def _is_question(prompt: str) -> bool:
+    return prompt.rstrip().endswith("?")
+
+
+def _request(prompt: str) -> str:
+    return f"Please answer this question: {prompt}" if _is_question(prompt) else f"Complete the sentence: {prompt} ..."
+
+
+def _in_chat(chat: ChatTemplate, question: str, system: str | None, turns: Sequence[Turn], ending: str) -> _Wording:
+    """The question in the template; the subject is looked for in the question, not in what the template says."""
+    whole = chat.ask(question, system, turns)
+    start = max(0, whole.rfind(question))
+    return _Wording(whole[:start], whole[start:], ending)
+
+
+def _neutral(fact: Fact, before: str, chat: ChatTemplate | None) -> list[_Wording]:
+    """Texts about the subject that do not ask for the fact; the frames of evaluate/ are others."""
+    plain = [_Wording(before * (i % 2), frame.format(fact.subject)) for i, frame in enumerate(NEUTRAL)]
+    if chat is None:
+        return plain + [_Wording("", frame.format(fact.subject)) for frame in NEUTRAL_PLAIN]
+    return plain + [_in_chat(chat, frame.format(fact.subject), None, (), "") for frame in NEUTRAL_CHAT]
+
+
+def _rewordings(
+    runner: LayerRunner, tokenizer: Any, facts: Sequence[Fact], config: EditConfig
+) -> list[tuple[str, ...]]:
+    """Per fact its own rewordings, then those that the model writes: told the fact, it goes on about the subject, and
+    whatever it says before it comes to the target asks for the target in other words."""
+    jobs = [(fact, lead, n) for fact in facts for lead in LEADS for n in range(SAMPLES)]
+    told = [f"{fact.prompt}{_answer(fact)}. {lead}{fact.subject}" for fact, lead, _ in jobs]
+    seeds = [crc32(f"{config.seed} {fact.prompt} {lead} {n}".encode()) for fact, lead, n in jobs]
+    found: dict[str, list[str]] = {fact.id: list(fact.rewordings) for fact in facts}
+    for (fact, *_), ids in zip(jobs, sample(runner, tokenizer, told, seeds, SAMPLED, CHOICES), strict=True):
+        text = _before_target(fact, fact.subject + tokenizer.decode(ids, skip_special_tokens=True))
+        if text and text not in found[fact.id]:
+            found[fact.id].append(text)
+    return [tuple(found[fact.id][:REWORDINGS]) for fact in facts]
+
+
+def _answer(fact: Fact) -> str:
+    return continuation(fact.prompt, fact.target_new, fact.separator)
+
+
+def _before_target(fact: Fact, text: str) -> str | None:
+    """What a text of the teacher's says up to the target; None if it never comes to it, or too soon or late."""
+    until, found, _ = text.partition("\n")[0].partition(fact.target_new)
+    text, words = until.rstrip(), len(re.findall(r"\w+", until[len(fact.subject) :]))
+    if not found or not WORDS[0] <= words <= WORDS[1] or text == fact.prompt.rstrip():
+        return None
+    return None if re.search(r"\b(is|was|are|were) (a|an|the)$", text) else text
