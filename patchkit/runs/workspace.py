@@ -70,9 +70,9 @@ class Workspace:
         assert isinstance(model, PreTrainedModel)
         return model
 
-    def corpus(self, text: Path) -> Corpus:
-        """The text, tokenized."""
-        return read_corpus(text, self.tokenizer, window=window_of(self.model))
+    def corpus(self, text: Path, chat: bool) -> Corpus:
+        """The text, tokenized; with `chat` also as conversations, where the tokenizer has a chat template."""
+        return read_corpus(text, self.tokenizer, window=window_of(self.model), chat=chat)
 
     def statistics(self, method: Method, sites: Sequence[Site], corpus: Corpus) -> LayerStatistics:
         """Those statistics of the text that `method` needs, stored ones where there are any."""
@@ -93,7 +93,8 @@ class Workspace:
 
         @cache  # finding statistics takes a digest of the weights below: once for all sites, and for runs alike
         def of_text(text: TextRecord, method: str, layers: tuple[int, ...]) -> LayerStatistics | None:
-            found = next((c for c in map(self.corpus, self.texts) if c.record.same_reading(text)), None)
+            readings = (self.corpus(each, chat) for each in self.texts for chat in (True, False))
+            found = next((corpus for corpus in readings if corpus.record.same_reading(text)), None)
             edited = [site for site in sites.values() if site.layer in layers]
             return None if found is None else self.statistics(methods.get(method), edited, found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from patchkit.errors import InputError
+from patchkit.facts.chat import ChatTemplate, chat_template
+from patchkit.facts.requests import encode_prompt
 from patchkit.io.places import shipped
 
 if TYPE_CHECKING:
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 # text are unlike those in the middle of one: what is counted here is what edits leave alone (docs/statistics.md).
 WINDOW = 32
 PACKAGE_TEXT = shipped("data/text.txt")
+SYSTEMS = (None, None, "You are a teacher.", "Answer in one sentence.")  # system messages of conversations, in turn
 
 
 class TextRecord(BaseModel):
@@ -48,12 +52,14 @@ class Corpus:
     """Tokenized plain text in windows of at most `window` tokens, with the digest of the text it came from.
 
     bos: what each window begins with, (), or one token id.
+    chats: how many of the windows, the last ones, hold the text as conversations in the chat template.
     """
 
     windows: tuple[tuple[int, ...], ...]
     digest: str
     source: str
     bos: tuple[int, ...] = ()
+    chats: int = 0
 
     @property
     def tokens(self) -> int:
@@ -62,13 +68,14 @@ class Corpus:
 
     @property
     def window(self) -> int:
-        """Number of tokens in each window but the last."""
+        """Number of tokens in each window of plain text but the last."""
         return len(self.windows[0])
 
     def in_windows(self, window: int) -> Corpus:
-        """The same text in windows of another length."""
-        ids = [token for each in self.windows for token in each[len(self.bos) :]]
-        return replace(self, windows=_windows(ids, self.bos, window))
+        """The plain text in windows of another length, without conversations."""
+        plain = self.windows[: len(self.windows) - self.chats]
+        ids = [token for each in plain for token in each[len(self.bos) :]]
+        return replace(self, windows=_windows(ids, self.bos, window), chats=0)
 
     @property
     def record(self) -> TextRecord:
@@ -89,8 +96,15 @@ def default_text(model_name: str, kind: str = "text") -> Path:
     return beside if beside.is_file() else PACKAGE_TEXT.with_name(f"{kind}.txt")
 
 
-def read_corpus(path: str | Path, tokenizer: Any, tokens: int = 100_000, window: int = WINDOW) -> Corpus:
+def read_corpus(
+    path: str | Path, tokenizer: Any, tokens: int = 100_000, window: int = WINDOW, chat: bool = False
+) -> Corpus:
     """Tokenize at most `tokens` tokens of a UTF-8 text file into windows; each begins with BOS where the model has it.
+
+    Args:
+        chat: read as many tokens of it once more, as conversations, where the tokenizer has a chat template. What a
+            template writes around questions and answers has keys like nothing in plain text, and an edit that was
+            never told to leave them alone changes every answer (docs/in_use.md).
 
     Raises:
         InputError: the file cannot be read or holds no text.
@@ -104,7 +118,22 @@ def read_corpus(path: str | Path, tokenizer: Any, tokens: int = 100_000, window:
         raise InputError(f"text {path}: no text in it; give a file with some thousand words")
     start = tokenizer("a")["input_ids"][:1]
     bos = tuple(start) if start == [tokenizer.bos_token_id] else ()
-    return Corpus(_windows(ids, bos, window), hashlib.sha256(text.encode()).hexdigest(), str(path), bos)
+    windows, template = _windows(ids, bos, window), chat_template(tokenizer) if chat else None
+    chats = _conversations(text, template, len(ids), 3 * window) if template else ()
+    return Corpus((*windows, *chats), hashlib.sha256(text.encode()).hexdigest(), str(path), bos, len(chats))
+
+
+def _conversations(text: str, template: ChatTemplate, tokens: int, window: int) -> tuple[tuple[int, ...], ...]:
+    """About `tokens` tokens of the text's sentences as questions and answers, cut to windows of one length."""
+    sentences = [part.strip() for part in re.split(r"(?<=[.!?])\s+|\n+", text) if part.strip()]
+    found = list[tuple[int, ...]]()
+    for i in range(0, len(sentences) - 1, 2):
+        asked = template.ask(sentences[i], SYSTEMS[i // 2 % len(SYSTEMS)])
+        ids = encode_prompt(template.tokenizer, asked + sentences[i + 1] + template.end)
+        found += [tuple(ids[:window])] if len(ids) >= window // 2 else []
+        if len(found) * window >= tokens:
+            break
+    return tuple(found)
 
 
 def _windows(ids: Sequence[int], bos: tuple[int, ...], window: int) -> tuple[tuple[int, ...], ...]:
