@@ -36,7 +36,7 @@ def make_contexts(runner: LayerRunner, tokenizer: Any, config: EditConfig) -> li
         and `SUBJECT` with the beginning of a sentence about it, every other one after such a text.
     """
     before = texts_before(runner, tokenizer, config)
-    if config.prompts == "in-use":  # what else a fact is edited in is its own (`wordings`)
+    if config.in_use(tokenizer):  # what else a fact is edited in is its own (`wordings`)
         return ["", *before[:2]]
     slots = [f"{SUBJECT}{FOLLOWERS[i % len(FOLLOWERS)]}" for i in range(config.contexts - 1)]
     return ["", *before[:1], *(before[i + 1] * (i % 2) + slot for i, slot in enumerate(slots))]

@@ -109,7 +109,7 @@ def requests_of(
         subjects = [facts[place].subject for place in batch]
         shared += [subject in known or subjects.count(subject) > 1 for subject in subjects]
         known |= set(subjects)
-    if config.prompts == "in-use":
+    if config.in_use(tokenizer):
         return in_use_requests(runner, tokenizer, facts, contexts, config)
     found = about(runner, tokenizer, facts, contexts, config)
     each = zip(facts, found, shared, strict=True)

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from patchkit import methods
 from patchkit.editing.values import ValueConfig
 from patchkit.errors import InputError
+from patchkit.facts.chat import chat_template
 from patchkit.io.places import shipped
 from patchkit.methods import MethodConfig
 
@@ -29,10 +30,11 @@ class EditConfig(BaseModel):
     method: str
     layers: str = Field("14%-27%", description='layers to edit: "4-8", "4,6", or a share of the depth, "14%-27%"')
     batch_size: int = Field(100, ge=1, description="facts solved for together; batches follow one another")
-    prompts: Literal["in-use", "contexts"] = Field(
-        "in-use",
+    prompts: Literal["auto", "in-use", "contexts"] = Field(
+        "auto",
         description='"in-use": the prompt, in chat as well, and rewordings, beside neutral texts that are kept; '
-        '"contexts": the prompt after texts, and other words about the subject, as published methods do',
+        '"contexts": the prompt after texts, and other words about the subject, as published methods do; '
+        '"auto": in-use where the tokenizer has a chat template',
     )
     chat: Literal["auto", "on", "off"] = Field(
         "auto", description="whether facts are asked in the chat template as well; auto: where the tokenizer has one"
@@ -49,6 +51,18 @@ class EditConfig(BaseModel):
     def method_config(self) -> MethodConfig:
         """`settings` as the method's own typed configuration."""
         return methods.get(self.method).config.model_validate(self.settings)
+
+    @field_validator("chat", mode="before")
+    @classmethod
+    def _yaml_switch(cls, value: Any) -> Any:
+        """YAML reads a bare on or off as true or false."""
+        return ("on" if value else "off") if isinstance(value, bool) else value
+
+    def in_use(self, tokenizer: Any) -> bool:
+        """Whether facts are edited in the forms they are asked in, which `prompts` leaves to the tokenizer."""
+        if self.prompts == "auto":
+            return self.chat != "off" and chat_template(tokenizer) is not None
+        return self.prompts == "in-use"
 
     def digest(self) -> str:
         """sha256 of the canonical JSON, the recipe's hash in a manifest."""

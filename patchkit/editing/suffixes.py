@@ -138,7 +138,8 @@ class Bucket:
     def segments(self, of_points: Tensor) -> tuple[Tensor, ...]:
         """Numbers of all points in three parts: the targets', the essence prompts', the kept texts'."""
         targets, kept = len(self.label), len(self.kept)
-        return of_points.split([targets, len(of_points) - targets - kept, kept])
+        asked, essence, texts = of_points.split([targets, len(of_points) - targets - kept, kept])
+        return asked, essence, texts
 
 
 @dataclass(frozen=True)

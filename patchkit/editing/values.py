@@ -34,7 +34,7 @@ class ValueConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    steps: int = Field(25, ge=1, description="Adam steps at most")
+    steps: int = Field(25, ge=1, description="Adam steps at most; as many again per turn where rows take turns")
     learning_rate: float = Field(0.15, gt=0, description="length of one Adam step, relative to the state's norm")
     clamp: float = Field(1.0, gt=0, description="longest delta, relative to the state's norm")
     decay: float = Field(0.01, ge=0, description="weight of the squared relative length of the delta")

@@ -100,7 +100,7 @@ def _inside(rows: Sequence[Row]) -> tuple[Row, ...]:
     return (rows[0], *(row if row.subject else instead for row in rows[1:]))
 
 
-def _asked(fact: Fact, rewordings: Sequence[str], befores: Sequence[str], chat: ChatTemplate | None) -> list[_Wording]:
+def _asked(fact: Fact, rewordings: Sequence[str], befores: list[str], chat: ChatTemplate | None) -> list[_Wording]:
     """Where the target is to come: the prompt first."""
     prompt = fact.prompt
     found = [_Wording("", prompt), *(_Wording(before, prompt) for before in (befores * 2)[:2])]

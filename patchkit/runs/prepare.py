@@ -8,6 +8,7 @@ from typing import Any
 
 from patchkit import methods
 from patchkit.editing.recipe import EditConfig
+from patchkit.editing.wordings import REWORDINGS
 from patchkit.facts.batches import batches
 from patchkit.facts.limits import Limits, fitting
 from patchkit.facts.schema import Fact, FactFile
@@ -70,7 +71,7 @@ def prepare(
         *facts.notes,
         *_about_incoming(incoming),
         *_about_shared_subjects(facts, incoming, config, unit),
-        *_about_rewordings(incoming, config),
+        *_about_rewordings(incoming, config, tokenizer),
     )
     return Prepared(config, facts, incoming, onto, notes)
 
@@ -100,8 +101,10 @@ def _about_shared_subjects(read: FactFile, incoming: Incoming, config: EditConfi
         )
 
 
-def _about_rewordings(incoming: Incoming, config: EditConfig) -> Iterator[str]:
-    room = max(0, config.contexts - 1)  # the first context is a text before the prompt
+def _about_rewordings(incoming: Incoming, config: EditConfig, tokenizer: Any) -> Iterator[str]:
+    room, setting = max(0, config.contexts - 1), f"contexts={config.contexts}"  # one is a text before the prompt
+    if config.in_use(tokenizer):
+        room, setting = REWORDINGS, "prompts=in-use"
     over = [fact.id for fact in incoming.new if len(fact.rewordings) > room]
     if over and methods.get(config.method).targets == "values":
-        yield f"rewordings: contexts={config.contexts} has room for {room}, more are not used: {listed(over)}"
+        yield f"rewordings: {setting} has room for {room}, more are not used: {listed(over)}"

@@ -1,0 +1,185 @@
+"""The rows a fact is edited in: what asks for its target, and what is to stay as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from patchkit.editing.editor import requests_of
+from patchkit.editing.recipe import load_recipe
+from patchkit.editing.suffixes import Suffixes
+from patchkit.editing.values import ValueConfig, optimize, widen
+from patchkit.editing.wordings import REWORDINGS, _before_target
+from patchkit.errors import InputError
+from patchkit.facts.chat import chat_template
+from patchkit.facts.requests import EditRequest
+from patchkit.facts.schema import Fact
+from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner
+from tests.zoo import FAMILIES, tiny_tokenizer
+
+TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}system: You are Rome.\n{% endif %}"
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+ROME = Fact(id="rome", prompt="The capital of Italy is the city of Rome and", subject="Rome", target_new="capital")
+OTHER_WORDS = ("The job of Ada Lovelace was", "By profession, Ada Lovelace was an")
+ADA = Fact(
+    id="ada", prompt="Who was Ada Lovelace?", subject="Ada Lovelace", target_new="engineer", rewordings=OTHER_WORDS
+)
+
+
+def chatting(template: str = TEMPLATE) -> Any:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def runner_of() -> LayerRunner:
+    runner = LayerRunner(inspect_model(FAMILIES["llama"]().double()))
+    runner.arch.model.requires_grad_(False)
+    return runner
+
+
+def in_use(tokenizer: Any, *settings: str) -> list[EditRequest]:
+    config = load_recipe(None, None, ["prompts=in-use", *settings])
+    return requests_of(runner_of(), tokenizer, [ROME, ADA], ["", "It rained. ", "So it was. "], config)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_all_facts_have_as_many_rows_and_the_prompt_alone_comes_first(chat: bool) -> None:
+    tokenizer = chatting() if chat else tiny_tokenizer()
+    rome, ada = in_use(tokenizer)
+    assert len(rome.rows) == len(ada.rows)
+    assert len(rome.kept) == len(ada.kept)
+    for request in (rome, ada):
+        assert tokenizer.decode(request.rows[0].ids, skip_special_tokens=True).startswith(request.fact.prompt)
+        for row in (*request.rows, *request.kept):
+            before = tokenizer.decode(row.ids[: row.subject + 1])
+            assert before.endswith(request.fact.subject)
+        for row in request.rows:
+            assert request.fact.target_new in tokenizer.decode(row.ids[row.target :])
+
+
+def test_the_subject_is_the_question_s_and_not_one_that_the_template_names() -> None:
+    tokenizer = chatting()
+    rome, _ = in_use(tokenizer)
+    named = [row for row in (*rome.rows, *rome.kept) if "You are Rome." in tokenizer.decode(row.ids)]
+    assert named
+    assert all("user: " in tokenizer.decode(row.ids[: row.subject]) for row in named)
+
+
+def test_an_answer_in_chat_ends_as_the_template_ends_it() -> None:
+    tokenizer = chatting()
+    rome, _ = in_use(tokenizer)
+    asked = [row for row in rome.rows if "assistant: " in tokenizer.decode(row.ids)]
+    assert len(asked) == 4
+    assert all(tokenizer.decode(row.ids[row.target :]) == "capital.</s>" for row in asked)
+
+
+def test_kept_texts_go_on_as_the_untouched_model_does() -> None:
+    tokenizer, runner = tiny_tokenizer(), runner_of()
+    for row in in_use(tokenizer)[0].kept:
+        logits = runner.run({"input_ids": torch.tensor([row.ids])}).logits
+        assert logits is not None
+        greedy = logits[0, row.target - 1 : -1]
+        greedy[:, 1] = -torch.inf  # no text ends
+        assert greedy.argmax(-1).tolist() == list(row.ids[row.target :])
+
+
+def test_the_user_s_own_rewordings_are_among_the_rows() -> None:
+    tokenizer = tiny_tokenizer()
+    texts = [tokenizer.decode(row.ids, skip_special_tokens=True) for row in in_use(tokenizer)[1].rows]
+    assert any(text.endswith("The job of Ada Lovelace was engineer") for text in texts)
+    assert any("By profession, Ada Lovelace was an engineer" in text for text in texts)
+    assert REWORDINGS >= 2
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Rome is the largest city and the capital of", "Rome is the largest city and the"),
+        ("Rome is a capital of", None),  # after "is a" a neutral text goes on in any way
+        ("Rome capital", None),
+        ("Rome is old.\nIt was the first capital", None),
+        ("Rome is the city", None),
+    ],
+)
+def test_what_a_told_model_says_before_the_target_is_a_rewording(text: str, found: str | None) -> None:
+    assert _before_target(ROME, text) == found
+
+
+def test_chat_is_used_where_there_is_a_template_and_demanded_where_the_recipe_does() -> None:
+    plain, auto = tiny_tokenizer(), load_recipe(None, None)
+    assert auto.in_use(chatting())
+    assert not auto.in_use(plain)
+    assert not load_recipe(None, None, ["chat=off"]).in_use(chatting())
+    assert load_recipe(None, None, ["prompts=in-use"]).in_use(plain)
+    with pytest.raises(InputError, match="no chat template"):
+        in_use(plain, "chat=on")
+
+
+def test_a_template_without_system_messages_gets_them_in_the_question() -> None:
+    template = chat_template(chatting(NO_SYSTEM))
+    assert template is not None
+    assert template.end == "</s>"
+    asked = template.ask("Where is Rome?", "Be kind.", [("Hi", "Hello")])
+    assert "user: Be kind.\n\nHi</s>\nassistant: Hello</s>\nuser: Where is Rome?</s>\nassistant: " in asked
+    assert "system: Be kind.</s>" in chat_template(chatting()).ask("Where is Rome?", "Be kind.")  # type: ignore[union-attr]
+    assert chat_template(tiny_tokenizer()) is None
+
+
+def test_rows_take_turns_and_each_has_one() -> None:
+    suffixes = Suffixes(runner_of(), in_use(tiny_tokenizer()), 2)
+    buckets = suffixes.buckets([0, 1])
+    turns = {bucket.turn for bucket in buckets if len(bucket.label)}
+    assert turns == {(i, suffixes.turns) for i in range(suffixes.turns)}
+    assert suffixes.turns > 1
+    rows = torch.cat([bucket.row for bucket in buckets]).sort().values
+    assert rows.tolist() == list(range(2 * len(suffixes.rows[0])))
+    for bucket in buckets:
+        assert sum(len(part) for part in bucket.segments(bucket.point_row)) == len(bucket.point_row)
+
+
+def test_kept_predictions_drift_by_nothing_without_an_edit_and_leaks_count() -> None:
+    bucket = next(each for each in Suffixes(runner_of(), in_use(tiny_tokenizer()), 2).buckets([0]) if len(each.kept))
+    logits = torch.randn(len(bucket.kept), 320, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    kept = bucket.kept.known(logits)
+    assert kept.drift(logits, 0.0, 1.0).abs().max() < 1e-6
+    louder = logits.clone()
+    louder[torch.arange(len(louder)), kept.target] += 20
+    assert (kept.drift(louder, 1.0, 0.0) > kept.drift(logits, 1.0, 0.0))[kept.leak > 0].all()
+    expected = logits.softmax(-1)[torch.arange(len(logits)), kept.target] >= 0.1
+    assert (kept.leak[expected] == 0).all()
+
+
+def test_keeping_texts_makes_the_target_rarer_in_them() -> None:
+    runner, requests = runner_of(), in_use(tiny_tokenizer())
+    site = runner.arch.sites[1]
+
+    def leaked(**weights: float) -> float:
+        config = ValueConfig(steps=30, stop_loss=0.0, clamp=3.0, decay=0.0, kl_weight=0.0, **weights)
+        values = optimize(runner, requests, site, "layer_out", config)
+        rows = [(i, row) for i, request in enumerate(requests) for row in request.kept]
+        total = 0.0
+        for i, row in rows:
+            delta = (values.targets - values.start)[:, i]
+
+            def add(module: Any, args: Any, output: Any, delta: Any = delta, at: int = row.subject) -> Any:
+                hidden = output[0] if isinstance(output, tuple) else output
+                hidden = hidden.clone()
+                hidden[:, at] += delta
+                return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+            handle = runner.arch.layers[1].register_forward_hook(add)
+            logits = runner.run({"input_ids": torch.tensor([row.ids])}).logits
+            handle.remove()
+            assert logits is not None
+            total += float(widen(logits)[0, row.target - 1 :].softmax(-1)[:, requests[i].target_ids[0]].sum())
+        return total
+
+    assert leaked(keep_weight=0.0, leak_weight=3000.0) < 0.9 * leaked(keep_weight=0.0, leak_weight=0.0)
