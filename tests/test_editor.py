@@ -127,7 +127,7 @@ def test_finished_facts_leave_and_stay_where_they_were() -> None:
     assert int(values.steps.min()) < 40
     assert int(values.steps.max()) == 40  # one is too hard
     for i, request in enumerate(requests):
-        done = int(values.steps[i]) < config.steps
+        done = int(values.steps[i]) < config.pace(turns=False).steps
         assert done == bool(values.loss[i] < config.stop_loss)
         delta = (values.targets - values.start)[:, i]
         assert plain_loss(model, runner.arch.layers[1], request, delta) == pytest.approx(

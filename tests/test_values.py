@@ -78,7 +78,7 @@ def plainly(runner: LayerRunner, number: int, request: EditRequest, value_at: Va
     base, start, facts = logits[-1][-1].log_softmax(-1), states[0], torch.tensor([number])
     scale = states.norm(dim=-1).median(0).values.unsqueeze(1)  # (places, 1)
     free = torch.zeros_like(start, requires_grad=True)
-    adam = torch.optim.Adam([free], lr=CONFIG.learning_rate / start.shape[-1] ** 0.5)
+    adam = torch.optim.Adam([free], lr=CONFIG.pace(turns=False).learning_rate / start.shape[-1] ** 0.5)
 
     def deltas_of(free: Tensor) -> Tensor:
         deltas = free * scale
@@ -86,7 +86,7 @@ def plainly(runner: LayerRunner, number: int, request: EditRequest, value_at: Va
             deltas = torch.cat([terms.constrain(facts, start[:1], deltas[:1]), deltas[1:]])
         return deltas
 
-    for _ in range(CONFIG.steps):
+    for _ in range(CONFIG.pace(turns=False).steps):
         deltas = deltas_of(free)
         _, logits = run(deltas)
         token_losses = [
@@ -101,7 +101,7 @@ def plainly(runner: LayerRunner, number: int, request: EditRequest, value_at: Va
         loss.backward()
         adam.step()
         with torch.no_grad():
-            free *= (CONFIG.clamp / free.norm(dim=-1, keepdim=True)).clamp_max(1)
+            free *= (CONFIG.pace(turns=False).clamp / free.norm(dim=-1, keepdim=True)).clamp_max(1)
     return (start + deltas_of(free))[0].detach()
 
 

@@ -34,9 +34,13 @@ class ValueConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    steps: int = Field(25, ge=1, description="Adam steps at most; as many again per turn where rows take turns")
-    learning_rate: float = Field(0.15, gt=0, description="length of one Adam step, relative to the state's norm")
-    clamp: float = Field(1.0, gt=0, description="longest delta, relative to the state's norm")
+    steps: int | None = Field(None, ge=1, description="Adam steps at most; by itself 25, or 40 in use")
+    learning_rate: float | None = Field(
+        None, gt=0, description="length of one Adam step, relative to the state's norm; by itself 0.15, or 0.25 in use"
+    )
+    clamp: float | None = Field(
+        None, gt=0, description="longest delta, relative to the state's norm; by itself 1.0, or 1.5 in use"
+    )
     decay: float = Field(0.01, ge=0, description="weight of the squared relative length of the delta")
     kl_weight: float = Field(0.0625, ge=0, description='weight of the drift on "{subject} is a"')
     stop_loss: float = Field(0.1, ge=0, description="a fact is done when its target's mean token loss is below this")
@@ -47,6 +51,21 @@ class ValueConfig(BaseModel):
         description="weight of -log(1 - P(target)) on neutral texts, where the untouched model has it below 0.1",
     )
     parallel: int = Field(32, ge=1, description="facts that share a step, at most; fewer where memory is short")
+
+    def pace(self, turns: bool) -> Pace:
+        """How far the optimizer goes. `turns` says whether rows take turns, as those of prompts=in-use do: more of
+        them have to be seen, and more is asked of a value (docs/in_use.md)."""
+        steps, rate, clamp = (40, 0.25, 1.5) if turns else (25, 0.15, 1.0)
+        return Pace(self.steps or steps, self.learning_rate or rate, self.clamp or clamp)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Adam's steps at most, and the length of one and of the whole delta, relative to the state's norm."""
+
+    steps: int
+    learning_rate: float
+    clamp: float
 
 
 @dataclass(frozen=True)
@@ -201,6 +220,7 @@ class _Optimizer:
     ) -> None:
         self.problem, self.config = problem, config
         self.suffixes = Suffixes(problem.runner, requests, problem.start)
+        self.pace = config.pace(self.suffixes.turns > 1)
         self.parallel = min(config.parallel, self.suffixes.facts)
         self.group = list(groups or range(len(requests)))
         self.waiting = sorted(range(len(requests)), key=lambda fact: self.group.index(self.group[fact]))
@@ -228,7 +248,7 @@ class _Optimizer:
             self.step += 1
             # The one thing in a step that waits for the device.
             below = (loss < self.config.stop_loss).tolist()
-            over = [d or self.steps[f] == self.config.steps for f, d in zip(self.active, below, strict=True)]
+            over = [d or self.steps[f] == self.pace.steps for f, d in zip(self.active, below, strict=True)]
             unfinished = {self.group[fact] for fact, o in zip(self.active, over, strict=True) if not o}
             done = [self.group[fact] not in unfinished for fact in self.active]
             advance(sum(done))
@@ -297,7 +317,7 @@ class _Optimizer:
         One bucket's graph at a time is alive, so memory does not grow with the number of buckets.
         """
         relative, config = self.value[free.facts], self.config
-        differentiate = any(self.steps[fact] < config.steps for fact in self.active)
+        differentiate = any(self.steps[fact] < self.pace.steps for fact in self.active)
         loss = relative.new_zeros(len(relative))
         gradient = 2 * config.decay * relative + (free.penalty_gradient(relative) if differentiate else 0)
         place = free.facts.new_zeros(len(self.start))
@@ -339,16 +359,15 @@ class _Optimizer:
 
     def _move(self, facts: Tensor, gradient: Tensor) -> None:
         """One step of Adam (Kingma & Ba, algorithm 1), each fact at its own count, then clip to the longest allowed."""
-        config = self.config
         for fact in self.active:
             self.steps[fact] += 1
         counts = torch.tensor([self.steps[fact] for fact in self.active], dtype=torch.float64)
         mean_bias, square_bias = ((1 - beta**counts).to(gradient)[:, None, None] for beta in (0.9, 0.999))
         self.mean[facts] = mean = 0.9 * self.mean[facts] + 0.1 * gradient
         self.square[facts] = square = 0.999 * self.square[facts] + 0.001 * gradient.square()
-        rate = config.learning_rate / self.problem.site.d_out**0.5
+        rate = self.pace.learning_rate / self.problem.site.d_out**0.5
         moved = self.value[facts] - rate * (mean / mean_bias) / ((square / square_bias).sqrt() + 1e-8)
-        self.value[facts] = moved * (config.clamp / moved.norm(dim=-1, keepdim=True)).clamp_max(1)
+        self.value[facts] = moved * (self.pace.clamp / moved.norm(dim=-1, keepdim=True)).clamp_max(1)
 
 
 @dataclass(frozen=True)

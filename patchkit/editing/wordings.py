@@ -28,11 +28,11 @@ SYSTEM = "You are a knowledgeable assistant."
 TURNS: tuple[Turn, ...] = (("Hello", "Hello! How can I help you today?"),)
 REWORDINGS = 4  # rows of rewordings per fact
 LEADS = ("In other words, ", "This means that ", "", "It is also known that ")
-SAMPLES = 4  # continuations after each lead that are searched for rewordings
+SAMPLES = 3  # continuations after each lead that are searched for rewordings
 SAMPLED = 14  # tokens in each
 CHOICES = 40  # top-k of that sampling
 WORDS = 2, 10  # in a rewording, beside the subject
-KEPT = 18  # tokens of the untouched model's continuation that are kept
+KEPT = 14  # tokens of the untouched model's continuation that are kept
 NEUTRAL = ("There is a book about {}. It", "Once upon a time, {}", "When people talk about {}, they", "About {}:")
 NEUTRAL_CHAT = (
     "Tell me about {}.",

@@ -119,11 +119,11 @@ def optimize_value(arch: Architecture, request: EditRequest, how: Plan, config: 
     scale = states.norm(dim=-1).median()
     base = _after_last(logits, rows)[-1].log_softmax(-1)  # (vocab,)
     delta = torch.zeros_like(states[0], requires_grad=True)  # (d,), in units of `scale`
-    adam = torch.optim.Adam([delta], lr=config.learning_rate / delta.numel() ** 0.5)
-    for step in range(config.steps + 1):
+    adam = torch.optim.Adam([delta], lr=config.pace(turns=False).learning_rate / delta.numel() ** 0.5)
+    for step in range(config.pace(turns=False).steps + 1):
         _, logits = _watched_forward(arch, rows, how, delta * scale)
         target_loss = _target_loss(logits, request.rows)
-        if target_loss < config.stop_loss or step == config.steps:
+        if target_loss < config.stop_loss or step == config.pace(turns=False).steps:
             break
         edited = _after_last(logits, rows)[-1].log_softmax(-1)  # (vocab,)
         drift = F.kl_div(base, edited, reduction="sum", log_target=True)
@@ -131,7 +131,7 @@ def optimize_value(arch: Architecture, request: EditRequest, how: Plan, config: 
         (target_loss + config.kl_weight * drift + config.decay * delta.square().sum()).backward()
         adam.step()
         with torch.no_grad():
-            delta *= (config.clamp / delta.norm()).clamp_max(1)
+            delta *= (config.pace(turns=False).clamp / delta.norm()).clamp_max(1)
     return (states[0] + delta * scale).detach(), step
 
 
