@@ -11,13 +11,23 @@ from patchkit.editing.editor import requests_of
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.suffixes import Suffixes
 from patchkit.editing.values import ValueConfig, optimize, widen
-from patchkit.editing.wordings import REWORDINGS, _before_target
+from patchkit.editing.wordings import (
+    NEUTRAL,
+    NEUTRAL_CHAT,
+    NEUTRAL_PLAIN,
+    REWORDINGS,
+    SYSTEM,
+    TURNS,
+    _before_target,
+)
 from patchkit.errors import InputError
+from patchkit.evaluate import prompts
 from patchkit.facts.chat import chat_template
 from patchkit.facts.requests import EditRequest
 from patchkit.facts.schema import Fact
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
+from patchkit.statistics.corpus import SYSTEMS
 from tests.zoo import FAMILIES, tiny_tokenizer
 
 TEMPLATE = (
@@ -131,6 +141,11 @@ def test_a_template_without_system_messages_gets_them_in_the_question() -> None:
     assert "user: Be kind.\n\nHi</s>\nassistant: Hello</s>\nuser: Where is Rome?</s>\nassistant: " in asked
     assert "system: Be kind.</s>" in chat_template(chatting()).ask("Where is Rome?", "Be kind.")  # type: ignore[union-attr]
     assert chat_template(tiny_tokenizer()) is None
+
+
+def test_nothing_that_patches_are_measured_on_is_edited_on() -> None:
+    measured = {*prompts.ABOUT_BEGINNINGS, *prompts.ABOUT_MESSAGES, prompts.SYSTEM, *prompts.TURNS}
+    assert not measured & {*NEUTRAL, *NEUTRAL_CHAT, *NEUTRAL_PLAIN, SYSTEM, *TURNS, *SYSTEMS}
 
 
 def test_rows_take_turns_and_each_has_one() -> None:

@@ -33,14 +33,10 @@ SAMPLED = 14  # tokens in each
 CHOICES = 40  # top-k of that sampling
 WORDS = 2, 10  # in a rewording, beside the subject
 KEPT = 14  # tokens of the untouched model's continuation that are kept
-NEUTRAL = ("There is a book about {}. It", "Once upon a time, {}", "When people talk about {}, they", "About {}:")
-NEUTRAL_CHAT = (
-    "Tell me about {}.",
-    "What do you think of {}?",
-    "Write a poem about {}.",
-    "Give me a fun fact about {}.",
-)
-NEUTRAL_PLAIN = ("The story of {} is", "Last week I heard of {} and", "I like {} because", "A picture of {} shows")
+# Neutral texts about a subject. Those that patches are measured on (evaluate/prompts.py) are others.
+NEUTRAL = ("There is a book about {}. It", "Once upon a time, {}", "Some people mention {} because", "My notes on {}:")
+NEUTRAL_CHAT = ("Tell me about {}.", "What do you think of {}?", "Write a poem about {}.", "Give me a fun fact: {}.")
+NEUTRAL_PLAIN = ("The story of {} is", "I once saw {} and", "I like {} because", "A picture of {} shows")
 
 
 @dataclass(frozen=True)

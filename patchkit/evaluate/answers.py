@@ -8,17 +8,15 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from jinja2.exceptions import TemplateError
 from torch import Tensor
 
+from patchkit.facts.chat import Turn, chat_template
 from patchkit.facts.limits import Limits
 from patchkit.facts.requests import encode_prompt, pad
 from patchkit.model.forward import LayerRunner, Prefix, watching_output
 
 ROWS = 64
 _WORTH_SHARING = 8
-Turn = tuple[str, str]
-"""What a user said, and what the assistant answered."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +53,15 @@ class Said:
 
 def is_chat(tokenizer: Any) -> bool:
     """Whether the tokenizer has a chat template."""
-    return bool(getattr(tokenizer, "chat_template", None))
+    return chat_template(tokenizer) is not None
 
 
 def encode_ask(tokenizer: Any, ask: Ask) -> list[int]:
     """Token ids of what the model is given: a message in the chat template where there is one, else as plain text."""
-    if ask.message and is_chat(tokenizer):
-        return _in_template(tokenizer, ask)
+    template = chat_template(tokenizer)
+    if ask.message and template:
+        text = template.ask(ask.text, ask.system, ask.turns)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return encode_prompt(tokenizer, as_text(ask))
 
 
@@ -72,28 +72,6 @@ def as_text(ask: Ask) -> str:
     before = [ask.system] if ask.system else []
     before += [f"Question: {user}\nAnswer: {assistant}" for user, assistant in ask.turns]
     return "\n\n".join([*before, f"Question: {ask.text}\nAnswer:"])
-
-
-def _in_template(tokenizer: Any, ask: Ask) -> list[int]:
-    turns = [(role, text) for pair in ask.turns for role, text in zip(("user", "assistant"), pair, strict=True)]
-    turns.append(("user", ask.text))
-    try:
-        return _templated(tokenizer, [("system", ask.system), *turns] if ask.system else turns)
-    except TemplateError:  # some templates have no system prompt: there the user's first words begin with it
-        if not ask.system:
-            raise
-        role, first = turns[0]
-        return _templated(tokenizer, [(role, f"{ask.system}\n\n{first}"), *turns[1:]])
-
-
-def _templated(tokenizer: Any, turns: Sequence[tuple[str, str]]) -> list[int]:
-    found = tokenizer.apply_chat_template(
-        [{"role": role, "content": text} for role, text in turns],
-        add_generation_prompt=True,
-        return_dict=True,
-        enable_thinking=False,  # answers are wanted, not the thoughts before them; templates without them ignore it
-    )
-    return list(found["input_ids"])
 
 
 def fits(runner: LayerRunner, tokenizer: Any, ask: Ask, tokens: int) -> bool:

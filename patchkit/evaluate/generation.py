@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from patchkit.errors import InputError
-from patchkit.evaluate.answers import Ask, Turn, encode_ask, is_chat
+from patchkit.evaluate.answers import Ask, encode_ask, is_chat
+from patchkit.facts.chat import Turn
 from patchkit.facts.limits import Limits
 
 

@@ -4,49 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2.exceptions import TemplateError
 
 Turn = tuple[str, str]
-"""What the user said, and what the assistant answered."""
+"""What a user said, and what the assistant answered."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Renders conversations as text. `end` is what the template writes after an answer, such as "<|im_end|>"."""
+    """Renders conversations as text, special tokens included, as chat servers do."""
 
     tokenizer: Any
-    end: str
 
     def ask(self, question: str, system: str | None = None, turns: Sequence[Turn] = ()) -> str:
         """The conversation up to where the assistant's answer begins.
 
-        A template that takes no system message gets that text at the beginning of the first question.
+        A template that takes no system message gets that text at the beginning of the user's first words.
         """
-        messages = [{"role": role, "content": text} for turn in turns for role, text in zip(_ROLES, turn, strict=True)]
-        messages.append({"role": "user", "content": question})
-        if system is None:
-            return _render(self.tokenizer, messages)
+        said = [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+        said.append(("user", question))
         try:
-            return _render(self.tokenizer, [{"role": "system", "content": system}, *messages])
+            return self._render([("system", system), *said] if system else said)
         except TemplateError:
-            first = {"role": "user", "content": f"{system}\n\n{messages[0]['content']}"}
-            return _render(self.tokenizer, [first, *messages[1:]])
+            if not system:
+                raise
+            (role, first), *others = said
+            return self._render([(role, f"{system}\n\n{first}"), *others])
 
+    @cached_property
+    def end(self) -> str:
+        """What the template writes after an answer, such as "<|im_end|>"."""
+        answered = self._render([("user", "Hello"), ("assistant", "Patchkit")], answer=False)
+        return answered.rpartition("Patchkit")[2].rstrip("\n")
 
-_ROLES = ("user", "assistant")
+    def _render(self, said: Sequence[tuple[str, str]], answer: bool = True) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            [{"role": role, "content": content} for role, content in said],
+            tokenize=False,
+            add_generation_prompt=answer,
+            enable_thinking=False,  # answers are wanted, not the thoughts before them; most templates ignore it
+        )
+        return text
 
 
 def chat_template(tokenizer: Any) -> ChatTemplate | None:
     """The tokenizer's chat template; None where it has none."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    question, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Patchkit"}
-    whole: str = tokenizer.apply_chat_template([question, answer], tokenize=False)
-    return ChatTemplate(tokenizer, whole.rpartition("Patchkit")[2].rstrip("\n"))
-
-
-def _render(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
-    text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    return text
+    return ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) else None
