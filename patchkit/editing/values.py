@@ -44,7 +44,7 @@ class ValueConfig(BaseModel):
     decay: float = Field(0.01, ge=0, description="weight of the squared relative length of the delta")
     kl_weight: float = Field(0.0625, ge=0, description='weight of the drift on "{subject} is a"')
     stop_loss: float = Field(0.1, ge=0, description="a fact is done when its target's mean token loss is below this")
-    keep_weight: float = Field(3.0, ge=0, description="weight of the drift on neutral texts about the subject")
+    keep_weight: float = Field(1.5, ge=0, description="weight of the drift on neutral texts about the subject")
     leak_weight: float = Field(
         9.0,
         ge=0,
