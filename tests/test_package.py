@@ -19,7 +19,20 @@ from patchkit.editing.recipe import load_recipe, recipes_folder
 PACKAGE = Path(patchkit.__file__).parent
 # A folder may import those above it, and a module those of its own folder: imports run downwards only.
 FLOW = (
-    *("errors", "words", "io", "maths", "model", "facts", "methods", "statistics", "editing", "evaluate", "patch"),
+    *(
+        "errors",
+        "version",
+        "words",
+        "io",
+        "maths",
+        "model",
+        "facts",
+        "methods",
+        "statistics",
+        "editing",
+        "evaluate",
+        "patch",
+    ),
     *("runs", "export", "api", "bench", "cli", "__main__"),
 )
 

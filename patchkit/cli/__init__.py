@@ -10,6 +10,7 @@ from typing import NoReturn
 import click
 
 from patchkit.errors import InputError, PatchkitError
+from patchkit.version import DISTRIBUTION
 
 _COMMANDS = {
     "apply": "Write facts into a model, as a patch.",
@@ -49,7 +50,7 @@ class _Commands(click.Group):
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="patchkit")
+@click.version_option(package_name=DISTRIBUTION)
 @click.option("--debug", is_flag=True, expose_value=False, help="Show where an unforeseen error happened.")
 def cli() -> None:
     """Patch facts into open-weight language models: small, revertible weight edits with provenance."""

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -29,6 +28,7 @@ from patchkit.io.checkpoint import (
     visible_files,
 )
 from patchkit.patch.patch import Patch
+from patchkit.version import patchkit_version
 
 Say = Callable[[str], None]
 _COPIERS = 1  # beside the thread that rounds; more of them got in its way on two cores
@@ -158,7 +158,7 @@ def _record(
         forced=force,
         parents=tuple(patch.manifest for patch in patches),
         tensors=tensors,
-        patchkit=version("patchkit"),
+        patchkit=patchkit_version(),
     )
 
 

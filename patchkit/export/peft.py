@@ -13,7 +13,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +34,7 @@ from patchkit.model.weights import find_module, find_weight, is_transposed, orie
 from patchkit.patch.card import Card
 from patchkit.patch.manifest import Manifest
 from patchkit.patch.patch import Patch
+from patchkit.version import patchkit_version
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be."""
@@ -124,7 +124,7 @@ def export_peft(
         weights=tuple(weights),
         zero_layers=tuple(zeros),
         parents=(patch.manifest,),
-        patchkit=version("patchkit"),
+        patchkit=patchkit_version(),
     )
     transposed = any(is_transposed(tree.get_submodule(module)) for module in factors)
     config = _lora_config(patch.manifest, exported, transposed, base)

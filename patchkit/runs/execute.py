@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from patchkit.patch.resolve import Sites, assemble, state_of, with_run
 from patchkit.runs.prepare import Prepared
 from patchkit.runs.workspace import Workspace
 from patchkit.statistics.corpus import PACKAGE_TEXT, Corpus
+from patchkit.version import patchkit_version
 
 SMALL_TEXT = "statistics: from the small English text that comes with patchkit; --text FILE with more text is better"
 
@@ -202,7 +202,7 @@ def _stamp(workspace: Workspace) -> dict[str, Any]:
     return {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {
-            "patchkit": version("patchkit"),
+            "patchkit": patchkit_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
