@@ -68,6 +68,13 @@ def test_imports_run_one_way(file: Path) -> None:
             assert FLOW.index(part_of(name)) <= FLOW.index(own), f"{own} imports {name}, which comes after it"
 
 
+def test_the_architecture_page_has_the_folders_in_their_order() -> None:
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = [line.split("`")[1].rstrip("/") for line in page.splitlines() if line.startswith("| `")]
+    assert rows[0] == "patchkit"
+    assert tuple(rows[1:]) == FLOW
+
+
 MATHS = [*(PACKAGE / "maths" / f"{name}.py" for name in ("linalg", "rotations", "updates"))]
 MATHS += sorted((PACKAGE / "methods").glob("*.py"))
 
