@@ -10,7 +10,7 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/ready
-	$(BIN)/patchkit apply examples/facts.jsonl --method alphaedit --out out/demo-patch
+	$(BIN)/patchkit apply examples/facts.jsonl --method alphaedit --out out/demo-patch --force
 
 test: .venv/ready
 	$(BIN)/ruff check .

@@ -115,8 +115,9 @@ def test_options_reach_the_manifest(run: Command, model: Path) -> None:
 
 def test_another_seed_makes_other_contexts(run: Command, model: Path) -> None:
     written = {}
+    out = ("--out", "p", "--force")
     for seed in ("0", "0", "1"):
-        run("apply", "facts.jsonl", "--model", model, "--set", "steps=1", "--layers", "1", "--seed", seed, "--out", "p")
+        run("apply", "facts.jsonl", "--model", model, "--set", "steps=1", "--layers", "1", "--seed", seed, *out)
         contexts = json.loads(Path("p/manifest.json").read_text())["history"][0]["contexts"]
         assert written.setdefault(seed, contexts) == contexts
     assert written["0"] != written["1"]
@@ -159,10 +160,22 @@ def test_skip_bad_lists_what_it_left_out_beside_the_patch(run: Command, model: P
     assert [fact["id"] for fact in json.loads(Path("p/manifest.json").read_text())["facts"]] == ["rome"]
 
 
-def test_a_patch_is_replaced_whole(run: Command, model: Path, patch: Path) -> None:
+def test_a_patch_is_replaced_only_by_force_and_then_whole(run: Command, model: Path, patch: Path) -> None:
     (patch / "rejected.jsonl").write_text("old")
     write_facts("facts.jsonl", ADA)
-    assert run("apply", "facts.jsonl", "--model", model, *QUICK, "--quick", "--out", patch).status == 0
+    (patch / ".git").mkdir()
+    (patch / ".git" / "HEAD").write_text("ref: main")
+    there = tree(patch)
+    wanted = ("apply", "facts.jsonl", "--model", model, *QUICK, "--quick", "--out", patch)
+    refused = run(*wanted)
+    assert refused.status == 2
+    assert refused.err == (
+        f"error: --out {patch}: there is a patch already; go on from it with `apply --onto {patch}`, choose another "
+        "folder, or replace it and its history with --force\n"
+    )
+    assert tree(patch) == there
+    assert run(*wanted, "--force").status == 0
+    assert (patch / ".git" / "HEAD").read_text() == "ref: main"
     assert not (patch / "rejected.jsonl").exists()
     assert len(json.loads((patch / "manifest.json").read_text())["facts"]) == 1
     assert [file.name for file in Path.cwd().iterdir() if file.name.startswith(".")] == []
@@ -194,7 +207,7 @@ def test_apply_merges_when_the_gates_hold(run: Command, model: Path) -> None:
     assert again.status == 0
     assert Path("m/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()
     assert Path("m/model.safetensors").read_bytes() != (model / "model.safetensors").read_bytes()
-    result = run(*wanted, "--merge", "j", "--json").json()
+    result = run(*wanted, "--force", "--merge", "j", "--json").json()
     assert result["merged"]["folder"] == "j"
     lost = [fact["id"] for fact in result["per_fact"] if not fact["asked"]["holds"]]
     assert result["merged"]["facts"] == {"asked": 2, "hold": 2 - len(lost), "lost": lost}
@@ -221,7 +234,7 @@ def test_apply_merges_nothing_when_a_gate_fails(run: Command, model: Path, json_
 def test_gates_hold_for_apply_alone(run: Command, model: Path) -> None:
     quick = ("apply", "facts.jsonl", "--model", model, *QUICK, "--quick", "--out", "p")
     assert run(*quick).status == 0
-    ended = run(*quick, "--min-efficacy", 1)
+    ended = run(*quick, "--force", "--min-efficacy", 1)
     assert ended.status == 1
     assert ended.err.endswith("asked for at least 1; the patch is kept: p\n")
 
@@ -336,6 +349,10 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "empty text": (("facts.jsonl", "--text", "empty.txt"), "text empty.txt: no text in it"),
     "text in another encoding": (("facts.jsonl", "--text", "binary.txt"), "text binary.txt: cannot be read"),
     "out is another folder": (("facts.jsonl", "--out", "full"), "--out full: it exists and is not a patch"),
+    "out is another folder, by force": (
+        ("facts.jsonl", "--out", "full", "--force"),
+        "full: it exists and is not a patch",
+    ),
     "out is a file": (("facts.jsonl", "--out", "facts.jsonl"), "--out facts.jsonl: it exists and is not a patch"),
     "out below a file": (("facts.jsonl", "--out", "facts.jsonl/p"), "facts.jsonl cannot be written to"),
     "statistics are a file": (("facts.jsonl", "--stats", "empty.txt"), "Not a directory: 'empty.txt"),

@@ -162,7 +162,11 @@ def test_command_says_what_a_server_needs(checkpoint, tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert "--max-lora-rank 1" in result.output
     assert "model.layers.1.mlp.down_proj.weight: rank 1, off by 0." in result.output
+    (tmp_path / "out" / ".git").mkdir()
+    for mine in (".git/HEAD", "notes.md"):
+        (tmp_path / "out" / mine).write_text("mine")
     printed = CliRunner().invoke(cli, [*arguments, "--json"], catch_exceptions=False)
+    assert (tmp_path / "out" / ".git" / "HEAD").read_text() == (tmp_path / "out" / "notes.md").read_text() == "mine"
     assert json.loads(printed.output)["max_lora_rank"] == 1
     card = (tmp_path / "out" / "README.md").read_text()
     assert "library_name: peft" in card

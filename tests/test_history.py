@@ -445,6 +445,9 @@ def test_a_patch_is_continued_reverted_and_told_about(run: Command, checkpoint: 
     settings = [part for setting in QUICK for part in ("--set", setting)]
     assert run("apply", "one.jsonl", "--model", checkpoint, *settings, "--out", "p").status == 0
     assert run("apply", "one.jsonl", "--model", checkpoint, *settings, "--out", "old").status == 0
+    for mine in (Path("p/.git/HEAD"), Path("p/notes.md")):
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
     continued = run("apply", "two.jsonl", "--onto", "p", "--json")  # without --model: the patch's base
     assert continued.status == 0, continued.err
     result = json.loads(continued.out)
@@ -459,7 +462,13 @@ def test_a_patch_is_continued_reverted_and_told_about(run: Command, checkpoint: 
     assert "- rome-2  the city of Rome -> Polish" in reverted.out
     assert "not brought back: rome;" in reverted.err
     assert len(Patch.load("p").manifest.facts) == 3
+    for other in (("revert", "p", "--fact", "rome-2"), ("apply", "two.jsonl", "--onto", "old")):
+        refused = run(*other, "--out", "q")
+        assert refused.status == 2
+        assert refused.err.startswith("error: --out q: there is a patch already; go on from it with")
     assert Patch.load("q").manifest.history[-1].metrics is not None
+
+    assert Path("p/.git/HEAD").read_text() == Path("p/notes.md").read_text() == "mine"
 
     log = run("log", "q").out
     lines = [line.strip() for line in log.splitlines() if line.strip().startswith(("+", "-", "~", "run"))]
@@ -504,8 +513,12 @@ def test_facts_in_one_batch_that_share_a_subject_are_named(run: Command, checkpo
 
 def test_a_patch_is_emptied_in_its_place_and_verified(run: Command, checkpoint: Path) -> None:
     assert run("apply", "one.jsonl", "--model", checkpoint, "--set", "steps=2", "--out", "p").status == 0
+    Path("p/.git").mkdir()
+    for mine in ("p/.git/HEAD", "p/notes.md"):
+        Path(mine).write_text("mine")
     emptied = run("revert", "p", "--since", "2020-01-01", "--json")
     assert emptied.status == 0, emptied.err
+    assert Path("p/.git/HEAD").read_text() == Path("p/notes.md").read_text() == "mine"
     assert json.loads(emptied.out)["reverted"] == ["rome", "ada"]
     verified = run("verify", "p", "--json")
     assert verified.status == 0, verified.err

@@ -321,7 +321,7 @@ def test_apply_pushes_when_the_gates_hold(
     assert ended.exit_code == 0, ended.output
     assert ended.output.index("checkpoint: m") < ended.output.index(f"pushed: {hub.url}/{NAME}/commit/")
     assert Patch.load(NAME).manifest == Patch.load("facts-patch").manifest
-    ended = applied(base, "--min-efficacy", "0", "--json")
+    ended = applied(base, "--min-efficacy", "0", "--force", "--json")
     assert json.loads(ended.stdout)["pushed"]["commit"] == hub.repos[NAME].branches["main"]
 
 

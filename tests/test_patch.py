@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -189,6 +194,108 @@ def test_a_failed_save_keeps_the_old_patch(make: Make, tmp_path: Path, monkeypat
         patch.with_metrics(METRICS).save(tmp_path / "p")
     assert Patch.load(tmp_path / "p").manifest == patch.manifest
     assert [file.name for file in tmp_path.iterdir()] == ["p"]
+
+
+NOT_PATCHKITS = {".git/HEAD": "ref: main", "notes.md": "why", "plots/a.txt": "a", ".hidden": "b"}
+
+
+def add_other_files(folder: Path) -> None:
+    for name, text in NOT_PATCHKITS.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def other_files(folder: Path) -> dict[str, str]:
+    own = {"patch.safetensors", "state.safetensors", "manifest.json", "README.md"}
+    files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    return {name: file.read_text() for name, file in files.items() if name not in own}
+
+
+def test_saving_leaves_files_that_are_not_patchkits(make: Make, tmp_path: Path) -> None:
+    patch, real = make(zoo.FAMILIES["llama"]()), tmp_path / "real"
+    patch.save(real)
+    add_other_files(real)
+    (real / "rejected.jsonl").write_text("of the earlier run")
+    (tmp_path / "link").symlink_to(real)
+    replace(patch.with_metrics(METRICS), state={}).save(tmp_path / "link")
+    assert Patch.load(real).manifest.history[-1].metrics == METRICS
+    assert not (real / "state.safetensors").exists()
+    assert other_files(real) == NOT_PATCHKITS
+    assert (tmp_path / "link").is_symlink()
+    (real / "README.md").unlink()
+    (real / "README.md").mkdir()
+    with pytest.raises(InputError, match=r"README.md: a folder, where a file is to be written; move it away"):
+        patch.save(real)
+    assert Patch.load(real).manifest.history[-1].metrics == METRICS
+
+
+def save_killed(patch: Patch, folder: Path, event: int) -> bool:
+    """Save in a process that is killed before its `event`-th step on the file system; whether it came that far."""
+    steps = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"}
+    child = os.fork()
+    if child == 0:
+        seen = iter(range(event))
+
+        def step(name: str, _: object) -> None:
+            if name in steps and next(seen, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(step)
+        try:
+            patch.save(folder)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert status in (0, signal.SIGKILL)
+    return status != 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_save_killed_at_any_step_leaves_the_old_patch_or_the_new_one(make: Make, tmp_path: Path) -> None:
+    old, new = make(zoo.FAMILIES["llama"](), 2), make(zoo.FAMILIES["llama"](), 3)
+    folder, template = tmp_path / "work" / "p", tmp_path / "template"
+    old.save(template)
+    add_other_files(template)
+    found, event = [], 0
+    while True:
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        shutil.copytree(template, folder)
+        if not save_killed(new, folder, event):
+            break
+        loaded = Patch.load(folder)
+        expected = new if loaded.manifest == new.manifest else old
+        assert loaded.manifest == expected.manifest
+        assert loaded.state.keys() == expected.state.keys()
+        assert all(torch.equal(loaded.state[name], expected.state[name]) for name in expected.state)
+        found.append(expected is new)
+        new.save(folder)
+        assert Patch.load(folder).manifest == new.manifest
+        assert other_files(folder) == NOT_PATCHKITS
+        assert [file.name for file in folder.parent.iterdir()] == ["p"]
+        event += 1
+    assert found == sorted(found)  # old before some step, new after it
+    assert len(found) > 20
+    assert {False, True} == set(found)
+
+
+def test_a_write_that_was_cut_off_is_refused_where_it_cannot_be_finished(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patch, folder = make(zoo.FAMILIES["llama"]()), tmp_path / "p"
+    patch.save(folder)
+
+    def fail(*args: object) -> None:
+        raise OSError("read-only")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(InputError, match="writing it was cut off, and cannot be finished: read-only"):
+        patch.with_metrics(METRICS).save(folder)
+    with pytest.raises(InputError, match="run this where it can be written to"):
+        Patch.load(folder)
+    monkeypatch.undo()
+    assert Patch.load(folder).manifest.history[-1].metrics == METRICS
 
 
 @pytest.mark.parametrize("lost", ["left", "right"])

@@ -11,6 +11,7 @@ import click
 from patchkit.cli.common import (
     GatedCommand,
     choice,
+    force_option,
     model_options,
     note,
     own_folder,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 @click.option("--skip-bad", is_flag=True, help="Leave out bad facts, list them in rejected.jsonl beside the patch.")
 @quick_option
 @click.option("--out", metavar="DIR", help="The patch's folder [default: that of --onto, else <name of FACTS>-patch].")
+@force_option
 @click.option("--merge", "merged", metavar="DIR", help="If the gates hold: write the base with the patch merged, too.")
 @click.option("--push", "repo", metavar="REPO", help="If the gates hold: publish the patch as REPO (user/name), too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
@@ -76,6 +78,7 @@ def command(
     skip_bad: bool,
     quick: bool,
     out: str | None,
+    force: bool,
     merged: str | None,
     repo: str | None,
     gates: Gates,
@@ -91,9 +94,8 @@ def command(
     """
     from patchkit.cli.jobs import apply_file
 
-    overrides = (*overrides, *_settings(layers=layers, batch_size=batch_size, seed=seed))
     source, folder = _source(facts, typed), _folder(out, onto, facts)
-    refuse_place(folder)
+    refuse_place(folder, onto, force)
     gates = gates.within(Gates.published()) if merged or repo else gates
     refuse_quick(quick, gates)
     after = _After(merged, repo, gates, stats, as_json)
@@ -106,7 +108,7 @@ def command(
             onto=onto,
             method=method,
             recipe=recipe,
-            overrides=overrides,
+            overrides=(*overrides, *_settings(layers=layers, batch_size=batch_size, seed=seed)),
             text=text,
             stats=stats,
             zsre_target=zsre_target,

@@ -16,6 +16,7 @@ from patchkit.errors import InputError
 from patchkit.evaluate.gates import Gates
 from patchkit.evaluate.metric import Gate, Metric
 from patchkit.evaluate.metrics import gated
+from patchkit.io.files import is_folder_with, is_free
 
 if TYPE_CHECKING:
     from patchkit.model.loading import ModelChoice
@@ -136,9 +137,21 @@ def own_folder(patch: str) -> Path:
     return Path(patch) if Path(patch).exists() else Path(PurePath(patch.partition("@")[0]).name)
 
 
-def refuse_place(folder: Path) -> None:
-    """Raises InputError where a patch could not be written, or would replace something that is not one."""
-    if folder.exists() and not (folder / "manifest.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+force_option = click.option("--force", is_flag=True, help="Replace another patch in --out, with its history.")
+
+
+def refuse_place(folder: Path, continued: str | None, force: bool) -> None:
+    """Raises InputError where a patch cannot be written, or would replace anything but the patch that it continues.
+
+    With `force` it may replace any patch, and still nothing that is not one.
+    """
+    if is_folder_with(folder, "manifest.json"):
+        if not force and not (continued and Path(continued).resolve() == folder.resolve()):
+            raise InputError(
+                f"--out {folder}: there is a patch already; go on from it with `apply --onto {folder}`, choose another "
+                "folder, or replace it and its history with --force"
+            )
+    elif not is_free(folder):
         raise InputError(f"--out {folder}: it exists and is not a patch; choose another folder")
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):

@@ -26,7 +26,7 @@ from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import LoadedModel, ModelChoice, load_config, load_model, load_tokenizer
 from patchkit.patch.history import Incoming, choose_facts
-from patchkit.patch.patch import Patch
+from patchkit.patch.patch import OWN_FILES, Patch
 from patchkit.runs.execute import SMALL_TEXT, run, take_out
 from patchkit.runs.prepare import Prepared, prepare
 from patchkit.runs.workspace import Workspace
@@ -48,8 +48,8 @@ class Applied:
 
     @property
     def size(self) -> int:
-        """Bytes of all files in the folder."""
-        return sum(file.stat().st_size for file in self.folder.iterdir())
+        """Bytes of the patch's files."""
+        return sum(file.stat().st_size for name in OWN_FILES if (file := self.folder / name).is_file())
 
     def as_json(self, more: Mapping[str, Any]) -> str:
         """One JSON object for machines, with what else was made of the patch."""

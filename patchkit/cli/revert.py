@@ -6,7 +6,16 @@ from pathlib import Path
 
 import click
 
-from patchkit.cli.common import choice, model_options, note, own_folder, progress_bars, refuse_place, stdout
+from patchkit.cli.common import (
+    choice,
+    force_option,
+    model_options,
+    note,
+    own_folder,
+    progress_bars,
+    refuse_place,
+    stdout,
+)
 from patchkit.words import counted
 
 
@@ -22,6 +31,7 @@ from patchkit.words import counted
 @click.option("--stats", type=click.Path(), help="Folder of statistics, instead of the cache.")
 @click.option("--measure", "measured", is_flag=True, help="Measure what remains, which runs the model.")
 @click.option("--out", metavar="DIR", help="Write the result here [default: PATCH itself].")
+@force_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     patch: str,
@@ -35,6 +45,7 @@ def command(
     stats: str | None,
     measured: bool,
     out: str | None,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Take facts out of PATCH: those named, and those added since a date or by the last runs.
@@ -46,7 +57,7 @@ def command(
     from patchkit.cli.tables import metrics_table, run_text
 
     folder = Path(out) if out else own_folder(patch)
-    refuse_place(folder)
+    refuse_place(folder, patch, force)
     with progress_bars() as progress:
         done = revert_patch(
             patch,

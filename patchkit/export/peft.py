@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from patchkit.errors import InputError
 from patchkit.export.record import MANIFEST
 from patchkit.io.checkpoint import find_checkpoint, stored_tensors
-from patchkit.io.files import write_folder
+from patchkit.io.files import is_folder_with, is_free, write_folder
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import delta_of
 from patchkit.model.loading import DTYPES
@@ -38,6 +38,7 @@ from patchkit.version import patchkit_version
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be."""
+_OWN_FILES = ("adapter_model.safetensors", "README.md", MANIFEST, "adapter_config.json")
 
 
 class _Record(BaseModel):
@@ -93,6 +94,8 @@ def export_peft(
 ) -> Exported:
     """Write `patch` as a LoRA adapter to the folder `out`; exact up to rounding unless `rank` cuts it.
 
+    An adapter that is there is replaced; other files in the folder stay.
+
     Args:
         base: folder or Hub name of the base, of which only config.json is read; by default the one the patch names.
         rank: at most this rank, by the best approximation there is of each update.
@@ -105,8 +108,7 @@ def export_peft(
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: choose one of: {', '.join(DTYPES)}")
     folder = Path(out)
-    inside = [folder] if folder.is_file() else list(folder.glob("*"))
-    if inside and not (folder / "adapter_config.json").is_file():
+    if not is_free(folder) and not is_folder_with(folder, "adapter_config.json"):
         raise InputError(f"--out {folder}: it exists and is not an adapter; choose another folder")
     name, commit = _base_of(patch.manifest, base)
     tree = skeleton(name, commit)  # says what PEFT calls the modules, which the checkpoint's names may not
@@ -128,7 +130,8 @@ def export_peft(
     )
     transposed = any(is_transposed(tree.get_submodule(module)) for module in factors)
     config = _lora_config(patch.manifest, exported, transposed, base)
-    write_folder(folder, lambda into: _write(into, exported, config, factors | zeros, folder.name))
+    title = folder.absolute().name
+    write_folder(folder, _OWN_FILES, lambda into: _write(into, exported, config, factors | zeros, title))
     return exported
 
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from patchkit.errors import InputError
 from patchkit.evaluate.report import Outcome
-from patchkit.io.files import write_folder
+from patchkit.io.files import finish_folder, write_folder
 from patchkit.io.hub import patch_folder
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import KINDS, Chain, Update, delta_of, tensors_of
@@ -35,6 +35,10 @@ from patchkit.model.arch import Architecture
 from patchkit.model.weights import Site, find_weight, read_weight, tensor_digest, weight_digest
 from patchkit.patch.card import model_card
 from patchkit.patch.manifest import FORMAT_VERSION, Manifest, UpdateInfo
+
+OWN_FILES = ("patch.safetensors", "state.safetensors", "rejected.jsonl", "README.md", "manifest.json")
+"""What patchkit writes, replaces and removes in a patch's folder. The manifest, which has the digest of the tensors,
+comes last: of a write that was cut off, no mixture is taken for a patch."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,13 @@ class Patch:
         return replace(self, manifest=self.manifest.model_copy(update=noted))
 
     def save(self, folder: str | Path) -> None:
-        """Write the patch's folder, whole or not at all; an earlier patch there is replaced."""
+        """Write the patch's folder, whole or not at all; an earlier patch there is replaced, other files stay.
+
+        After a kill, `load` finds the old patch or the new one, and puts away what was left.
+
+        Raises:
+            InputError: a folder has the name of one of its files.
+        """
         folder = Path(folder)
 
         def write(into: Path) -> None:
@@ -107,9 +117,9 @@ class Patch:
             if self.state:
                 save_file(dict(self.state), into / "state.safetensors", {"format": "pt"})
             (into / "manifest.json").write_text(self.manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-            (into / "README.md").write_text(model_card(self.manifest, folder.name), encoding="utf-8")
+            (into / "README.md").write_text(model_card(self.manifest, folder.absolute().name), encoding="utf-8")
 
-        write_folder(folder, write)
+        write_folder(folder, OWN_FILES, write)
 
     @classmethod
     def load(cls, folder: str | Path) -> Patch:
@@ -146,11 +156,12 @@ def _update(info: UpdateInfo, tensors: Mapping[str, Tensor], folder: Path) -> Up
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """manifest.json of a patch's folder.
+    """manifest.json of a patch's folder, in which a write that was cut off is finished first.
 
     Raises:
         InputError: there is none, it is damaged, or of a newer format.
     """
+    finish_folder(folder, OWN_FILES)
     file = folder / "manifest.json"
     if not file.is_file():
         raise InputError(f"{folder}: not a patch, there is no manifest.json in it")
