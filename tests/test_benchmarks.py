@@ -13,6 +13,7 @@ from tests.benchmarks import (
     earlier_edits,
     generalization,
     gpu,
+    in_use,
     preserving,
     solve,
     text_statistics,
@@ -124,6 +125,19 @@ def test_preserving(files: list[str], monkeypatch: pytest.MonkeyPatch, capsys: p
     assert held[:3] == ["alphaedit", "32", "ridge=1e9"]
     assert held[heading.index("other prompts")] == "1.000"
     assert held[heading.index("perplexity")] == "1.000"
+
+
+def test_in_use(options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = [*options[: options.index("--set")], "--skip", "1", "--raw", "3"]
+    row = "memit:prompts=in-use,steps=2,layers=1-2"
+    monkeypatch.setattr("sys.argv", ["benchmark", *chosen, "--row", row])
+    in_use.main()
+    heading, _, found, *said = capsys.readouterr().out.splitlines()
+    cells = dict(zip(heading.split(" | "), found.split(" | "), strict=True))
+    assert cells["| row"] == f"| {row}"
+    assert 0 <= float(cells["asked"]) <= 1
+    assert 0 <= float(cells["unrelated"]) <= 1
+    assert len([line for line in said if line.startswith("        before: ")]) >= 1
 
 
 def test_generalization(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
