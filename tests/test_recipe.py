@@ -101,3 +101,11 @@ def test_the_digest_tells_settings_apart_and_not_how_they_were_written(tmp_path:
     assert load_recipe("memit", None, ["seed=5"]).digest() != digest
     assert load_recipe("rome", None, ["seed=4"]).digest() != digest
     assert load_recipe("memit", None, ["seed=4", "damping=0.5"]).digest() != digest
+
+
+def test_a_patch_from_before_edits_in_use_goes_on_as_it_began() -> None:
+    earlier = {"method": "memit", "contexts": 3, "value": {"steps": 7}}
+    old, new = load_recipe(None, None, [], earlier), load_recipe(None, None, [], {**earlier, "prompts": "in-use"})
+    assert (old.prompts, old.chat, old.value.steps) == ("contexts", "off", 7)
+    assert new.prompts == "in-use"
+    assert load_recipe("memit").prompts == "auto"

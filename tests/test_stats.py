@@ -367,3 +367,24 @@ def test_a_window_fits_the_positions_of_the_model() -> None:
     assert window_of(FAMILIES["gpt2"](), 512) == 256
     assert window_of(FAMILIES["gpt2"](), 100) == 100
     assert window_of(FAMILIES["gemma3_vision"](), 512) == 256
+
+
+def test_a_chat_model_s_text_is_read_as_conversations_too(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("The city is old. It has a river. People came from far. They built a wall. " * 12)
+    tokenizer = tiny_tokenizer()
+    plain = read_corpus(file, tokenizer, window=32)
+    assert read_corpus(file, tokenizer, window=32, chat=True) == plain  # no template
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    chat = read_corpus(file, tokenizer, window=32, chat=True)
+    assert chat.windows[: len(plain.windows)] == plain.windows
+    assert chat.chats == len(chat.windows) - len(plain.windows) > 0
+    said = tokenizer.decode(chat.windows[-1])
+    assert "user: " in said
+    assert "assistant: " in said
+    assert plain.tokens * 1.3 < chat.tokens < plain.tokens * 2.7
+    assert chat.in_windows(64) == plain.in_windows(64)
+    assert not chat.record.same_reading(plain.record)

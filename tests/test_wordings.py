@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
+import patchkit
 from patchkit.editing.editor import requests_of
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.suffixes import Suffixes
@@ -25,10 +28,11 @@ from patchkit.evaluate import prompts
 from patchkit.facts.chat import chat_template
 from patchkit.facts.requests import EditRequest
 from patchkit.facts.schema import Fact
+from patchkit.maths.updates import delta_of
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.statistics.corpus import SYSTEMS
-from tests.zoo import FAMILIES, tiny_tokenizer
+from tests.zoo import FAMILIES, save, tiny_tokenizer
 
 TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}system: You are Rome.\n{% endif %}"
@@ -198,3 +202,22 @@ def test_keeping_texts_makes_the_target_rarer_in_them() -> None:
         return total
 
     assert leaked(keep_weight=0.0, leak_weight=3000.0) < 0.9 * leaked(keep_weight=0.0, leak_weight=0.0)
+
+
+def test_a_patch_made_in_use_goes_on_and_is_reverted(tmp_path: Path) -> None:
+    tokenizer, model = chatting(), FAMILIES["llama"]()
+    folder = save(model, tokenizer, tmp_path / "model")
+    model = LlamaForCausalLM.from_pretrained(folder)
+    text = tmp_path / "text.txt"
+    text.write_text("The city is old. It has a river. People came from far. They built a wall. " * 20)
+    settings = {"overrides": ["value.steps=3", "layers=1-2"], "text": text, "stats": tmp_path / "stats"}
+    first = patchkit.apply(model, tokenizer, [ROME], "memit", **settings)
+    both = patchkit.apply(model, tokenizer, [ADA], onto=first, **settings)
+    assert [run.recipe["prompts"] for run in both.manifest.history] == ["auto", "auto"]
+    assert both.manifest.history[0].contexts == both.manifest.history[1].contexts
+    assert len(both.manifest.history[0].contexts) == 3
+    back = patchkit.revert(model, tokenizer, both, ["ada"], texts=[text], stats=tmp_path / "stats")
+    changes = [
+        {name: delta_of(chain, lambda: None).dense() for name, chain in p.updates.items()} for p in (first, back)
+    ]
+    assert all(torch.allclose(changes[0][name], changes[1][name], atol=1e-5) for name in changes[0])

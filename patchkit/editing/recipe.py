@@ -88,7 +88,9 @@ def load_recipe(
         InputError: unknown method, recipe or key, or a value of the wrong kind; the message names the key.
     """
     if earlier and recipe is None and method in (None, earlier["method"]):
-        data, where = deepcopy(dict(earlier)), "the patch's own recipe"
+        # A recipe from before these settings was one of contexts in plain text.
+        data = {"prompts": "contexts", "chat": "off", **deepcopy(dict(earlier))}
+        where = "the patch's own recipe"
     else:
         data, where = _read(method, recipe)
     if method is not None:

@@ -123,7 +123,9 @@ def _directions_left(patch: Patch) -> str:
 def _contexts(earlier: Patch, config: EditConfig) -> tuple[str, ...]:
     """The contexts to edit in: those of the last run, or none if the recipe asks for other ones."""
     last = earlier.manifest.history[-1]
-    alike = all(last.recipe.get(key) == getattr(config, key) for key in ("seed", "contexts", "context_length"))
+    alike = all(
+        last.recipe.get(key) == getattr(config, key) for key in ("seed", "prompts", "contexts", "context_length")
+    )
     return last.contexts if alike else ()
 
 

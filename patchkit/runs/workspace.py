@@ -93,7 +93,7 @@ class Workspace:
 
         @cache  # finding statistics takes a digest of the weights below: once for all sites, and for runs alike
         def of_text(text: TextRecord, method: str, layers: tuple[int, ...]) -> LayerStatistics | None:
-            readings = (self.corpus(each, chat) for each in self.texts for chat in (True, False))
+            readings = (self.corpus(each, chat) for each in self.texts for chat in (False, True))
             found = next((corpus for corpus in readings if corpus.record.same_reading(text)), None)
             edited = [site for site in sites.values() if site.layer in layers]
             return None if found is None else self.statistics(methods.get(method), edited, found)
