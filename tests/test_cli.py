@@ -136,7 +136,9 @@ def test_a_fact_may_be_typed(run: Command, model: Path) -> None:
     written = json.loads(Path("facts-patch/manifest.json").read_text())["facts"]
     assert [(fact["prompt"], fact["target_new"]) for fact in written] == [("the city of Rome", "capital")]
     for bad in (("--fact", "Rome | capital"), ("--fact", "a | b | c | d")):
-        assert 'not 3; write it as "prompt | subject | target"' in run("apply", *bad, "--model", model).err
+        assert (
+            'not 3; write it as "prompt | subject | target"' in run("apply", *bad, "--model", model, "--out", "x").err
+        )
     assert "give either FACTS or --fact" in run("apply", "--model", model).err
 
 
