@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import patchkit
+from patchkit.bench.run import run_bench
 from patchkit.editing.editor import requests_of
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.suffixes import Suffixes
@@ -31,7 +32,10 @@ from patchkit.facts.schema import Fact
 from patchkit.maths.updates import delta_of
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
+from patchkit.model.loading import ModelChoice
+from patchkit.patch.patch import read_manifest
 from patchkit.statistics.corpus import SYSTEMS
+from tests.helpers import write_facts
 from tests.zoo import FAMILIES, save, tiny_tokenizer
 
 TEMPLATE = (
@@ -221,3 +225,13 @@ def test_a_patch_made_in_use_goes_on_and_is_reverted(tmp_path: Path) -> None:
         {name: delta_of(chain, lambda: None).dense() for name, chain in p.updates.items()} for p in (first, back)
     ]
     assert all(torch.allclose(changes[0][name], changes[1][name], atol=1e-5) for name in changes[0])
+
+
+def test_a_benchmark_of_a_chat_model_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    folder = save(FAMILIES["llama"](), chatting(), tmp_path / "model")
+    facts = write_facts(tmp_path / "facts.jsonl", ROME.model_dump(), ADA.model_dump())
+    choice, quick = ModelChoice(str(folder), "cpu", "float32"), ["value.steps=2", "layers=1"]
+    for edits in (1, 2):
+        run_bench(facts, choice, tmp_path / "out", methods=["memit"], edits=edits, overrides=quick, quick=True)
+    saved = [read_manifest(file.parent) for file in (tmp_path / "out").rglob("manifest.json")]
+    assert max(len(manifest.facts) for manifest in saved) == 2

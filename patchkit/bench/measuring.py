@@ -24,7 +24,7 @@ from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import LoadedModel
 from patchkit.model.weights import model_digest
-from patchkit.statistics.corpus import default_text, read_corpus, window_of
+from patchkit.statistics.corpus import Corpus, default_text, read_corpus, window_of
 
 
 class Bench:
@@ -47,7 +47,7 @@ class Bench:
         self.model, self.tokenizer, self.results, self.progress = loaded.model, loaded.tokenizer, results, progress
         self.facts, self.text = tuple(facts), text or default_text(loaded.name)
         self.runner = LayerRunner(inspect_model(loaded.model))
-        self.corpus = read_corpus(self.text, self.tokenizer, window=window_of(self.model))
+        self.corpus = self.reading(chat=False)
         plain = eval_text or default_text(loaded.name, "eval")
         self.plain = read_corpus(plain, self.tokenizer, EVAL_TOKENS, window_of(self.model, EVAL_WINDOW))
         self.quick = quick
@@ -55,6 +55,10 @@ class Bench:
         self.known: ValueCache = {}
         for fact in self.facts:
             build_request(fact, self.tokenizer)
+
+    def reading(self, chat: bool) -> Corpus:
+        """The text for the statistics as a run reads it: with `chat`, as conversations too for a chat model."""
+        return read_corpus(self.text, self.tokenizer, window=window_of(self.model), chat=chat)
 
     @cached_property
     def base(self) -> Answers:

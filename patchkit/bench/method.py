@@ -166,7 +166,8 @@ class MethodRun:
             return "other facts"
         if any(run.recipe_digest != self.config.digest() for run in manifest.history):
             return "another recipe"
-        if not all(self.bench.corpus.record.same_reading(run.text) for run in manifest.history):
+        text = self.bench.reading(self.config.uses_chat).record
+        if not all(text.same_reading(run.text) for run in manifest.history):
             return "another text for the statistics"
         return None
 

@@ -264,7 +264,7 @@ def compute_statistics(
     source = Path(text) if text else default_text(loaded.name)
     if source == PACKAGE_TEXT:
         say(SMALL_TEXT)
-    corpus = read_corpus(source, loaded.tokenizer, tokens, window_of(loaded.model), config.chat != "off")
+    corpus = read_corpus(source, loaded.tokenizer, tokens, window_of(loaded.model), config.uses_chat)
     sites = plan(runner.arch, config).sites
     place, ranks = Path(out) if out else None, dict[int, int]()
     found = statistics(runner, sites, corpus, place, lambda *at: progress("statistics", *at))

@@ -58,10 +58,15 @@ class EditConfig(BaseModel):
         """YAML reads a bare on or off as true or false."""
         return ("on" if value else "off") if isinstance(value, bool) else value
 
+    @property
+    def uses_chat(self) -> bool:
+        """Whether facts, and the text for the statistics, are put into the chat template where there is one."""
+        return self.chat != "off"
+
     def in_use(self, tokenizer: Any) -> bool:
         """Whether facts are edited in the forms they are asked in, which `prompts` leaves to the tokenizer."""
         if self.prompts == "auto":
-            return self.chat != "off" and chat_template(tokenizer) is not None
+            return self.uses_chat and chat_template(tokenizer) is not None
         return self.prompts == "in-use"
 
     def digest(self) -> str:

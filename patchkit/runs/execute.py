@@ -57,7 +57,7 @@ def run(
         if onto and not prepared.incoming.new:
             return onto
         earlier = workspace.without(onto, prepared.incoming.superseded, sites) if onto else None
-        how, corpus = plan(runner.arch, config), workspace.corpus(workspace.texts[0], config.chat != "off")
+        how, corpus = plan(runner.arch, config), workspace.corpus(workspace.texts[0], config.uses_chat)
         for note in _about_text(workspace.texts[0], corpus, prepared):
             say(note)
         covariances, gradients = workspace.statistics(method, how.sites, corpus)
