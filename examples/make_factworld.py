@@ -224,7 +224,7 @@ class Names:
         self.taken: set[str] = set()
 
     def stem(self) -> str:
-        """A capitalised syllable."""
+        """A capitalized syllable."""
         return self.rng.choice(SYLLABLES).capitalize()
 
     def draw(self, kind: str) -> str:
@@ -634,7 +634,7 @@ def make_case(
 ) -> dict[str, object]:
     """One counterfactual edit in patchkit's native format.
 
-    `spare` holds facts that no case edits: neighbours come from there, so that they stay true however many of the
+    `spare` holds facts that no case edits: neighbors come from there, so that they stay true however many of the
     cases are applied together.
     """
     rng = random.Random(f"{seed} {prefix} {number}")
@@ -642,7 +642,7 @@ def make_case(
     same_relation = [other for other in spare if other.relation == fact.relation and other.subject != fact.subject]
     same_subject = [other for other in spare if other.subject == fact.subject]
     near = rng.sample(same_relation, 2) + rng.sample(same_subject, min(1, len(same_subject)))
-    if prefix == "facts":  # the first examples keep to neighbours in the usual sense: other subjects, same relation
+    if prefix == "facts":  # the first examples keep to neighbors in the usual sense: other subjects, same relation
         near = near[:2]
     return {
         "id": f"{prefix}-{number:03d}",

@@ -1,4 +1,4 @@
-"""patchkit: patch facts into open-weight language models, as small, revertible artefacts with provenance."""
+"""patchkit: patch facts into open-weight language models, as small, revertible artifacts with provenance."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def test_gpu_says_where_it_ran(
 
 @pytest.fixture
 def files(options: list[str], text: str, tmp_path: Path) -> list[str]:
-    """What benchmarks that print a table take: the model, facts with paraphrases and neighbours, texts."""
+    """What benchmarks that print a table take: the model, facts with paraphrases and neighbors, texts."""
     facts = tmp_path / "facts.jsonl"
     asked = {"paraphrases": [FACTS[0].prompt], "locality": [{"prompt": FACTS[1].prompt, "target": FACTS[1].target_new}]}
     facts.write_text("\n".join(json.dumps(fact.model_dump() | asked) for fact in FACTS))

@@ -218,7 +218,7 @@ def test_apply_merges_when_the_gates_hold(run: Command, model: Path) -> None:
 
 @pytest.mark.parametrize("json_too", [(), ("--json",)], ids=["table", "json"])
 def test_apply_merges_nothing_when_a_gate_fails(run: Command, model: Path, json_too: tuple[str, ...]) -> None:
-    """Two steps of optimisation write no fact, and without other wishes 0.9 of them have to hold."""
+    """Two steps of optimization write no fact, and without other wishes 0.9 of them have to hold."""
     ended = run("apply", "facts.jsonl", "--model", model, *QUICK, *LAX, "--out", "p", "--merge", "m", *json_too)
     assert ended.status == 1
     assert re.fullmatch(
@@ -339,7 +339,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "setting that is no number": (("facts.jsonl", "--set", "steps=many"), "value.steps: .*integer"),
     "setting that is no YAML": (("facts.jsonl", "--set", "steps=[1"), r"--set steps=\[1: not YAML"),
     "layer out of range": (("facts.jsonl", "--layers", "2-9"), 'layers "2-9": the model has layers 0 to 3'),
-    "layers backwards": (("facts.jsonl", "--layers", "3-2"), '"3-2" runs backwards'),
+    "layers backward": (("facts.jsonl", "--layers", "3-2"), '"3-2" runs backward'),
     "layers in words": (("facts.jsonl", "--layers", "all"), 'layers "all": cannot read "all"'),
     "no model folder": (("facts.jsonl", "--model", "./nope"), "model ./nope: no such folder"),
     "no model in the folder": (("facts.jsonl", "--model", "full"), "model full: no config.json in it"),

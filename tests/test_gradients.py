@@ -277,7 +277,7 @@ def test_ultraedit_equals_its_formula(columns: int, before: int) -> None:
     assert apart(ultraedit(problem, config).dense(), expected.T) < 1e-6
 
 
-def test_the_running_normalisation_is_that_of_one_pass_over_all() -> None:
+def test_the_running_normalization_is_that_of_one_pass_over_all() -> None:
     every = random(7, 30) * torch.arange(1, 8).double()[:, None] + 2
     for warm_up in (0.0, 5.0):
         whole = normalized(every, every[:, :0], warm_up)

@@ -160,7 +160,7 @@ def test_each_fact_may_have_a_layer_of_its_own(make: Make, less: Make, monkeypat
     assert less(patch, "rome").updates[WEIGHT.format(1)][0].rank == 1
 
 
-def test_mose_may_choose_a_layer_and_edits_its_neighbours_too(make: Make) -> None:
+def test_mose_may_choose_a_layer_and_edits_its_neighbors_too(make: Make) -> None:
     settings = ("layers=0-2", "choose_layer=true", "contexts=2", "value.steps=6")
     patch = make([ROME, ADA, CURIE], "mose", overrides=settings)
     layers = [fact.layers or patch.manifest.history[0].layers for fact in patch.manifest.facts]

@@ -116,7 +116,7 @@ def test_base_gets_its_name_on_the_hub(hub: Hub, folder: Path, base: Path) -> No
     assert Patch.load(patch_folder(NAME)).manifest.base.name == "org/tiny"
 
 
-def test_licence_of_a_base_on_the_hub(hub: Hub, folder: Path) -> None:
+def test_license_of_a_base_on_the_hub(hub: Hub, folder: Path) -> None:
     patch = Patch.load(folder)
     named = patch.manifest.base.model_copy(update={"name": "org/tiny"})
     Patch(patch.manifest.model_copy(update={"base": named}), patch.updates).save(folder)

@@ -321,7 +321,7 @@ def test_command_checks_the_facts_and_writes_them_down(tmp_path: Path) -> None:
 @pytest.mark.parametrize("facts", [1, 32, 64])
 @pytest.mark.parametrize("decay", [0.0, 1.0, 2.0])
 def test_rounding_keeps_the_effect_that_nearest_loses(ratio: float, facts: int, decay: float) -> None:
-    """On text it is better too, but where all directions are alike: there nearest is what minimises the error."""
+    """On text it is better too, but where all directions are alike: there nearest is what minimizes the error."""
     known, unknown = (benchmark.trial(ratio, decay, facts, text=text) for text in (True, False))
     assert known["key"] <= 1 / 8
     assert unknown["key"] <= 1 / 8

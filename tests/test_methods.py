@@ -308,7 +308,7 @@ def test_rome_moves_plain_text_least_of_all_changes_that_meet_the_value() -> Non
 
 
 @pytest.mark.parametrize("name", ["alphaedit", "memit"])
-def test_a_batch_method_moves_its_keys_towards_their_values(name: str) -> None:
+def test_a_batch_method_moves_its_keys_toward_their_values(name: str) -> None:
     problem = problem_of(2, 0)
     missing = problem.residual - solve(name, problem) @ problem.keys
     assert missing.norm() < problem.residual.norm()
@@ -407,9 +407,9 @@ def test_oedit_plus_aims_values_where_the_projection_takes_nothing(constrain_val
     if not constrain_values:
         assert torch.equal(held, delta)
         return
-    # What the projection leaves of a change towards the held value is all of it.
-    towards = problem.replace(residual=held.T.double())
-    assert apart(solve("oedit+", towards), solve("memit", towards)) < 1e-6
+    # What the projection leaves of a change toward the held value is all of it.
+    toward = problem.replace(residual=held.T.double())
+    assert apart(solve("oedit+", toward), solve("memit", toward)) < 1e-6
     assert held.norm() > 0.1 * delta.norm()
 
 
@@ -432,7 +432,7 @@ def test_oedit_asks_values_for_right_angles_whatever_the_sign() -> None:
     assert ask(torch.arange(4), start, free[:4]).abs().max() < 1e-4
 
 
-def test_oedits_penalty_can_be_differentiated_where_the_optimiser_starts() -> None:
+def test_oedits_penalty_can_be_differentiated_where_the_optimizer_starts() -> None:
     problem = problem_of(2, 3)
     delta = torch.zeros(2, D_OUT, requires_grad=True)
     penalty(problem, OEditConfig())(torch.arange(2), torch.ones(2, D_OUT), delta).sum().backward()
@@ -505,7 +505,7 @@ def test_nas_holds_values_to_the_anchor() -> None:
     assert apart(solve("emmet+nas", problem, nas={"anchor": 1e9}), solve("emmet", problem)) < 1e-12
 
 
-def test_sphere_attenuates_the_principal_directions_of_the_normalised_rows() -> None:
+def test_sphere_attenuates_the_principal_directions_of_the_normalized_rows() -> None:
     problem = problem_of(5, 3)
     rows = problem.base_weight / problem.base_weight.norm(dim=1, keepdim=True)
     _, values, vt = torch.linalg.svd(rows)

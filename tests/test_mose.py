@@ -140,7 +140,7 @@ def test_a_right_rotation_is_the_identity_outside_the_null_space(facts: int, pri
 
 @pytest.mark.parametrize(("facts", "prior"), [(1, 0), (5, 0), (5, 3), (5, D_IN)])
 def test_a_right_rotation_is_procrustes_over_the_whole_null_space(facts: int, prior: int) -> None:
-    """The same minimiser from dense matrices, pseudo-inverses and an SVD, without the span of the keys."""
+    """The same minimizer from dense matrices, pseudo-inverses and an SVD, without the span of the keys."""
     problem, config = problem_of(facts, prior), MoseRightConfig(null_energy=0.8, tolerance=1e-12)
     basis = null_space(problem, 0.8)
     keys, earlier, weight = basis.T @ problem.keys, basis.T @ problem.prior_keys, problem.weight @ basis

@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN: the same numbers, the same gradients, and the model as it was afterwards."""
+"""Linear layers by oneDNN: the same numbers, the same gradients, and the model as it was afterward."""
 
 from __future__ import annotations
 

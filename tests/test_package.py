@@ -17,7 +17,7 @@ from patchkit.cli import cli
 from patchkit.editing.recipe import load_recipe, recipes_folder
 
 PACKAGE = Path(patchkit.__file__).parent
-# A folder may import those above it, and a module those of its own folder: imports run downwards only.
+# A folder may import those above it, and a module those of its own folder: imports run downward only.
 FLOW = (
     *(
         "errors",

@@ -312,8 +312,8 @@ def test_a_patch_without_one_of_its_tensors_is_refused(make: Make, tmp_path: Pat
 def test_a_manifest_with_an_unknown_field_is_refused(make: Make, tmp_path: Path) -> None:
     make(zoo.FAMILIES["llama"]()).save(tmp_path / "p")
     file = tmp_path / "p" / "manifest.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "colour": "red"}))
-    with pytest.raises(InputError, match=r"manifest.json: colour: .*made by another version"):
+    file.write_text(json.dumps({**json.loads(file.read_text()), "color": "red"}))
+    with pytest.raises(InputError, match=r"manifest.json: color: .*made by another version"):
         Patch.load(tmp_path / "p")
 
 
@@ -321,7 +321,7 @@ def test_a_manifest_with_an_unknown_field_is_refused(make: Make, tmp_path: Path)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
-def test_attached_is_what_merging_gives_and_gone_afterwards(family: str, make: Make) -> None:
+def test_attached_is_what_merging_gives_and_gone_afterward(family: str, make: Make) -> None:
     model = zoo.FAMILIES[family]()
     patch, before, state = make(model), logits(model), state_of(model)
     with patch.attached(model) as live:

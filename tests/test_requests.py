@@ -153,7 +153,7 @@ def test_a_prompt_to_be_continued_has_no_eos(tokenizer: Any) -> None:
     assert squeeze(tokenizer.decode(ids, skip_special_tokens=True)) == "Thecapital"
 
 
-def test_a_target_is_tokenised_with_what_stands_before_it(tokenizer: Any) -> None:
+def test_a_target_is_tokenized_with_what_stands_before_it(tokenizer: Any) -> None:
     ids, first = encode_target(tokenizer, "The capital of France is", "Paris")
     whole = tokenizer("The capital of France is Paris")["input_ids"]
     assert ids == (whole[:-1] if whole[-1] == 1 and tokenizer.eos_token_id == 1 else whole)

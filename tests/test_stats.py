@@ -242,7 +242,7 @@ def test_text_tokens_window_tokenizer_and_dtype_are_part_of_the_key(text: Path, 
         read_corpus(other, tokenizer),
         read_corpus(text, tokenizer, tokens=500),
         read_corpus(text, tokenizer, window=64),
-        read_corpus(text, backwards(tokenizer)),
+        read_corpus(text, backward(tokenizer)),
     ):
         with watched(tmp_path / "s") as written:
             computed(model, corpus, tmp_path / "s")
@@ -252,7 +252,7 @@ def test_text_tokens_window_tokenizer_and_dtype_are_part_of_the_key(text: Path, 
     assert written == [FIRST, LAST]
 
 
-def backwards(tokenizer: Any) -> Any:
+def backward(tokenizer: Any) -> Any:
     """Another tokenizer, with as many tokens for every text."""
 
     def encode(text: str, **options: Any) -> dict[str, list[int]]:

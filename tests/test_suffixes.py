@@ -1,4 +1,4 @@
-"""What the value optimiser shares, buckets and halves changes nothing but time and memory."""
+"""What the value optimizer shares, buckets and halves changes nothing but time and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What methods may ask of the value optimiser, held against one fact at a time on the whole model."""
+"""What methods may ask of the value optimizer, held against one fact at a time on the whole model."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_values_with_terms_equal_the_plain_procedures(family: str, value_at: Val
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "falcon_old", "opt", "gptj", "starcoder2"])
-def test_attention_is_found_and_optimised_along_in_every_layout(family: str) -> None:
+def test_attention_is_found_and_optimized_along_in_every_layout(family: str) -> None:
     runner, terms = runner_of(family), ValueTerms(attention=True)
     request = requests_of()[1]
     found = optimize(runner, [request], runner.arch.sites[1], "layer_out", CONFIG, terms=terms).targets[:, 0]

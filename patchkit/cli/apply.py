@@ -87,7 +87,7 @@ def command(
     """Write FACTS (a file, "-" for standard input, or hf://datasets/ORG/NAME/FILE) into a model, as a patch.
 
     The model itself is not changed. Native facts have prompt, subject and target_new; CounterFact, ZsRE and many other
-    formats are recognized (docs/formats.md). Afterwards every fact is measured with and without the patch.
+    formats are recognized (docs/formats.md). Afterward every fact is measured with and without the patch.
 
     A gate that does not hold makes the exit status 1, and nothing is merged or published; the patch is written all the
     same. --merge and --push ask for what the gates below say "to publish", unless told otherwise.

@@ -97,7 +97,7 @@ def command(
 
 @contextmanager
 def stacked(model: Any, patches: Sequence[Patch]) -> Iterator[None]:
-    """Inside the block the model has `patches` on top of one another; afterwards it is as it was.
+    """Inside the block the model has `patches` on top of one another; afterward it is as it was.
 
     Raises:
         InputError: a patch is for another base.

@@ -118,7 +118,7 @@ def requests_of(
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients on weights, both put back afterwards."""
+    """Evaluation mode and no gradients on weights, both put back afterward."""
     training = [module for module in model.modules() if module.training]
     wanted = [p for p in model.parameters() if p.requires_grad]
     try:

@@ -194,7 +194,7 @@ def resolve_layers(layers: str, depth: int) -> list[int]:
         first, last = _layer(found[1], found[2], depth), _layer(found[3] or found[1], found[4] or found[2], depth)
         chosen.update(range(first, last + 1))
         if first > last:
-            raise InputError(f'layers "{layers}": "{part}" runs backwards; write the lower layer first')
+            raise InputError(f'layers "{layers}": "{part}" runs backward; write the lower layer first')
     if max(chosen) >= depth:
         raise InputError(f'layers "{layers}": the model has layers 0 to {depth - 1}')
     return sorted(chosen)

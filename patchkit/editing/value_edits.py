@@ -1,4 +1,4 @@
-"""Batches of methods that edit towards values: a value target per fact, its key and residual at each site, a solve."""
+"""Batches of methods that edit toward values: a value target per fact, its key and residual at each site, a solve."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class _Part:
 
 
 class ValueEdits:
-    """Edits a batch towards its value targets."""
+    """Edits a batch toward its value targets."""
 
     def __init__(self, session: EditSession) -> None:
         self.session, self.targets = session, ValueTargets(session)

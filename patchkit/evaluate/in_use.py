@@ -37,7 +37,7 @@ class InUse:
     def patched(self, trial: Trial, base: Base) -> Found:
         """What the model as it now is makes of the same; the base itself is not asked again."""
         interview = Interview(trial)
-        return _Judgement(interview, base, base.said if trial.untouched else interview.talk()).found()
+        return _Judgment(interview, base, base.said if trial.untouched else interview.talk()).found()
 
 
 def asked_alone(trial: Trial) -> dict[str, bool]:
@@ -91,7 +91,7 @@ class _Other:
 
 
 @dataclass(frozen=True)
-class _Judgement:
+class _Judgment:
     """The rates of one model's answers, with the base's beside them."""
 
     interview: Interview

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 MISSING = object()
 _VALUE_WIDTH = 60  # characters of a value quoted in a message
-_TYPO = 0.8  # difflib ratio from which an unknown name is taken for a misspelt field
+_TYPO = 0.8  # difflib ratio from which an unknown name is taken for a misspelled field
 _EQUIVALENT = {"answers", "ground_truth"}  # fields that may list equivalent answers; the first stands for all
 
 

@@ -227,7 +227,7 @@ def _joined(pieces: list[Tensor], dim: int) -> list[Tensor]:
 
 
 def preserving_solve(residual: Tensor, keys: Tensor, prior: PriorKeys, metric: SolveMetric) -> Delta:
-    """Minimiser of ‖ΔK - R‖² + ‖ΔKp‖² + tr(Δ G⁻¹ Δ'): Δ = [R, 0](I + E'GE)⁻¹E'G with E = [K, Kp].
+    """Minimizer of ‖ΔK - R‖² + ‖ΔKp‖² + tr(Δ G⁻¹ Δ'): Δ = [R, 0](I + E'GE)⁻¹E'G with E = [K, Kp].
 
     With H = (G⁻¹ + KpKp')⁻¹ that is R(I + K'HK)⁻¹K'H, an n x n system whatever came before; where a batch has more
     keys than d_in, the equivalent d_in x d_in system is the smaller one and is solved instead.

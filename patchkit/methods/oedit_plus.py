@@ -19,7 +19,7 @@ class OEditPlusConfig(OverConfig):
     """Settings of O-Edit+."""
 
     constrain_values: bool = Field(
-        True, description="optimize values inside the free directions; the paper only projects afterwards"
+        True, description="optimize values inside the free directions; the paper only projects afterward"
     )
     warn_below: float = Field(0.2, ge=0, le=1, description="warn when less than this share of d_out is free")
 

@@ -28,7 +28,7 @@ class UltraEditConfig(MethodConfig):
     targets="gradients",
 )
 def ultraedit(problem: LayerProblem, config: UltraEditConfig) -> Delta:
-    """Least squares towards one step against the gradient, both normalized over all edits so far.
+    """Least squares toward one step against the gradient, both normalized over all edits so far.
 
     Δ = V K'(KK' + c·I)⁻¹ with V = -η ‖h‖² g per column, where (h, g) are the columns of K and of the gradient G,
     less their running mean and over their running standard deviation. The paper has c = 1 and η per model; here both

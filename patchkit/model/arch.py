@@ -22,7 +22,7 @@ from patchkit.model.weights import EDITABLE_DTYPES, Site, is_linear, shape_of, w
 class Architecture:
     """A causal language model taken apart: its decoder layers, one site in each, and the head that makes logits.
 
-    The head's output need not be the model's logits: some models scale or cap it afterwards.
+    The head's output need not be the model's logits: some models scale or cap it afterward.
     """
 
     model: nn.Module
@@ -34,7 +34,7 @@ class Architecture:
 
 
 def inspect_model(model: PreTrainedModel) -> Architecture:
-    """Find the edit sites of a loaded causal language model. Weights, hooks and training mode are as before afterwards.
+    """Find the edit sites of a loaded causal language model. Weights, hooks and training mode are as before afterward.
 
     Raises InputError for what cannot be edited: encoder-decoders, models without a language-model head, mixtures of
     experts, quantized or unloaded weights, and layers whose feed-forward is not recognized.

@@ -68,7 +68,7 @@ class LiveDelta:
 
 @contextmanager
 def live_deltas(arch: Architecture, layers: Mapping[int, Delta | None]) -> Iterator[dict[int, LiveDelta]]:
-    """Attach a `LiveDelta` at each layer in `layers`, starting from the given delta; all are gone afterwards."""
+    """Attach a `LiveDelta` at each layer in `layers`, starting from the given delta; all are gone afterward."""
     live: dict[int, LiveDelta] = {}
     handles = []
     try:

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.adaedit --model M --facts F --text T --eval-text E [--count 25] [--batch-size 25]
         [--try RANK:LEFT:RIGHT ...]
 
-In one batch, values are optimised once with and once without the attention's delta, and all rows share them. In smaller
-batches every row is a run of its own, each value being optimised on the model as the earlier edits left it.
+In one batch, values are optimized once with and once without the attention's delta, and all rows share them. In smaller
+batches every row is a run of its own, each value being optimized on the model as the earlier edits left it.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def _table(result: dict[str, Any]) -> str:
         f"{result['facts']} facts, {result['method']}, {result['model']}",
         f"{'':28}{'ours':>10}{'oracle':>10}",
         f"{'seconds':28}{result['ours_s']:10.2f}{result['oracle_s']:10.2f}   ratio {result['ratio']:.2f}",
-        f"{'optimiser steps':28}{result['ours']['steps']:10d}{result['oracle']['steps']:10d}",
+        f"{'optimizer steps':28}{result['ours']['steps']:10d}{result['oracle']['steps']:10d}",
     ]
     theirs = result["oracle"]["metrics"]
     for group, found in result["ours"]["metrics"].items():

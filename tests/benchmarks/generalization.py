@@ -33,7 +33,7 @@ HEADINGS = (
     "efficacy exact",
     "paraphrases success",
     "paraphrases exact",
-    "neighbours unchanged",
+    "neighbors unchanged",
     "perplexity",
     '"is a"',
     "steps",

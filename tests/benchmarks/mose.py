@@ -41,7 +41,7 @@ ABLATIONS: Mapping[str, tuple[str, ...]] = {
     "left, λ = 1": ("mose", "preserve=1"),
     "left, λ = 30": ("mose", "preserve=30"),
     "left, one layer": ("mose", "layers=8"),
-    "left, a layer and its neighbours": ("mose", "layers=7-9"),
+    "left, a layer and its neighbors": ("mose", "layers=7-9"),
     "right": ("mose-right",),
     "right, null space of AlphaEdit": ("mose-right", "null_energy=0.3"),
     "right, earlier keys not held": ("mose-right", "earlier=0"),

@@ -269,7 +269,7 @@ def _damped(covariance: Covariance, damping: float) -> Tensor:
 
 @contextmanager
 def _set_aside(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
-    """No gradients on weights inside; weights of `sites` and gradient flags as they were afterwards, bit for bit."""
+    """No gradients on weights inside; weights of `sites` and gradient flags as they were afterward, bit for bit."""
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with _restored(sites):
         try:

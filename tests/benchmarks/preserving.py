@@ -4,7 +4,7 @@ docs/statistics.md.
     python -m tests.benchmarks.preserving --model M --facts F --text T --eval-text E [--skip 1000] [--count 40]
         [--batch-size 40] [--others 150] [--row METHOD[@WINDOW][:KEY=VALUE[,KEY=VALUE]] ...]
 
-One neighbour's prompt per fact tells shares no better than to 5 points among 50 facts. So the prompts of `--others`
+One neighbor's prompt per fact tells shares no better than to 5 points among 50 facts. So the prompts of `--others`
 facts that nobody edits are read as well: what happens to them is what happens to any prompt about something else.
 """
 
@@ -24,7 +24,7 @@ ROWS = (
     "alphaedit:ridge=0.15",
     "alphaedit:ridge=0.6",
 )
-HEADINGS = ("method", "window", "settings", "efficacy", "paraphrases", "neighbours", "other prompts", "perplexity")
+HEADINGS = ("method", "window", "settings", "efficacy", "paraphrases", "neighbors", "other prompts", "perplexity")
 
 
 def main() -> None:

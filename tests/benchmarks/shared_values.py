@@ -30,7 +30,7 @@ from patchkit.statistics.moments import statistics
 
 class SharedValues:
     """In one batch, values are optimized once with and once without the attention's delta, and all runs share them. In
-    smaller batches every run optimises its own, each value on the model as the earlier edits left it.
+    smaller batches every run optimizes its own, each value on the model as the earlier edits left it.
 
     facts: those that are edited, `options.skip` lines from the beginning on. others: facts that are only asked for,
     `options.others` of them from the end of the file.
