@@ -66,10 +66,20 @@ def apply(
             which are sought on the untouched model, are then shared between methods that ask for the same.
 
     Returns:
-        A new patch with `onto`'s facts and history and this run, or `onto` itself if it has all the facts.
+        A new patch with `onto`'s facts and history and this run, or `onto` itself if it has all the facts. Each edited
+        weight (d_out, d_in) has a low-rank delta, of rank 1 per fact with the default method.
 
     Raises:
         InputError: a fact, the recipe, the text, the model or `onto` cannot be used; the message says which and why.
+
+    Examples:
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> model = AutoModelForCausalLM.from_pretrained("examples/factworld")
+        >>> tokenizer = AutoTokenizer.from_pretrained("examples/factworld")
+        >>> facts = patchkit.read_facts("examples/facts.jsonl", limit=2).facts
+        >>> patch = patchkit.apply(model, tokenizer, facts, method="alphaedit")
+        >>> patch.shapes["model.layers.0.mlp.down_proj.weight"]
+        (192, 1024)
     """
     check_tokenizer(tokenizer, str(model.config._name_or_path))
     config = load_recipe(method, recipe, overrides, onto.manifest.history[-1].recipe if onto else None)
@@ -97,12 +107,26 @@ def revert(
     that a reverted one had superseded does not come back.
 
     Args:
+        model: the patch's base.
+        tokenizer: its fast tokenizer.
+        patch: it stays as it is.
         facts: ids of facts in the patch; `patchkit.patch.history.choose_facts` finds those of some runs.
         texts: the texts the statistics were made of, where that was not the default one.
         stats: folder for the statistics instead of the user's cache.
+        progress: called with (phase, done, total).
+
+    Returns:
+        A new patch without the facts, whose history has the revert as its last run.
 
     Raises:
         InputError: an unknown id, another model, no state in the patch, or a text that is not there.
+
+    Examples:
+        With `model`, `tokenizer` and `patch` as in the example of `patchkit.apply`:
+
+        >>> less = patchkit.revert(model, tokenizer, patch, ["facts-001"])
+        >>> [fact.id for fact in less.manifest.facts]
+        ['facts-002']
     """
     return take_out(Workspace.of(model, tokenizer, texts, stats, progress), patch, tuple(facts))
 
@@ -120,11 +144,27 @@ def measure(
     """Measure `patch` on `model`, always against the untouched base: its own facts, or the given ones.
 
     Args:
+        model: the patch's base.
+        tokenizer: its fast tokenizer.
+        patch: it is attached while its side is measured.
+        facts: what to measure on instead of the patch's own facts; `Fact`s or mappings.
         text: plain text for the perplexity; without it a small English one that comes with patchkit.
         quick: do not ask the model as people would, which takes most of the time: no group in_use.
+        progress: called with (phase, done, total).
+
+    Returns:
+        A `Report`: shares in 0..1, None where there was nothing to measure them on, and each fact by itself.
+        docs/metrics.md defines every number.
 
     Raises:
         InputError: the patch is for another model, or a fact cannot be used.
+
+    Examples:
+        With `model`, `tokenizer` and `patch` as in the example of `patchkit.apply`:
+
+        >>> report = patchkit.measure(model, tokenizer, patch, quick=True)
+        >>> report.facts, report.efficacy.success, report.locality.unchanged
+        (2, 1.0, 1.0)
     """
     return measure_in(Workspace.of(model, tokenizer, progress=progress), patch, facts, text, quick)
 

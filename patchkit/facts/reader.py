@@ -44,18 +44,33 @@ def read_facts(
     needs_subject: bool = True,
     subjectless: Sequence[str] = (),
 ) -> FactFile:
-    """Reads a file of facts: one JSON object a line, or one JSON array (told apart by the content, not the name).
-
-    `path` "-" is standard input. `zsre_target` picks what a ZsRE record teaches: "alt", the counterfactual answer, with
-    `pred` (the answer before the edit) as `target_true`; or "answers", the first true answer, with no `target_true`.
-    `token_count` says how many tokens a text becomes, so that a target that vanishes is refused here; `check` refuses
-    whatever else a tokenizer or a model cannot take (`patchkit.facts.limits`). Reading stops after `limit` usable
-    facts. With `skip_bad`, records that cannot be used are returned in `rejected`. Without `needs_subject`, the subject
-    of a record that has none is its whole prompt; otherwise `subjectless` names methods that take such a record.
+    """Read a file of facts, in any of the formats and kinds of file in docs/formats.md.
 
     Of two records alike in everything one is kept; a later record with an earlier one's prompt or id is refused.
 
-    Raises InputError with one line per unusable record, or when there is no usable fact at all.
+    Args:
+        path: a file, "-" for standard input, or "hf://datasets/ORG/NAME/FILE" on the Hub.
+        zsre_target: what a ZsRE record teaches: "alt", the counterfactual answer, with `pred` (the answer before the
+            edit) as `target_true`; or "answers", the first true answer, with no `target_true`.
+        skip_bad: return records that cannot be used in `rejected` instead of refusing the file.
+        token_count: how many tokens a text becomes, so that a target that vanishes is refused here.
+        check: refuses whatever else a tokenizer or a model cannot take (`patchkit.facts.limits`).
+        limit: stop after that many usable facts.
+        needs_subject: False makes the whole prompt the subject of a record that has none.
+        subjectless: names of the methods that take a fact without a subject, for the refusal.
+
+    Returns:
+        A `FactFile`: the facts, their lines, the format, what was rejected, and notes for the user.
+
+    Raises:
+        InputError: one line per unusable record, or no usable fact at all.
+
+    Examples:
+        >>> read = patchkit.read_facts("examples/facts.jsonl", limit=2)
+        >>> read.format, read.lines
+        ('native', (1, 2))
+        >>> read.facts[0].prompt, read.facts[0].target_new
+        ('Pine Kelmel was born in the city of', 'Liscombe')
     """
     known = layouts(Options(zsre_target, needs_subject, tuple(subjectless)))
     name, entries = file_entries(path)
@@ -76,7 +91,7 @@ def parse_facts(
 ) -> FactFile:
     """`read_facts` for records already in memory, as mappings or `Fact`s; messages say `facts[3]` for the fourth.
 
-    Raises InputError as `read_facts` does.
+    Args and errors are those of `read_facts`.
     """
     if isinstance(records, (Mapping, BaseModel, str, bytes)):
         raise InputError("facts: expected a list of facts, found a single value; put it in a list")

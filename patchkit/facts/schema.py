@@ -15,6 +15,13 @@ class Locality(BaseModel):
     """A prompt whose continuation an edit should leave alone, and what it is expected to say (None: not known).
 
     `aliases` are other forms of that answer.
+
+    Raises:
+        pydantic.ValidationError: a field is missing, unknown, or of another type.
+
+    Examples:
+        >>> patchkit.Locality(prompt="The Louvre is in the city of", target="Paris").aliases
+        ()
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,6 +56,23 @@ class Fact(BaseModel):
 
     `separator` is what comes between a prompt and its target; None leaves it to `patchkit.facts.text.continuation`.
     Facts with the same `case` are edited together.
+
+    Facts cannot be changed. Whether the subject stands in the prompt, and whatever else makes a fact unusable, is
+    checked where facts are read: by `patchkit.read_facts`, and by `patchkit.apply`, which takes mappings as well.
+
+    Raises:
+        pydantic.ValidationError: a field is missing, unknown, or of another type.
+
+    Examples:
+        >>> fact = patchkit.Fact(
+        ...     id="eiffel",
+        ...     prompt="The Eiffel Tower is located in the city of",
+        ...     subject="The Eiffel Tower",
+        ...     target_new="Rome",
+        ...     paraphrases=("To see the Eiffel Tower you travel to",),
+        ... )
+        >>> fact.pair(fact.prompt)
+        ('The Eiffel Tower is located in the city of', 'Rome')
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

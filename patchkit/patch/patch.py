@@ -43,7 +43,23 @@ comes last: of a write that was cut off, no mixture is taken for a patch."""
 
 @dataclass(frozen=True)
 class Patch:
-    """Updates by on-disk weight name, with the manifest and, for continuing and reverting, the state."""
+    """Updates by on-disk weight name, with the manifest and, for continuing and reverting, the state.
+
+    Attributes:
+        manifest: the base, the facts, the history of runs, and what was measured.
+        updates: for each edited weight (d_out, d_in) its updates, in the order in which they act.
+        state: keys (d_in, n) and residuals (d_out, n) of each solve; empty where the patch was published without.
+
+    Examples:
+        With `model` and `patch` as in the example of `patchkit.apply`:
+
+        >>> patch.save(folder)
+        >>> patchkit.Patch.load(folder).manifest.digest == patch.manifest.digest
+        True
+        >>> with patch.attached(model) as patched:
+        ...     print(patched.patchkit.manifests[patched.patchkit.active[0]].facts[0].target_new)
+        Liscombe
+    """
 
     manifest: Manifest
     updates: Mapping[str, Chain]

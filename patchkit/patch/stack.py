@@ -50,6 +50,17 @@ def load(
 
     Raises:
         InputError: no such patch, a patch for another base, a name that is taken, or weights that cannot be merged.
+
+    Examples:
+        With `model` and `patch` as in the example of `patchkit.apply`:
+
+        >>> stack = patchkit.load(model, patch, "cities")
+        >>> stack
+        PatchStack(cities; active: cities; attached)
+        >>> with stack.disable():
+        ...     pass  # here the model is its base
+        >>> model is stack.unload()
+        True
     """
     stack = PatchStack.of(model)
     stack.load(patch, name, merged=merged, force=force)
@@ -77,6 +88,11 @@ def from_pretrained(
 
     Raises:
         InputError: as in `load`, or the base cannot be loaded.
+
+    Examples:
+        >>> patched, tokenizer = patchkit.from_pretrained(folder)  # a patch's folder
+        >>> len(patched.patchkit.active)
+        1
     """
     read = _read(patch)
     where = str(base or read.manifest.base.name)
