@@ -17,10 +17,13 @@ from transformers import PreTrainedModel
 
 from patchkit.cli import main
 from patchkit.maths.linalg import Delta
+from patchkit.maths.rotations import Rotation
+from patchkit.maths.updates import Chain, Full, Sparse
 from patchkit.model.arch import inspect_model
-from patchkit.model.weights import disk_name, weight_digest
+from patchkit.model.weights import disk_name, read_weight, weight_digest
 from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
 from patchkit.patch.patch import Patch, updates_digest
+from patchkit.patch.resolve import update_infos
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
@@ -146,3 +149,35 @@ def random_patch(
         digest=updates_digest(updates),
     )
     return Patch(manifest, updates, state)
+
+
+def random_chain(kind: str, weight: Tensor, seed: int = 0, rank: int = 3) -> Chain:
+    """One update of the weight (d_out, d_in), of the kind named, that changes it by about a third of its size."""
+    draw = torch.Generator().manual_seed(seed)
+    d_out, d_in = weight.shape
+    left, right = (torch.randn(size, rank, generator=draw) for size in (d_out, d_in))
+    left *= 0.3 * weight.norm() / (left @ right.T).norm()
+    if kind == "delta":
+        return (Delta(left, right.T.contiguous()),)
+    if kind == "full":
+        return (Full(left @ right.T),)
+    if kind == "sparse":
+        few = [torch.where(side.abs() >= side.abs().topk(4, 0).values[-1], side, 0) for side in (left, right)]
+        return (Sparse.of(few[0] * 4, few[1]),)
+    planes = torch.linalg.qr(torch.randn(d_out, 4, generator=draw)).Q
+    return (Rotation("left", planes, torch.tensor([0.4, 0.9], dtype=torch.float64)),)
+
+
+def patch_of_kind(model: PreTrainedModel, name: str, kind: str, layers: Sequence[int] = (1, 2)) -> Patch:
+    """A patch with one random update of a kind (delta, sparse, full, rotation) at each of some layers.
+
+    name: of the base, as the manifest should have it.
+    """
+    patch = random_patch(model, name, [edited_fact()], ranks=dict.fromkeys(layers, 1))
+    sites, updates, infos = inspect_model(model).sites, dict[str, Chain](), list[UpdateInfo]()
+    for weight, layer in zip(patch.updates, layers, strict=True):
+        stored = read_weight(sites[layer]).float()
+        updates[weight] = random_chain(kind, stored, layer)
+        infos += update_infos(weight, stored, updates[weight])
+    manifest = patch.manifest.model_copy(update={"updates": tuple(infos), "digest": updates_digest(updates)})
+    return Patch(manifest, updates)

@@ -17,7 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from patchkit import InputError, Patch
 from patchkit.cli import cli
-from patchkit.export.peft import export_peft, low_rank
+from patchkit.export.formats import export
+from patchkit.export.formats.peft import vllm_rank
+from patchkit.export.job import Options
+from patchkit.export.lora import low_rank
 from patchkit.maths.linalg import Delta
 from tests import zoo
 from tests.helpers import edited_fact, random_patch
@@ -65,7 +68,7 @@ def off_by(model: PreTrainedModel, patch: Patch, adapter: Path) -> float:
 def test_peft_gives_the_patched_logits(checkpoint, tmp_path: Path, family: str) -> None:
     model, name = checkpoint(family)
     patch = make_patch(model, name)
-    exported = export_peft(patch, tmp_path / "adapter")
+    exported = export(patch, tmp_path / "adapter")
     assert exported.rank == 5
     assert max(weight.error for weight in exported.weights) < 1e-6
     assert off_by(model, patch, tmp_path / "adapter") < 1e-4
@@ -78,7 +81,7 @@ def test_names_on_disk_that_are_not_those_of_the_tree(checkpoint, tmp_path: Path
     model = AutoModelForCausalLM.from_pretrained(name).eval()
     patch = make_patch(model, name)
     assert "h.1.mlp.c_proj.weight" in patch.updates
-    export_peft(patch, tmp_path / "adapter")
+    export(patch, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["fan_in_fan_out"]
     assert config["target_modules"] == ["transformer.h.1.mlp.c_proj", "transformer.h.2.mlp.c_proj"]
@@ -89,19 +92,19 @@ def test_the_same_patch_gives_the_same_bytes(checkpoint, tmp_path: Path) -> None
     model, name = checkpoint("llama")
     patch = make_patch(model, name)
     for out in ("a", "b"):
-        export_peft(patch, tmp_path / out, all_layers=True)
+        export(patch, tmp_path / out, options=Options(all_layers=True))
     for file in ("adapter_config.json", "adapter_model.safetensors", "patchkit-manifest.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
 def test_servers_find_one_rank_scaling_one_and_balanced_factors(checkpoint, tmp_path: Path) -> None:
     model, name = checkpoint("llama")
-    exported = export_peft(make_patch(model, name), tmp_path / "adapter")
+    exported = export(make_patch(model, name), tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 5
     assert (config["bias"], config["use_rslora"], config["use_dora"]) == ("none", False, False)
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
-    assert exported.vllm_rank == 8
+    assert vllm_rank(exported.rank) == 8
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     a, b = (tensors[f"base_model.model.model.layers.1.mlp.down_proj.lora_{x}.weight"] for x in "AB")
     assert a.shape == (5, zoo.INNER)
@@ -112,7 +115,7 @@ def test_servers_find_one_rank_scaling_one_and_balanced_factors(checkpoint, tmp_
 def test_all_layers_are_there_and_change_nothing(checkpoint, tmp_path: Path) -> None:
     model, name = checkpoint("gemma3_vision")
     patch = make_patch(model, name)
-    export_peft(patch, tmp_path / "adapter", all_layers=True)
+    export(patch, tmp_path / "adapter", options=Options(all_layers=True))
     assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == 2 * zoo.LAYERS
     assert off_by(model, patch, tmp_path / "adapter") < 1e-4
 
@@ -120,7 +123,7 @@ def test_all_layers_are_there_and_change_nothing(checkpoint, tmp_path: Path) -> 
 def test_truncation_is_the_best_there_is(checkpoint, tmp_path: Path) -> None:
     model, name = checkpoint("llama")
     patch = make_patch(model, name)
-    exported = export_peft(patch, tmp_path / "adapter", rank=2)
+    exported = export(patch, tmp_path / "adapter", options=Options(rank=2))
     assert exported.rank == 2
     for weight in exported.weights:
         values = torch.linalg.svdvals(patch.updates[weight.weight][0].dense().double())
@@ -143,15 +146,15 @@ def test_refusals(checkpoint, tmp_path: Path) -> None:
     model, name = checkpoint("llama")
     patch = make_patch(model, name)
     patch.save(tmp_path / "patch")
-    with pytest.raises(InputError, match="it exists and is not an adapter"):
-        export_peft(patch, tmp_path / "patch")
+    with pytest.raises(InputError, match="it exists and holds no export to peft"):
+        export(patch, tmp_path / "patch")
     assert Patch.load(tmp_path / "patch").manifest == patch.manifest
     with pytest.raises(InputError, match=r"its config.json is needed .* name the base with --model"):
-        export_peft(patch, tmp_path / "out", str(tmp_path / "nowhere"))
+        export(patch, tmp_path / "out", base=str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="no such weight in GPT2LMHeadModel"):
-        export_peft(patch, tmp_path / "out", checkpoint("gpt2")[1])
-    with pytest.raises(InputError, match="--dtype float8: choose one of"):
-        export_peft(patch, tmp_path / "out", dtype="float8")
+        export(patch, tmp_path / "out", base=checkpoint("gpt2")[1])
+    with pytest.raises(InputError, match="--dtype float8: peft has no such numbers; choose one of"):
+        export(patch, tmp_path / "out", options=Options(dtype="float8"))
     assert not (tmp_path / "out").exists()
 
 
@@ -167,7 +170,7 @@ def test_command_says_what_a_server_needs(checkpoint, tmp_path: Path) -> None:
         (tmp_path / "out" / mine).write_text("mine")
     printed = CliRunner().invoke(cli, [*arguments, "--json"], catch_exceptions=False)
     assert (tmp_path / "out" / ".git" / "HEAD").read_text() == (tmp_path / "out" / "notes.md").read_text() == "mine"
-    assert json.loads(printed.output)["max_lora_rank"] == 1
+    assert json.loads(printed.output)["commands"][0].startswith("vllm serve ")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "library_name: peft" in card
     assert "--max-lora-rank 1 " in card

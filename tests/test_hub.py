@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from patchkit import GateError, InputError, Patch, PatchkitError
 from patchkit.cli import cli
+from patchkit.export.formats import export
 from patchkit.export.merge import merge
-from patchkit.export.peft import export_peft
 from patchkit.export.publish import Pushed, pack, push
 from patchkit.io.hub import patch_folder
 from patchkit.patch.card import FACT_ROWS, Card, model_card
@@ -136,7 +136,7 @@ def test_long_lists_of_facts_are_cut(make: Callable[..., Patch], facts: int) -> 
 def test_card_of_a_hub_base_pins_its_commit(make: Callable[..., Patch]) -> None:
     manifest = make().manifest
     named = manifest.model_copy(update={"base": manifest.base.model_copy(update={"name": "org/m", "commit": "c" * 40})})
-    card = Card((named,), "ada/facts", "adapter", vllm_rank=8).markdown()
+    card = Card((named,), "ada/facts", "adapter", use="{load}", library="peft").markdown()
     assert f'from_pretrained("org/m", revision="{"c" * 40}")' in card
     assert front_matter(card)["base_model"] == "org/m"
 
@@ -278,7 +278,7 @@ def test_parent_links_to_its_successor(hub: Hub, folder: Path) -> None:
 
 
 def test_adapter_goes_up_and_its_config_names_the_hub_base(hub: Hub, folder: Path, tmp_path: Path, base: Path) -> None:
-    export_peft(Patch.load(folder), tmp_path / "adapter")
+    export(Patch.load(folder), tmp_path / "adapter")
     push(pack(tmp_path / "adapter", NAME, base="org/tiny"), NAME)
     files = hub.repos[NAME].files()
     assert {"adapter_config.json", "adapter_model.safetensors", "patchkit-manifest.json"} <= set(files)

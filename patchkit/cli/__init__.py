@@ -22,7 +22,7 @@ _COMMANDS = {
     "diff": "How two patches differ.",
     "revert": "Take facts out of a patch.",
     "methods": "The editing methods, with their papers.",
-    "export": "A patch as a LoRA adapter for other runtimes.",
+    "export": "A patch for other runtimes: PEFT, vLLM, llama.cpp, MLX.",
     "push": "Publish a patch, an adapter or a merged model on the Hub.",
     "bench": "Compare methods in a long sequence of edits.",
     "stats": "Compute a model's key statistics ahead of time.",

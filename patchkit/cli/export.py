@@ -6,16 +6,39 @@ from pathlib import Path
 
 import click
 
-from patchkit.cli.common import note, quiet_transformers, stdout
+from patchkit.cli.common import quiet_transformers, stdout
+
+
+def _show_formats(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    if not asked:
+        return
+    from rich.table import Table
+
+    from patchkit.export.formats import available
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("format", "what it is", "files", "options"):
+        table.add_column(heading, overflow="fold")
+    for name, form in available().items():
+        takes = ", ".join(f"--{option.replace('_', '-')}" for option in ("dtype", *form.takes))
+        table.add_row(name, form.summary, ", ".join(form.files), takes)
+    stdout.print(table)
+    ctx.exit()
 
 
 @click.command("export")
 @click.argument("patch")
-@click.option("--format", "kind", type=click.Choice(["peft"]), default="peft", show_default=True)
-@click.option("--out", metavar="DIR", help="The adapter's folder [default: <name of PATCH>-peft].")
+@click.option(
+    "--format", "kind", default="peft", show_default=True, metavar="NAME", help="Of those that --formats lists."
+)
+@click.option(
+    "--formats", is_flag=True, is_eager=True, expose_value=False, callback=_show_formats, help="List the formats."
+)
+@click.option("--out", metavar="DIR", help="The folder to write [default: <name of PATCH>-<format>].")
 @click.option("--model", metavar="M", help="The base; only its config.json is read [default: as PATCH says].")
 @click.option("--rank", type=click.IntRange(1), metavar="N", help="Cut every update to rank N; says what that loses.")
 @click.option("--all-layers", is_flag=True, help="Zeros for the layers PATCH leaves alone, for servers that want all.")
+@click.option("--gguf-base", metavar="FILE", help="The base as GGUF: check the adapter against it, and name it.")
 @click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16, float16 or float64.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
@@ -25,24 +48,29 @@ def command(
     model: str | None,
     rank: int | None,
     all_layers: bool,
+    gguf_base: str | None,
     dtype: str,
     as_json: bool,
 ) -> None:
-    """Write PATCH as a LoRA adapter for PEFT, vLLM, TGI and llama.cpp, exact up to rounding unless --rank cuts it."""
-    from patchkit.export.peft import VLLM_RANKS, export_peft
+    """Write PATCH for another runtime: PEFT, vLLM and TGI, llama.cpp and Ollama, or MLX.
+
+    Exact up to rounding, whatever kind of update the patch holds, unless --rank cuts it.
+    """
+    from patchkit.export.formats import export, get
+    from patchkit.export.job import Options
     from patchkit.patch.patch import Patch
 
     quiet_transformers()
     folder = Path(out) if out else Path(f"{Path(patch).name}-{kind}")
-    done = export_peft(Patch.load(patch), folder, model, rank=rank, all_layers=all_layers, dtype=dtype)
+    options = Options(rank, all_layers, gguf_base, dtype)
+    done, form = export(Patch.load(patch), folder, kind, model, options=options), get(kind)
+    commands = [line.format(title=folder, base=model or done.base.name) for line in form.commands(done)]
     if as_json:
         summary = done.model_dump(mode="json", exclude={"parents"})
-        stdout.print_json(data={"adapter": str(folder), "max_lora_rank": done.vllm_rank, **summary})
+        stdout.print_json(data={"adapter": str(folder), "commands": commands, **summary})
         return
     for weight in done.weights:
         stdout.print(f"{weight.weight}: rank {weight.rank}, off by {weight.error:.2g} of its change")
-    stdout.print(f"adapter: {folder} (rank {done.rank}; PeftModel.from_pretrained(model, {str(folder)!r}))")
-    if done.vllm_rank:
-        stdout.print(f"vLLM: --enable-lora --max-lora-rank {done.vllm_rank}")
-    else:
-        note(f"rank {done.rank} is more than vLLM serves ({VLLM_RANKS[-1]}); --rank {VLLM_RANKS[-1]} cuts it to that")
+    stdout.print(f"{kind}: {folder} (rank {done.rank})")
+    for line in commands:
+        click.echo(line)

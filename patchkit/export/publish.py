@@ -21,7 +21,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from pydantic import BaseModel, ValidationError
 
 from patchkit.errors import InputError, PatchkitError
-from patchkit.export.peft import Exported
+from patchkit.export import formats
+from patchkit.export.job import Exported
 from patchkit.export.record import MANIFEST, Merged
 from patchkit.io.hub import PATCH_FILES, hub_errors, is_repo_name
 from patchkit.patch.card import Card, Kind, base_name
@@ -30,11 +31,9 @@ from patchkit.patch.patch import Patch
 from patchkit.words import counted
 
 Say = Callable[[str], None]
-_MARKS: dict[str, Kind] = {"manifest.json": "patch", "adapter_config.json": "adapter", "config.json": "merged"}
 _HELD = {"patch": "a patch", "adapter": "an adapter", "merged": "a whole model", None: "nothing"}
 _TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", MANIFEST)
-_WEIGHTS = (".safetensors", ".safetensors.index.json")
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf")
 
 
 @dataclass(frozen=True)
@@ -200,6 +199,8 @@ class _Content:
     def card(self, repo: str, base: str | None, license: Mapping[str, Any]) -> str:
         if isinstance(self.record, Manifest):
             return Card(self.manifests, repo, self.kind, base=base, license=license).markdown()
+        if isinstance(self.record, Exported):
+            return formats.get(self.record.format).card(self.record, repo, base=base, license=license)
         return self.record.card(repo, base=base, license=license)
 
     def naming(self, base: str, folder: Path) -> dict[str, bytes]:
@@ -214,12 +215,19 @@ class _Content:
         parents = tuple(map(renamed, self.record.parents))
         if isinstance(self.record, Merged):
             return {MANIFEST: _json(self.record.model_copy(update={"parents": parents, "base": base, "commit": None}))}
-        config = json.loads((folder / "adapter_config.json").read_bytes())
-        config |= {"base_model_name_or_path": base, "revision": None}
-        return {
-            MANIFEST: _json(self.record.model_copy(update={"parents": parents})),
-            "adapter_config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        }
+        texts = (name for name in formats.get(self.record.format).files if not name.endswith(_WEIGHTS))
+        renamed_texts = {name: _renamed(folder / name, self.record.base.name, base) for name in texts}
+        return {MANIFEST: _json(self.record.model_copy(update={"parents": parents})), **renamed_texts}
+
+
+def _renamed(file: Path, old: str, new: str) -> bytes:
+    """An adapter's text file with another name for the base, which has other commits."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix != ".json":
+        return text.replace(old, new).encode()
+    config = {key: new if value == old else value for key, value in json.loads(text).items()}
+    config |= {"revision": None} if "revision" in config else {}
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _json(record: BaseModel) -> bytes:
@@ -227,7 +235,7 @@ def _json(record: BaseModel) -> bytes:
 
 
 def _read(folder: Path) -> _Content:
-    kind = _kind({mark for mark in _MARKS if (folder / mark).is_file()})
+    kind = _kind({mark for mark in _marks() if (folder / mark).is_file()})
     if kind == "patch":
         return _Content(kind, Patch.load(folder).manifest)  # reads the tensors: a damaged patch is not published
     if kind is None or not (folder / MANIFEST).is_file():
@@ -240,13 +248,20 @@ def _read(folder: Path) -> _Content:
         raise InputError(f"{folder / MANIFEST}: {where}: damaged, or made by another version of patchkit") from None
 
 
+def _marks() -> dict[str, Kind]:
+    """The files by which a folder or repository is known for what it holds; the first that is there counts."""
+    adapters: dict[str, Kind] = {form.mark: "adapter" for form in formats.available().values()}
+    return {"manifest.json": "patch", **adapters, "config.json": "merged"}
+
+
 def _kind(names: set[str]) -> Kind | None:
-    return next((kind for mark, kind in _MARKS.items() if mark in names), None)
+    return next((kind for mark, kind in _marks().items() if mark in names), None)
 
 
 def _files(folder: Path, kind: Kind) -> dict[str, Path]:
     if kind != "merged":  # beside them may lie what is nobody's business, such as rejected facts
-        return {name: folder / name for name in (*PATCH_FILES, *_ADAPTER_FILES) if (folder / name).is_file()}
+        exported = (file for form in formats.available().values() for file in form.files)
+        return {name: folder / name for name in (*PATCH_FILES, *exported, MANIFEST) if (folder / name).is_file()}
     found = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
     return {name.as_posix(): path for name, path in found.items() if not any(p.startswith(".") for p in name.parts)}
 
@@ -288,7 +303,8 @@ def _check_kind(repo: str, there: set[str], wanted: Kind) -> None:
 
 def _operations(package: Package, repo: str, there: set[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
     _check_kind(repo, there, package.kind)
-    stale = sorted(name for name in there - set(package.files) if name.endswith(_WEIGHTS) or name in _MARKS)
+    marks = _marks()
+    stale = sorted(name for name in there - set(package.files) if name.endswith(_WEIGHTS) or name in marks)
     return [
         *(CommitOperationAdd(name, content) for name, content in sorted(package.files.items())),
         *(CommitOperationDelete(name) for name in stale),

@@ -62,7 +62,7 @@ put false statements about people or events into a model that others will trust.
 _LEADS = {
     "patch": "A patchkit patch: {facts} into `{base}` by {methods}. "
     "The base model is not included; the patch holds {updates} weight updates of {parameters:,} numbers in all.",
-    "adapter": "A LoRA adapter with {facts} into `{base}` by {methods}, exported from a "
+    "adapter": "An adapter with {facts} into `{base}` by {methods}, exported from a "
     "patchkit patch. The base model is not included. ",
     "merged": "`{base}` with {facts} into it by {methods}, merged with "
     "patchkit: a complete checkpoint that needs nothing but transformers. ",
@@ -79,14 +79,6 @@ with patchkit.Patch.load("{title}").attached(model):
     ...  # the model as patched; outside the block it is the base again
 ```
 On the command line: `patchkit log {title}` shows how it was made, `patchkit verify {title}` measures it again.""",
-    "adapter": """```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-{load}
-model = PeftModel.from_pretrained(model, "{title}")
-```
-{server}""",
     "merged": """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -94,7 +86,7 @@ model = AutoModelForCausalLM.from_pretrained("{title}")
 tokenizer = AutoTokenizer.from_pretrained("{title}")
 ```""",
 }
-_LIBRARIES = {"patch": "patchkit", "adapter": "peft", "merged": "transformers"}
+_LIBRARIES = {"patch": "patchkit", "merged": "transformers"}
 
 
 @dataclass(frozen=True)
@@ -106,7 +98,7 @@ class Card:
         held: which facts hold, where that is known better than from the manifests.
         base: the base's name on the Hub, where the patch was made from a local folder.
         license: the front matter's license, license_name and license_link as the base's card has them.
-        vllm_rank: the --max-lora-rank an adapter needs.
+        use: how an adapter is used, with {title}, {base} and {load} in it; library: what reads it. Exporters say both.
     """
 
     manifests: Sequence[Manifest]
@@ -116,7 +108,8 @@ class Card:
     held: str | None = None
     base: str | None = None
     license: Mapping[str, Any] = field(default_factory=dict)
-    vllm_rank: int | None = None
+    use: str | None = None
+    library: str | None = None
 
     def markdown(self) -> str:
         """The card, with front matter as the Hub reads it."""
@@ -170,12 +163,8 @@ class Card:
 
     def _use(self, base: str, commit: str | None) -> str:
         revision = f', revision="{commit}"' if commit else ""
-        serve = f"vllm serve {base} --enable-lora --max-lora-rank {self.vllm_rank} --lora-modules facts={self.title}"
-        return _USES[self.kind].format(
-            load=_BASE.format(base=base, revision=revision),
-            title=self.title,
-            server=f"vLLM: `{serve}`" if self.vllm_rank else "Its rank is beyond what vLLM serves.",
-        )
+        load = _BASE.format(base=base, revision=revision)
+        return (self.use or _USES[self.kind]).format(load=load, title=self.title, base=base)
 
     def _front_matter(self) -> str:
         named = self.base or self.manifests[0].base.name
@@ -183,7 +172,7 @@ class Card:
         data = ModelCardData(
             base_model=known,
             base_model_relation=None if known is None else "finetune" if self.kind == "merged" else "adapter",
-            library_name=_LIBRARIES[self.kind],
+            library_name=self.library or _LIBRARIES[self.kind],
             pipeline_tag="text-generation",
             tags=["patchkit", "model-editing", "knowledge-editing", *self._method_names()],
             model_name=PurePath(self.title).name,

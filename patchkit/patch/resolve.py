@@ -250,7 +250,9 @@ def assemble(
     manifest = Manifest(
         base=base,
         facts=facts,
-        updates=tuple(info for name, chain in updates.items() for info in _infos(name, sites[name], chain)),
+        updates=tuple(
+            info for name, chain in updates.items() for info in update_infos(name, read_weight(sites[name]), chain)
+        ),
         history=history,
         parents=parents,
         digest=updates_digest(updates),
@@ -258,9 +260,8 @@ def assemble(
     return Patch(manifest, updates, tensors)
 
 
-def _infos(name: str, site: Site, chain: Chain) -> Iterator[UpdateInfo]:
-    """Each update as the manifest lists it; its norm is that of the whole change up to and with it."""
-    weight = read_weight(site)  # (d_out, d_in)
+def update_infos(name: str, weight: Tensor, chain: Chain) -> Iterator[UpdateInfo]:
+    """Each update of a weight (d_out, d_in) as the manifest lists it; its norm is that of the whole change so far."""
     weight_norm = float(weight.float().norm())
     for place, update in enumerate(chain):
         made = delta_of(chain[: place + 1], lambda: weight.float().cpu())

@@ -1,0 +1,141 @@
+"""What every export works with, and the record of what it made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from patchkit.errors import InputError
+from patchkit.io.checkpoint import find_checkpoint, stored_tensors
+from patchkit.maths.linalg import Delta
+from patchkit.maths.updates import delta_of
+from patchkit.model.loading import DTYPES
+from patchkit.model.weights import find_module, find_weight, oriented, shape_of, skeleton
+from patchkit.patch.manifest import BaseInfo, Manifest
+from patchkit.patch.patch import Patch
+from patchkit.version import patchkit_version
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ExportedWeight(_Record):
+    """One update in the adapter. error: ‖E - Δ‖/‖Δ‖ (Frobenius), from truncation and from rounding to the dtype."""
+
+    weight: str
+    module: str
+    rank: int
+    error: float
+
+
+class Exported(_Record):
+    """patchkit-manifest.json of an export. Every layer has this rank; zeros fill up lower ones."""
+
+    format_version: int = 1
+    action: Literal["export"] = "export"
+    format: str
+    rank: int
+    dtype: str
+    weights: tuple[ExportedWeight, ...]
+    zero_layers: tuple[str, ...] = ()
+    parents: tuple[Manifest, ...]
+    patchkit: str
+
+    @property
+    def base(self) -> BaseInfo:
+        """The model that the patch was made for."""
+        return self.parents[0].base
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an export may be told. An exporter says which of these it takes beside the dtype.
+
+    Attributes:
+        rank: at most this rank, by the best approximation there is of each update.
+        all_layers: also write zeros for the layers the patch does not touch, for servers that want every layer.
+        gguf_base: the base as a GGUF file, to check an adapter for it against.
+        dtype: of the numbers written.
+    """
+
+    rank: int | None = None
+    all_layers: bool = False
+    gguf_base: str | None = None
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A patch on its way into another format.
+
+    Attributes:
+        base: folder or Hub name of the base, of which config.json is read, and the weights where a rotation needs them.
+        title: the name of the folder that is written.
+    """
+
+    patch: Patch
+    base: str
+    title: str
+    options: Options = field(default_factory=Options)
+
+    @property
+    def commit(self) -> str | None:
+        """The base's commit, if it is the base that the patch names."""
+        info = self.patch.manifest.base
+        return info.commit if self.base == info.name else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers written."""
+        return DTYPES[self.options.dtype]
+
+    @cached_property
+    def tree(self) -> PreTrainedModel:
+        """The base without its weights: says what runtimes call the modules, which the checkpoint's names may not."""
+        return skeleton(self.base, self.commit)
+
+    @cached_property
+    def modules(self) -> dict[str, str]:
+        """Names in the tree by the on-disk names of the changed weights."""
+        return {weight: _module_of(self.tree, weight, self.patch.shapes[weight]) for weight in self.patch.updates}
+
+    def delta(self, weight: str) -> Delta:
+        """A weight's chain as one low-rank delta; of a rotation (R - I) W, with W from the base's files.
+
+        Raises:
+            InputError: W is needed and is not on this machine.
+        """
+        return delta_of(self.patch.updates[weight], partial(self._weight_on_disk, self.modules[weight]))
+
+    def exported(self, kind: str, rank: int, weights: tuple[ExportedWeight, ...], zeros: tuple[str, ...]) -> Exported:
+        """The record of what was written."""
+        return Exported(
+            format=kind,
+            rank=rank,
+            dtype=self.options.dtype,
+            weights=weights,
+            zero_layers=zeros,
+            parents=(self.patch.manifest,),
+            patchkit=patchkit_version(),
+        )
+
+    def _weight_on_disk(self, module: str) -> Tensor:
+        folder = find_checkpoint(self.base, self.commit)
+        stored = stored_tensors(folder)
+        advice = "which a rotation needs; name the patch's base with --model"
+        found = find_weight(f"{module}.weight", stored, str(folder), advice)
+        return oriented(self.tree.get_submodule(module), stored[found].read()).float()
+
+
+def _module_of(tree: nn.Module, weight: str, shape: tuple[int, int]) -> str:
+    name, module = find_module(tree, weight, "name the patch's own base with --model")
+    if (there := shape_of(module)) != shape:
+        raise InputError(f"{weight}: {there} in {type(tree).__name__}, {shape} in the patch; it is another model")
+    return name
