@@ -329,7 +329,9 @@ def test_what_killed_and_interrupted_runs_left_is_removed(corpus: Corpus, tmp_pa
     (left,) = root.rglob("partial-*")
     for layer in (FIRST, LAST):  # finished otherwise: not both at once
         computed(model, corpus, root, (layer,))
-    half = left.with_name(".model.layers.1.mlp.down_proj.weight.second_moments-0.safetensors.a1b2c3")
+    half = left.with_name(".patchkit-new.a1b2c3") / "model.layers.1.mlp.down_proj.weight.safetensors"
+    half.parent.mkdir()
+    half.parent.with_name(".patchkit-new.a1b2c3.lock").touch()
     abandoned = left.with_name("partial-0123456789abcdef.safetensors")
     for file in (half, abandoned):
         file.write_bytes(b"half")

@@ -15,9 +15,9 @@ from patchkit.cli.common import (
     model_options,
     note,
     own_folder,
+    place_of_its_own,
     progress_bars,
     quick_option,
-    refuse_place,
     refuse_quick,
     stdout,
     zsre_option,
@@ -95,12 +95,11 @@ def command(
     from patchkit.cli.jobs import apply_file
 
     source, folder = _source(facts, typed), _folder(out, onto, facts)
-    refuse_place(folder, onto, force)
     gates = gates.within(Gates.published()) if merged or repo else gates
     refuse_quick(quick, gates)
     after = _After(merged, repo, gates, stats, as_json)
     after.check(folder)
-    with progress_bars() as progress:
+    with place_of_its_own(folder, onto, force), progress_bars() as progress:
         done = apply_file(
             source,
             lambda base: choice(model_name or base, device, dtype),

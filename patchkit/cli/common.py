@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -16,7 +15,7 @@ from patchkit.errors import InputError
 from patchkit.evaluate.gates import Gates
 from patchkit.evaluate.metric import Gate, Metric
 from patchkit.evaluate.metrics import gated
-from patchkit.io.files import is_folder_with, is_free
+from patchkit.io.files import is_folder_with, is_free, one_at_a_time, refuse_folders, refuse_unwritable
 
 if TYPE_CHECKING:
     from patchkit.model.loading import ModelChoice
@@ -153,6 +152,16 @@ def refuse_place(folder: Path, continued: str | None, force: bool) -> None:
             )
     elif not is_free(folder):
         raise InputError(f"--out {folder}: it exists and is not a patch; choose another folder")
-    above = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError(f"--out {folder}: {above} cannot be written to; choose another place")
+    from patchkit.patch.patch import OWN_FILES
+
+    refuse_folders(folder, OWN_FILES)
+    refuse_unwritable(folder, "--out ")
+
+
+@contextmanager
+def place_of_its_own(folder: Path, continued: str | None, force: bool) -> Iterator[None]:
+    """Inside the block, `folder` is written by no other command, and may be by this one: see `refuse_place`."""
+    refuse_place(folder, continued, force)
+    with one_at_a_time(folder, note):
+        refuse_place(folder, continued, force)  # once more: what was waited for may have made a patch there
+        yield

@@ -106,7 +106,7 @@ def apply_file(
     if known := _known_before(prepared, report):
         say(f"the base says the target already, so that an edit shows nothing there: {listed(known)}")
     patch = patch.with_metrics(report.summary(), report.outcomes())
-    _save(patch, folder, prepared.read, say)
+    _save(patch, folder, _in_place(earlier, onto, folder), prepared.read, say)
     return Applied(patch, report, folder, prepared.incoming, loaded.name)
 
 
@@ -118,11 +118,20 @@ def _known_before(prepared: Prepared, report: Report) -> list[str]:
     return [f"line {lines[each.id]} ({each.id})" for each in known]
 
 
-def _save(patch: Patch, folder: Path, read: FactFile, say: Callable[[str], None]) -> None:
-    """Write the patch, and beside it the facts that were left out."""
-    patch.save(folder)
+def _in_place(patch: Patch | None, name: str | None, folder: Path) -> Patch | None:
+    """The patch called `name`, if it is the one in `folder`."""
+    return patch if name is not None and Path(name).resolve() == folder.resolve() else None
+
+
+def _save(patch: Patch, folder: Path, over: Patch | None, read: FactFile, say: Callable[[str], None]) -> None:
+    """Write the patch over the one it goes on from, if that is there, and beside it the facts that were left out."""
+
+    def write_beside(into: Path) -> None:
+        if read.rejected:
+            write_rejected(into / "rejected.jsonl", read.rejected)
+
+    patch.save(folder, over, write_beside)
     if read.rejected:
-        write_rejected(folder / "rejected.jsonl", read.rejected)
         say(f"{counted(len(read.rejected), 'bad fact')} left out: {folder / 'rejected.jsonl'}")
 
 
@@ -169,7 +178,7 @@ def revert_patch(
     less = take_out(workspace, patch, gone)
     report = measure_in(workspace, less) if measured else None
     less = less.with_metrics(report.summary(), report.outcomes()) if report else less
-    less.save(folder)
+    less.save(folder, _in_place(patch, name, folder))
     replaced = {new: old for run in patch.manifest.history for old, new in run.superseded.items()}
     if back := [replaced[fact_id] for fact_id in gone if fact_id in replaced]:
         say(f"superseded earlier and not brought back: {listed(back)}; apply them again if they should hold")

@@ -12,8 +12,8 @@ from patchkit.cli.common import (
     model_options,
     note,
     own_folder,
+    place_of_its_own,
     progress_bars,
-    refuse_place,
     stdout,
 )
 from patchkit.words import counted
@@ -57,8 +57,7 @@ def command(
     from patchkit.cli.tables import metrics_table, run_text
 
     folder = Path(out) if out else own_folder(patch)
-    refuse_place(folder, patch, force)
-    with progress_bars() as progress:
+    with place_of_its_own(folder, patch, force), progress_bars() as progress:
         done = revert_patch(
             patch,
             lambda base: choice(model_name or base, device, dtype),

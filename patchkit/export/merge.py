@@ -27,6 +27,7 @@ from patchkit.io.checkpoint import (
     stored_tensors,
     visible_files,
 )
+from patchkit.io.files import refuse_unwritable
 from patchkit.patch.patch import Patch
 from patchkit.version import patchkit_version
 
@@ -96,6 +97,10 @@ def check_out(out: str | Path) -> None:
     target = Path(out)
     if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
         raise InputError(f"{out}: exists and is not an empty folder; choose another one for the merged checkpoint")
+    if target.resolve() == Path.cwd() or target.is_mount():
+        what = "a mount point" if target.is_mount() else "the folder that this runs in"
+        raise InputError(f"{out}: {what}, whose place nothing can take in one step; choose a folder in it")
+    refuse_unwritable(target)
 
 
 def _write(tasks: Sequence[RoundingTask], places: Mapping[Path, Path], linked: set[Path]) -> tuple[MergedTensor, ...]:

@@ -24,6 +24,7 @@ from patchkit.errors import InputError, PatchkitError
 from patchkit.export import formats
 from patchkit.export.job import Exported
 from patchkit.export.record import MANIFEST, Merged
+from patchkit.io.files import finish_folder
 from patchkit.io.hub import PATCH_FILES, hub_errors, is_repo_name
 from patchkit.patch.card import Card, Kind, base_name
 from patchkit.patch.manifest import Manifest
@@ -235,6 +236,7 @@ def _json(record: BaseModel) -> bytes:
 
 
 def _read(folder: Path) -> _Content:
+    finish_folder(folder)
     kind = _kind({mark for mark in _marks() if (folder / mark).is_file()})
     if kind == "patch":
         return _Content(kind, Patch.load(folder).manifest)  # reads the tensors: a damaged patch is not published

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
 from patchkit.errors import InputError, PatchkitError
+from patchkit.io.files import flush
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _UNFINISHED, _LOCK = ".unfinished", ".lock"
@@ -232,20 +234,20 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_left(target)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_UNFINISHED, dir=target.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{_stem(target)}.", suffix=_UNFINISHED, dir=target.parent))
         with FileLock(temporary / _LOCK):
             yield temporary
             for path in temporary.rglob("*"):
-                if path.is_file():
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
+                flush(path)
             mask = os.umask(0)
             os.umask(mask)
             temporary.chmod(0o777 & ~mask)
         (temporary / _LOCK).unlink(missing_ok=True)
+        flush(temporary)
         if target.exists():
             target.rmdir()  # raises where something has come into it
         temporary.rename(target)
+        flush(target.parent)
     except OSError as error:
         raise PatchkitError(f"{target}: not written: {error}") from None
     finally:
@@ -253,8 +255,14 @@ def new_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _stem(target: Path) -> str:
+    """What names of unfinished folders for `target` begin with, short enough to have more after it."""
+    name = os.fsencode(target.name)
+    return target.name if len(name) <= 200 else hashlib.sha256(name).hexdigest()[:32]
+
+
 def _remove_left(target: Path) -> None:
     """Remove unfinished folders for `target` whose process is gone; one at work holds its lock."""
-    for left in target.parent.glob(f".{escape(target.name)}.*{_UNFINISHED}"):
+    for left in target.parent.glob(f".{escape(_stem(target))}.*{_UNFINISHED}"):
         with suppress(Timeout, OSError), FileLock(left / _LOCK, blocking=False):
             shutil.rmtree(left, ignore_errors=True)

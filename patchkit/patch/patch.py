@@ -13,7 +13,7 @@ my-patch/
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -118,13 +118,23 @@ class Patch:
         noted = {"history": (*self.manifest.history[:-1], last), "outcomes": dict(outcomes or {})}
         return replace(self, manifest=self.manifest.model_copy(update=noted))
 
-    def save(self, folder: str | Path) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        over: Patch | None = None,
+        beside: Callable[[Path], None] = lambda into: None,
+    ) -> None:
         """Write the patch's folder, whole or not at all; an earlier patch there is replaced, other files stay.
 
         After a kill, `load` finds the old patch or the new one, and puts away what was left.
 
+        Args:
+            over: the patch that was read from `folder`, from which this one was made. Nothing is replaced where
+                another one is there by now.
+            beside: writes what else belongs to it, of the names in `OWN_FILES`, into the folder that it is given.
+
         Raises:
-            InputError: a folder has the name of one of its files.
+            InputError: a folder has the name of one of its files, or `over` is no longer there.
         """
         folder = Path(folder)
 
@@ -134,8 +144,16 @@ class Patch:
                 save_file(dict(self.state), into / "state.safetensors", {"format": "pt"})
             (into / "manifest.json").write_text(self.manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
             (into / "README.md").write_text(model_card(self.manifest, folder.absolute().name), encoding="utf-8")
+            beside(into)
 
-        write_folder(folder, OWN_FILES, write)
+        def check() -> None:
+            if over is not None and (not folder.exists() or read_manifest(folder) != over.manifest):
+                raise InputError(
+                    f"{folder}: it is another patch by now than the one this started from; nothing was written, run "
+                    "the same command again"
+                )
+
+        write_folder(folder, OWN_FILES, write, check)
 
     @classmethod
     def load(cls, folder: str | Path) -> Patch:
@@ -177,7 +195,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         InputError: there is none, it is damaged, or of a newer format.
     """
-    finish_folder(folder, OWN_FILES)
+    finish_folder(folder)
     file = folder / "manifest.json"
     if not file.is_file():
         raise InputError(f"{folder}: not a patch, there is no manifest.json in it")

@@ -10,7 +10,6 @@ over it and all tensors.
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import platformdirs
 import torch
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -28,6 +26,7 @@ from torch import Tensor
 from patchkit.errors import InputError
 from patchkit.io.checkpoint import DTYPES, StoredTensor, read_header, read_metadata
 from patchkit.io.files import write_atomically
+from patchkit.io.places import cache_folder
 from patchkit.statistics.corpus import TextRecord
 
 Kind = Literal["second_moments", "text_gradient"]
@@ -121,11 +120,6 @@ Compute = Callable[[Sequence[int], Partial], Iterable[tuple[int, Tensors]]]
 """(layers, partial) -> for each of the layers its statistics."""
 
 
-def cache_folder() -> Path:
-    """$PATCHKIT_CACHE, else the user's cache folder for patchkit."""
-    return Path(os.environ.get("PATCHKIT_CACHE") or platformdirs.user_cache_dir("patchkit"))
-
-
 class StatisticsStore:
     """Statistics of models on texts in a folder, by default the one in the user's cache."""
 
@@ -135,7 +129,7 @@ class StatisticsStore:
     def entries(self, kind: Kind) -> Iterator[Entry]:
         """All statistics of one kind by their headers; what is not of this version of the store is passed over."""
         for file in sorted(self.root.rglob(f"*.{kind}-*.safetensors")):
-            origin = _origin_in(file)
+            origin = None if file.parent.name.startswith(".") else _origin_in(file)  # which are being written
             if origin is not None:
                 yield Entry(file, origin)
 
@@ -184,9 +178,7 @@ class StatisticsStore:
         return {layer: tensors for layer, tensors in loaded.items() if tensors is not None}
 
     def _remove_leftovers(self, folder: Path) -> None:
-        """What killed processes left: half-written files, and sums that were finished otherwise or are abandoned."""
-        for file in folder.glob(".*.safetensors.*"):
-            file.unlink(missing_ok=True)
+        """What killed processes left: sums that were finished otherwise, or that nobody went on from."""
         for file in folder.glob("partial-*.safetensors"):
             try:
                 names = read_metadata(file)["files"].splitlines()

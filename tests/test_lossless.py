@@ -1,0 +1,208 @@
+"""Nothing is lost: a folder is replaced whole or not at all, by one command at a time, and what is cut off goes on."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from patchkit import InputError, Patch
+from patchkit.io.files import write_folder
+from patchkit.patch.patch import OWN_FILES
+from tests import zoo
+from tests.helpers import Command, edited_fact, random_patch, tree, write_facts
+
+QUICK = [part for setting in ("layers=1-2", "contexts=1", "value.steps=4") for part in ("--set", setting)]
+NAMES = ("Rome", "Florence", "Ada Lovelace", "Marie Curie")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
+quiet_forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with texts of its own."""
+    folder = zoo.save(zoo.FAMILIES["llama"](), zoo.tiny_tokenizer(), tmp_path_factory.mktemp("base") / "model")
+    for kind in ("text", "eval"):
+        (folder / f"patchkit-{kind}.txt").write_text("The city is old. It has a river. People came from far. " * 40)
+    return folder
+
+
+@pytest.fixture
+def call(run: Command, base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+    """Calls `patchkit ARGS...` in an empty folder, for the tiny checkpoint; one.jsonl to four.jsonl have one fact."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATCHKIT_MODEL", str(base))
+    for number, name in zip(("one", "two", "three", "four"), NAMES, strict=True):
+        fact = {"id": number, "prompt": f"the city of {name}", "subject": name, "target_new": "capital"}
+        write_facts(f"{number}.jsonl", fact)
+    return run
+
+
+def made(model: PreTrainedModel, folder: Path, count: int = 1) -> Patch:
+    """A patch in `folder` that cost nothing."""
+    facts = [edited_fact(id=f"f{number}") for number in range(count)]
+    patch = random_patch(model, "base", facts, ranks={1: count})
+    patch.save(folder)
+    return patch
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Start `work` in a process of its own, whose exit status is 0 if it came to its end."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        work()
+        status = 0
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def status_of(process: int) -> int:
+    """How a forked process ended: its exit status, or less than 0 the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def cut_off(patch: Patch, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave what a kill leaves that comes just after the step that makes the new files the valid ones."""
+    with monkeypatch.context() as broken:
+        broken.setattr("patchkit.io.files.finish_folder", lambda folder: None)
+        patch.save(folder)
+
+
+# --- leftovers, and switches that were cut off ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [["show"], ["log"], ["push", "--dry-run"], ["export"], ["diff"]])
+def test_any_command_finishes_a_write_that_was_cut_off(
+    command: list[str], call: Command, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path("p")
+    random_patch_of = zoo.FAMILIES["llama"]()
+    made(random_patch_of, folder)
+    facts = [edited_fact(id="f0"), edited_fact(id="f1")]
+    newer = random_patch(random_patch_of, str(base), facts, ranks={1: 2})
+    cut_off(newer, folder, monkeypatch)
+    lock = folder / ".patchkit-new.0123.lock"
+    lock.touch()
+    lock.with_suffix("").mkdir()
+    more = {"push": ["user/name"], "export": ["--out", "a"], "diff": ["p"]}.get(command[0], [])
+    ended = call(command[0], folder, *more, *command[1:])
+    assert ended.status == 0, ended.err
+    assert {file.name for file in folder.iterdir()} <= set(OWN_FILES)
+    assert Patch.load(folder).manifest == newer.manifest
+
+
+def test_an_adapter_that_was_cut_off_is_finished_by_what_publishes_it(
+    call: Command, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_patch(zoo.FAMILIES["llama"](), str(base), [edited_fact()], ranks={1: 2}).save("p")
+    assert call("export", "p", "--out", "a", "--rank", 1).status == 0
+    with monkeypatch.context() as broken:
+        broken.setattr("patchkit.io.files.finish_folder", lambda folder: None)
+        assert call("export", "p", "--out", "a").status == 0
+    assert call("push", "a", "user/name", "--dry-run").status == 0
+    assert sorted(file.name for file in Path("a").iterdir() if file.name.startswith(".")) == []
+    assert '"r": 2' in Path("a/adapter_config.json").read_text()
+
+
+# --- places -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_longest_names_and_the_folder_itself_are_right(call: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "n" * 250
+    assert call("apply", "one.jsonl", *QUICK, "--quick", "--out", name).status == 0
+    assert call("apply", "two.jsonl", "--onto", name, "--quick").status == 0
+    merged = call("merge", name, "--out", "m" * 250)
+    assert merged.status == 0, merged.err
+    monkeypatch.chdir(name)
+    here = call("apply", "../three.jsonl", "--onto", ".", "--quick")
+    assert here.status == 0, here.err
+    assert len(Patch.load(".").manifest.facts) == 3
+    assert {file.name for file in Path().iterdir()} == set(OWN_FILES) - {"rejected.jsonl"}
+    too_long = call("apply", "../four.jsonl", "--out", "n" * 300)
+    assert too_long.status == 2
+    assert len(too_long.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["link", "here", "blocked"])
+def test_places_that_cannot_be_written_are_refused_before_the_work(
+    name: str, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("patchkit.cli.jobs.apply_file", lambda *args, **options: pytest.fail("work was done"))
+    monkeypatch.setattr("patchkit.cli.jobs.merge_patches", lambda *args, **options: pytest.fail("work was done"))
+    made(zoo.FAMILIES["llama"](), Path("blocked"))
+    Path("blocked/state.safetensors").unlink()
+    Path("blocked/state.safetensors").mkdir()
+    Path("link").symlink_to("nowhere")
+    ended = {
+        "link": lambda: call("apply", "one.jsonl", "--out", "link"),
+        "here": lambda: call("apply", "one.jsonl", "--merge", "."),
+        "blocked": lambda: call("apply", "one.jsonl", "--onto", "blocked"),
+    }[name]()
+    assert ended.status == 2
+    assert len(ended.err.splitlines()) == 1
+
+
+def test_folders_are_flushed_after_every_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power failure may leave a folder that does not list what it was renamed to."""
+    flushed: list[Path] = []
+    fsync = os.fsync
+
+    def watched(handle: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("no /proc")
+    monkeypatch.setattr(os, "fsync", watched)
+    for _ in range(2):  # a new folder, then one that is there
+        flushed.clear()
+        write_folder(tmp_path / "p", ["a", "b"], lambda into: [(into / name).write_text("x") for name in "ab"])
+        assert {tmp_path, tmp_path / "p"} & set(flushed)
+        assert {path.name for path in flushed} >= {"a", "b"}
+
+
+# --- one at a time ----------------------------------------------------------------------------------------------------
+
+
+@needs_fork
+@quiet_forks
+def test_two_commands_that_go_on_from_one_patch_at_once_both_count(call: Command) -> None:
+    assert call("apply", "one.jsonl", *QUICK, "--quick", "--out", "p").status == 0
+    jobs = [forked(lambda n=n: sys.exit(call("apply", f"{n}.jsonl", "--onto", "p", "--quick").status)) for n in NUMBERS]
+    assert [status_of(job) for job in jobs] == [0, 0, 0]
+    assert {fact.id for fact in Patch.load("p").manifest.facts} == {"one", "two", "three", "four"}
+
+
+NUMBERS = ("two", "three", "four")
+
+
+def test_a_patch_that_was_changed_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    """By another user or machine, whom no lock of this one's stops."""
+    model = zoo.FAMILIES["llama"]()
+    first = made(model, tmp_path / "p")
+    others = made(model, tmp_path / "p", 2)
+    before = tree(tmp_path)
+    with pytest.raises(InputError, match="another patch by now than the one this started from; nothing was written"):
+        first.save(tmp_path / "p", over=first)
+    assert tree(tmp_path) == before
+    assert all(torch.equal(Patch.load(tmp_path / "p").state[name], others.state[name]) for name in others.state)
+
+
+def test_facts_that_were_left_out_are_written_with_the_patch(call: Command) -> None:
+    with Path("one.jsonl").open("a") as file:
+        file.write('{"prompt": "no subject"}\n')
+    assert call("apply", "one.jsonl", *QUICK, "--quick", "--skip-bad", "--out", "p").status == 0
+    assert "no subject" in Path("p/rejected.jsonl").read_text()
+    assert call("apply", "two.jsonl", "--onto", "p", "--quick").status == 0
+    assert not Path("p/rejected.jsonl").exists()
