@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +16,7 @@ from patchkit.model.arch import inspect_model
 from patchkit.model.loading import choose_model, embedded_model, load_model
 from patchkit.model.weights import disk_name, model_digest, same_weight, tensor_digest
 from tests import zoo
+from tests.helpers import Command, edited_fact, random_patch, tree, write_facts
 
 
 def test_the_option_comes_before_the_environment_before_the_embedded_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,3 +130,60 @@ def test_a_saved_checkpoint_has_the_digest_of_the_model(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model_digest(model.named_parameters()) == model_digest(again.named_parameters())
+
+
+# --- an adapter beside the base ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base folder that also holds a LoRA, as training in place leaves it."""
+    folder = zoo.save(zoo.FAMILIES["llama"](), zoo.tiny_tokenizer(), tmp_path_factory.mktemp("adapted") / "base")
+    with_lora = get_peft_model(zoo.FAMILIES["llama"](), LoraConfig(target_modules=["q_proj"]))
+    with_lora.save_pretrained(folder)
+    return folder
+
+
+FACT = ("--fact", "Rome lies in | Rome | Peru")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("apply", *FACT),
+        ("verify", "patch"),
+        ("generate", "--patch", "patch", "Rome"),
+        ("revert", "patch", "--last", "1", "--out", "less"),
+        ("merge", "patch", "--out", "merged"),
+        ("stats",),
+        ("bench", "--data", "facts.jsonl", "--methods", "memit", "--edits", "1", "--out", "bench"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_base_that_also_holds_a_lora_is_refused_by_every_command(
+    run: Command, adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = zoo.FAMILIES["llama"]()
+    random_patch(model, str(adapted), [edited_fact()], ranks={1: 1}).save("patch")
+    write_facts("facts.jsonl", {"prompt": "Rome lies in", "subject": "Rome", "target_new": "Peru"})
+    before = tree(tmp_path)
+    ended = run(*arguments, "--model", adapted)
+    assert ended.status == 2, ended.err
+    assert "it also holds a LoRA adapter (adapter_config.json)" in ended.err
+    assert "merge it first" in ended.err
+    assert tree(tmp_path) == before
+
+
+def test_a_lora_alone_is_no_base(run: Command, adapted: Path, tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapted / name, tmp_path)
+    ended = run("apply", *FACT, "--model", tmp_path, "--out", tmp_path / "p")
+    assert ended.status == 2
+    assert "a LoRA adapter and no model; give its base" in ended.err
+
+
+def test_a_model_with_an_adapter_in_it_is_refused(adapted: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(adapted)  # brings the adapter with it
+    with pytest.raises(InputError, match="found one with a PEFT adapter in it; load the base without"):
+        inspect_model(loaded)

@@ -24,6 +24,7 @@ from patchkit.io.checkpoint import (
     Copy,
     find_checkpoint,
     new_folder,
+    refuse_adapter,
     stored_tensors,
     visible_files,
 )
@@ -82,12 +83,14 @@ def find_base(base: str, commit: str | None, out: str | Path) -> Path:
     """The folder with the checkpoint `base`, after checking that it can be merged into and `out` be written to.
 
     Raises:
-        InputError: there are no safetensors files of it on this machine, or `out` is in use or lies in the base.
+        InputError: there are no safetensors files of it on this machine, or a LoRA beside them, or `out` is in use or
+            lies in the base.
     """
     check_out(out)
     source, target = find_checkpoint(base, commit), Path(out).resolve()
     if target == source or source in target.parents:
         raise InputError(f"{out}: lies in the base itself, which is never written to; choose another folder")
+    refuse_adapter(base, source)
     stored_tensors(source)
     return source
 

@@ -22,6 +22,8 @@ from torch import Tensor
 from patchkit.errors import InputError, PatchkitError
 from patchkit.io.files import flush
 
+ADAPTER = "adapter_config.json"
+"""By this file PEFT, and transformers with it, tell that a folder holds an adapter."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _UNFINISHED, _LOCK = ".unfinished", ".lock"
 
@@ -103,6 +105,26 @@ def find_checkpoint(name: str, commit: str | None = None) -> Path:
         fetch = f"hf download {name}{f' --revision {commit}' if commit else ''}"
         raise InputError(f"base {name}: no such folder, nor in the Hub's local cache; if it is on the Hub: `{fetch}`")
     return Path(found).parent
+
+
+def refuse_adapter(name: str, folder: Path) -> None:
+    """Refuse a model's folder that also holds a LoRA, which transformers would load with the model without a word.
+
+    An edit of the two together could not be merged: the checkpoint's weights do not have the adapter in them.
+
+    Raises:
+        InputError: there is an adapter; the message says how to get a base without it.
+    """
+    if not (folder / ADAPTER).is_file():
+        return
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"model {name}: a LoRA adapter and no model; give its base, or the two merged with PEFT's merge_and_unload"
+        )
+    raise InputError(
+        f"model {name}: it also holds a LoRA adapter ({ADAPTER}), which transformers would load with it; move the "
+        "adapter's files out of the folder, or merge it first with PEFT's merge_and_unload"
+    )
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

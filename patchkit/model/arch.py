@@ -37,10 +37,11 @@ def inspect_model(model: PreTrainedModel) -> Architecture:
     """Find the edit sites of a loaded causal language model. Weights, hooks and training mode are as before afterward.
 
     Raises InputError for what cannot be edited: encoder-decoders, models without a language-model head, mixtures of
-    experts, quantized or unloaded weights, and layers whose feed-forward is not recognized.
+    experts, quantized or unloaded weights, models with a PEFT adapter, and layers whose feed-forward is not recognized.
     """
     head = _causal_head(model)
     _refuse_unloaded(model)
+    _refuse_adapted(model)
     hidden_size = int(model.config.get_text_config().hidden_size)
     layers_name, layers = decoder_layers(model)
     names = [
@@ -82,6 +83,13 @@ def _refuse_unloaded(model: PreTrainedModel) -> None:
     if unloaded is not None:
         advice = "load the model with all its weights in memory, without offloading to CPU or disk"
         raise _refusal(model, "loaded weights", f"{unloaded} on the meta device", advice)
+
+
+def _refuse_adapted(model: PreTrainedModel) -> None:
+    # Both are PEFT's marks: the second one is on a model that transformers loaded an adapter into.
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        advice = "load the base without the adapter, or merge it first with PEFT's merge_and_unload"
+        raise _refusal(model, "a model as it is on disk", "one with a PEFT adapter in it", advice)
 
 
 def _is_attention(name: str, module: nn.Module) -> bool:

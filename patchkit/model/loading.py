@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from patchkit.errors import InputError, PatchkitError
+from patchkit.io.checkpoint import refuse_adapter
 from patchkit.io.hub import ask_once
 from patchkit.io.places import shipped
 
@@ -138,10 +140,12 @@ def refuse_missing(name: str) -> None:
     """Tell at once a local path with a mistake in it, which would otherwise be sought on the Hub.
 
     Raises:
-        InputError: there is no such folder, and no Hub repository can be meant, or the folder holds no model.
+        InputError: there is no such folder, and no Hub repository can be meant, or the folder holds no model, or a LoRA
+            beside it.
     """
     path = Path(name)
     if path.exists():
+        refuse_adapter(name, path)
         if not (path / "config.json").is_file():
             raise InputError(
                 f"model {name}: no config.json in it; give a folder that save_pretrained wrote, or a Hub name"
@@ -157,6 +161,8 @@ def refuse_missing(name: str) -> None:
         ask_once(name, "config.json")
     except PatchkitError as error:
         raise _not_loaded(name, error) from None
+    if adapter := find_adapter_config_file(name):  # from the Hub's cache, or asked for as loading the model would
+        refuse_adapter(name, Path(adapter).parent)
 
 
 def _not_loaded(name: str, error: Exception) -> InputError:
