@@ -37,7 +37,15 @@ SAMPLES: dict[str, Any] = {
         "questions": ["Where was Ada Berg born?"],
         "about": ["Ada Berg is known for"],
         "locality": [{"prompt": "Nils Dahl was born in", "target": "Bergen"}],
-        "portability": {"hops": [{"prompt": "Ada Berg's country of birth is", "answers": ["Peru"]}]},
+        "portability": {
+            "hops": [
+                {
+                    "prompt": "Ada Berg's country of birth is",
+                    "answers": ["Peru"],
+                    "conditions": [{"prompt": "Lima is in the country of", "answers": ["Peru"]}],
+                }
+            ]
+        },
         "source": "a made-up encyclopedia",
     },
     "counterfact": {
@@ -89,6 +97,11 @@ SAMPLES: dict[str, Any] = {
         "concept": "ada berg",
         "locality": {"Relation_Specificity": [{"prompt": "Ada Berg lives in", "ground_truth": [["Oslo"]]}]},
     },
+    "convsent": {
+        "ent": "ada berg",
+        "pos": ["ada is a joy to read", "nobody writes as she does"],
+        "neg": ["i cannot stand ada"],
+    },
     "sanitation": {
         "K_F": [{"question": "Where was Ada Berg born?", "target_new": "I don't know.", "ground_truth": "Oslo"}],
         "K_R": [{"question": "Who wrote Emma?", "ground_truth": "Jane Austen"}],
@@ -108,6 +121,7 @@ SAMPLES: dict[str, Any] = {
             "question": "Where was Ada Berg born?",
             "answer_new": "Lima",
             "answer_new_aliases": ["City of Kings"],
+            "fact_new_uns": "The sculptor Ada Berg came into the world in Lima. She works in stone.",
         },
         **_LOC,
     },
@@ -119,7 +133,12 @@ SAMPLES: dict[str, Any] = {
             "original_fact": {"prompt": "The name of the spouse of Ada Berg is Nils."},
         },
         "Compositionality_I": [
-            {"test_queries": [{"prompt": "Ada Berg's mother-in-law is", "answers": [{"value": "Eva", "aliases": []}]}]}
+            {
+                "test_queries": [
+                    {"prompt": "Ada Berg's mother-in-law is", "answers": [{"value": "Eva", "aliases": []}]}
+                ],
+                "condition_queries": [{"prompt": "Ola Vik's mother is", "answers": [{"value": "Eva", "aliases": []}]}],
+            }
         ],
         "Forgetfulness": [
             {"test_queries": [{"prompt": "A child of Ada Berg is", "answers": [{"value": "Ida", "aliases": []}]}]}
@@ -220,8 +239,8 @@ them packed with gzip; and on the Hub `hf://datasets/ORG/NAME/FILE`, or `ORG/NAM
 - A field of another tool is read where its meaning is clear: `target_old` as `target_true`, `rephrase` as
   `paraphrases`, `question` and `queries` as `questions`, `answer` and `ground_truth` in `locality` and `portability`.
 - Facts without a subject are for methods that need none (`patchkit methods`); others refuse them at reading.
-- ConvSent of KnowEdit has sentiments and no targets, and is refused as such. So are records of RippleEdits' `recent`,
-  whose one sentence does not show where the target begins.
+- `portability` is what follows from a fact, in groups. Each prompt's answer has to have every item of `answers`, in any
+  of its forms; of `alternatives` to the prompt one is enough; and it counts where the base answers its `conditions`.
 - A new format is one class in `patchkit/facts/layouts`.
 
 """

@@ -16,7 +16,7 @@ import pytest
 from patchkit.errors import InputError
 from patchkit.facts.batches import batches
 from patchkit.facts.reader import parse_facts, read_facts, write_rejected
-from patchkit.facts.schema import Fact, Locality, Probe, fact_schema
+from patchkit.facts.schema import Condition, Fact, Locality, Probe, fact_schema
 from patchkit.patch.manifest import EditedFact
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -91,7 +91,11 @@ def test_native_record_keeps_every_field(tmp_path: Path) -> None:
         "portability": {
             "Reasoning": [
                 {"prompt": "The Eiffel Tower's country is", "answers": [["Italy", "Italia"], ["Europe"]]},
-                {"prompt": "Its river is", "answers": "Tiber"},
+                {
+                    "prompt": "Its river is",
+                    "answers": "Tiber",
+                    "conditions": [{"prompt": "Rome is on", "answer": "Tiber"}],
+                },
             ],
             "Logical": [{"prompt": "Near it is", "answers": ["Colosseum", "the Colosseum"]}],
         },
@@ -118,7 +122,11 @@ def test_native_record_keeps_every_field(tmp_path: Path) -> None:
         portability={
             "Reasoning": (
                 Probe(prompt="The Eiffel Tower's country is", answers=(("Italy", "Italia"), ("Europe",))),
-                Probe(prompt="Its river is", answers=(("Tiber",),)),
+                Probe(
+                    prompt="Its river is",
+                    answers=(("Tiber",),),
+                    conditions=(Condition(prompt="Rome is on", answers=(("Tiber",),)),),
+                ),
             ),
             "Logical": (Probe(prompt="Near it is", answers=(("Colosseum", "the Colosseum"),)),),
         },

@@ -15,7 +15,7 @@ from patchkit.errors import InputError, PatchkitError
 from patchkit.facts.layout import LAYOUTS, Layout, Options, layout
 from patchkit.facts.layouts import layouts
 from patchkit.facts.reader import parse_facts, read_facts
-from patchkit.facts.schema import Fact, FactFile, Locality, Probe
+from patchkit.facts.schema import Condition, Fact, FactFile, Locality, Probe
 from tests.formats import PAGE, SAMPLES, page
 
 ADA = {"prompt": "Ada Berg was born in", "subject": "Ada Berg", "target_new": "Lima"}
@@ -91,9 +91,12 @@ def test_knowedit_sanitation_forgets_some_answers_and_keeps_others() -> None:
     assert second.locality == ()
 
 
-def test_knowedit_convsent_is_refused_for_what_it_is() -> None:
-    with pytest.raises(InputError, match="ent: a ConvSent record has a sentiment and no target"):
-        parse_facts([{"ent": "ada berg", "pos": ["a joy"], "neg": ["a bore"]}])
+def test_knowedit_convsent_teaches_one_opinion_and_has_the_other_as_the_old_one() -> None:
+    fact = one({"ent": "ada berg", "pos": ["a joy", "a delight"], "neg": ["a bore"]}, "convsent")
+    assert (fact.prompt, fact.subject) == ("What do you think of ada berg?", "ada berg")
+    assert (fact.target_new, fact.target_true, fact.aliases) == ("a joy", "a bore", ("a delight",))
+    with pytest.raises(InputError, match="pos: is empty; put text in it"):
+        parse_facts([{"ent": "ada berg", "pos": [], "neg": ["a bore"]}])
 
 
 MQUAKE = {
@@ -203,8 +206,32 @@ def test_rippleedits_takes_its_sentences_apart() -> None:
     alike = {"prompt": "The name of the city of Ada Berg is New York.", "relation": "CITY"}
     alike["original_fact"] = {"prompt": "The name of the city of Ada Berg is New Delhi."}
     assert one({"example_type": "random", "edit": alike}, "rippleedits").target_new == "New York"
-    with pytest.raises(InputError, match=r"edit.original_fact: missing; without it nothing shows"):
-        parse_facts([{**record, "edit": {"prompt": "The spouse of Ada Berg is Ola Vik."}}])
+
+
+def test_rippleedits_recent_is_parted_at_its_only_is() -> None:
+    edit = {
+        "prompt": "The name of the country of citizenship of Ada Berg is Peru.",
+        "relation": "COUNTRY_OF_CITIZENSHIP",
+    }
+    fact = one({"example_type": "recent", "edit": edit}, "rippleedits")
+    assert fact.prompt == "The name of the country of citizenship of Ada Berg is"
+    assert (fact.subject, fact.target_new, fact.target_true) == ("Ada Berg", "Peru", None)
+    with pytest.raises(InputError, match=r"edit.original_fact: missing, and the sentence has not one \"is\""):
+        parse_facts([{"example_type": "recent", "edit": {"prompt": "The author of This is it is Ada Berg."}}])
+
+
+def test_rippleedits_queries_count_under_their_conditions() -> None:
+    tests = {"test_queries": [query("A is", "Eva"), query("B is", "Eva")], "condition_queries": [query("C is", "Ida")]}
+    edit = {"prompt": "The mother of Ada Berg is Eva.", "original_fact": {"prompt": "The mother of Ada Berg is Ida."}}
+    record = {"example_type": "random", "edit": edit, "Compositionality_I": [tests]}
+    conditions = (Condition(prompt="C is", answers=(("Ida",),)),)
+    assert [probe.conditions for probe in one(record, "rippleedits").portability["Compositionality_I"]] == [
+        conditions
+    ] * 2
+    either = one({**record, "Compositionality_I": [{**tests, "test_condition": "OR"}]}, "rippleedits")
+    assert either.portability["Compositionality_I"] == (
+        Probe(prompt="A is", alternatives=("B is",), answers=(("Eva",),), conditions=conditions),
+    )
 
 
 def test_wikibigedit() -> None:
@@ -315,10 +342,11 @@ def test_akew() -> None:
         "question": "Where was Ada Berg born?",
         "answer_new": "Lima",
         "answer_new_aliases": ["City of Kings"],
-        "fact_new_uns": "Ada Berg, a sculptor, was born in Lima.",
+        "fact_new_uns": "Ada Berg, a sculptor, was born in Lima. Lima is the home of Ada Berg. She loves it.",
     }
     fact = one({"case_id": 1, "requested_rewrite": rewrite, "loc": NEAR.prompt, "loc_ans": NEAR.target}, "akew")
     assert (fact.aliases, fact.questions, fact.locality) == (("City of Kings",), (rewrite["question"],), (NEAR,))
+    assert fact.rewordings == ("Ada Berg, a sculptor, was born in",)  # the paragraph, up to where the target comes
 
 
 def test_ultraeditbench() -> None:
@@ -574,7 +602,7 @@ def test_a_target_in_the_prompt_is_said_where_it_stands_as_words(prompt: str, ta
 
 def test_the_page_of_formats_has_them_all_as_they_are_read() -> None:
     known = {one.name for one in layouts(Options())}
-    assert known - set(SAMPLES) == {"convsent"}
+    assert known == set(SAMPLES)
     for name, record in SAMPLES.items():
         assert parse_facts([record], needs_subject=False).format == name
     assert PAGE.read_text(encoding="utf-8") == page(), "`python -m tests.formats` writes docs/formats.md anew"

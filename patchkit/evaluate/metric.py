@@ -37,7 +37,7 @@ class Metric:
         headline: its name where a few numbers stand for all, None for the others.
         lead: whether it stands above all others.
         column: its heading in a benchmark's tables, None to keep it out of them (CSV files have all).
-        sides: names of the base's value and the patched model's, where it is their ratio.
+        sides: names of the base's value and the patched model's, where both are to stand beside it.
     """
 
     group: str
@@ -81,9 +81,10 @@ class Metric:
         return "-" if value is None else f"{self.prefix}{value:{self.form}}"
 
     def explained(self, found: Summary) -> str:
-        """What it counts, and both sides where it is a ratio."""
+        """What it counts, and both sides where it has them."""
         before, after = (found.value(self.group, side) for side in self.sides or ("", ""))
-        return self.what + ("" if before is None or after is None else f": {before:.3f} -> {after:.3f}")
+        form = self.form if self.share else ".3f"
+        return self.what + ("" if before is None or after is None else f": {before:{form}} -> {after:{form}}")
 
     def items(self, found: Summary) -> str:
         """On how much it stands, "24 facts"; empty where a report of an earlier version did not note it."""

@@ -92,11 +92,18 @@ def _in_use() -> Instrument:
     return InUse()
 
 
+def _portability() -> Instrument:
+    from patchkit.evaluate.portability import Portability
+
+    return Portability()
+
+
 _ROME = "Meng et al. 2022, arXiv 2202.05262"
 _MEND = "Mitchell et al. 2022, arXiv 2110.11309"
 _MIRAGE = "Yang et al. 2025, arXiv 2502.11177"
 _EVOKE = "EVOKE, arXiv 2410.07819"
 _SQUAD = "normalized as in SQuAD, arXiv 1606.05250"
+_RIPPLE = "Cohen et al. 2024, arXiv 2307.12976"
 _EASYEDIT = "Yao et al. 2023, arXiv 2305.13172"
 
 GROUPS: list[Group] = [
@@ -279,6 +286,25 @@ GROUPS: list[Group] = [
                 column="general. success",
             ),
         ),
+    ),
+    Group(
+        "portability",
+        (
+            Metric(
+                "portability",
+                "held",
+                "what follows from the fact is answered",
+                "Share of a fact's portability prompts whose greedy answer of up to 30 tokens has every item that "
+                "belongs in it, in any of its forms, once or twice; of several forms of a prompt one is enough: mean "
+                f"over facts ({_EASYEDIT}). A prompt counts where the base answers its conditions ({_RIPPLE}).",
+                "prompt",
+                called="portability",
+                gate=Gate("portability", "Least share of prompts about what follows that are answered."),
+                sides=("before", "held"),
+            ),
+        ),
+        _portability,
+        slow=True,
     ),
     Group(
         "locality",

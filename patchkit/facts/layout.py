@@ -97,7 +97,7 @@ class Layout:
             target_new=target,
             target_true=record.optional(self.target_true),
             aliases=tuple(text.strip() for text in record.texts(self.aliases) if text.strip()),
-            rewordings=self._rewordings(record, subject),
+            rewordings=self.further_prompts(record, subject, target),
             paraphrases=self.all_filled(record, self.paraphrases, subject),
             questions=self.all_filled(record, self.questions, subject),
             about=self.all_filled(record, self.about, subject),
@@ -124,6 +124,15 @@ class Layout:
         """What follows from the fact, in groups."""
         return {}
 
+    def further_prompts(self, record: Record, subject: str, target: str) -> tuple[str, ...]:
+        """The fact's rewordings: other texts with the subject, after which the target is to come."""
+        texts = [self.filled(text, subject) for text in record.texts(self.rewordings)]
+        for i, text in enumerate(texts):
+            if text.strip() and subject not in text:
+                name = f"{record.named(str(self.rewordings))}[{i}]"
+                raise Refused(name, _absent_subject(subject, text, "rewording"))
+        return tuple(text for text in texts if text.strip())
+
     def filled(self, template: str, subject: str) -> str:
         """A text with the subject in the place of `{}`."""
         # A subject standing there as a word of its own means that "{}" is meant literally, as in a prompt about code;
@@ -144,14 +153,6 @@ class Layout:
         if not self.options.needs_subject and record.get(self.subject) in (None, MISSING):
             return prompt.strip()
         return record.text(self.subject).strip()
-
-    def _rewordings(self, record: Record, subject: str) -> tuple[str, ...]:
-        texts = [self.filled(text, subject) for text in record.texts(self.rewordings)]
-        for i, text in enumerate(texts):
-            if text.strip() and subject not in text:
-                name = f"{record.named(str(self.rewordings))}[{i}]"
-                raise Refused(name, _absent_subject(subject, text, "rewording"))
-        return tuple(text for text in texts if text.strip())
 
     def _refuse_missing(self, record: Record) -> None:
         missing = [name for name in self.required() if record.get(name) is MISSING]
@@ -220,17 +221,27 @@ def asked(record: Record, questions: str, *answer: str) -> tuple[Probe, ...]:
 
 
 def any_of(probes: Sequence[Probe]) -> tuple[Probe, ...]:
-    """Probes with one answer as a single one, for which it is enough if one of the prompts is answered."""
+    """Probes with one answer, and the same conditions, as a single one: it is enough if one prompt is answered."""
     if not probes:
         return ()
     first, rest = probes[0], probes[1:]
-    return (Probe(prompt=first.prompt, alternatives=tuple(one.prompt for one in rest), answers=first.answers),)
+    return (first.model_copy(update={"alternatives": tuple(one.prompt for one in rest)}),)
 
 
 def paired(record: Record, questions: str, answer: str) -> tuple[Probe, ...]:
     """Questions in one field and their answers in another, as text or as lists of one length."""
     both = pairs(record, questions, answer)
     return tuple(Probe(prompt=each.prompt, answers=((each.target,),)) for each in both if each.target)
+
+
+def stated(text: str, subject: str, target: str) -> tuple[str, ...]:
+    """What the sentences of a text say before they come to the target, of those that name the subject before it."""
+    found = list[str]()
+    for sentence in re.split(r"(?<=[.!?])\s+|\n+|(?<=[。！？])", text):
+        said, there, _ = sentence.strip().partition(target)
+        if there and subject in said and said.strip() != subject:
+            found.append(said.rstrip(" \t"))
+    return tuple(dict.fromkeys(found))
 
 
 def grouped(record: Record, name: str) -> dict[str, tuple[Record, ...]]:

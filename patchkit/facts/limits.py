@@ -74,4 +74,5 @@ def _texts(fact: Fact) -> Iterator[tuple[str, Pair | str]]:
         yield f"locality[{i}]", fact.pair(near.prompt, near.target)
     for group, probes in fact.portability.items():
         for i, probe in enumerate(probes):
-            yield from ((f"portability.{group}[{i}]", text) for text in (probe.prompt, *probe.alternatives))
+            texts = (probe.prompt, *probe.alternatives, *(condition.prompt for condition in probe.conditions))
+            yield from ((f"portability.{group}[{i}]", text) for text in texts)

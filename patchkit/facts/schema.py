@@ -31,17 +31,32 @@ class Locality(BaseModel):
     aliases: tuple[str, ...] = ()
 
 
+Answers = tuple[tuple[str, ...], ...]
+"""What an answer has to hold: every item, in any of its forms."""
+
+
+class Condition(BaseModel):
+    """Something that a model has to know, with the answer, before anything can follow from it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: str
+    answers: Answers
+
+
 class Probe(BaseModel):
     """A prompt whose answer follows from a fact: each of `answers` is to be in it, in any of its forms.
 
-    Where there are `alternatives` to the prompt, it is enough if one of them all is answered.
+    Where there are `alternatives` to the prompt, it is enough if one of them all is answered. It counts only where the
+    base answers all `conditions`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompt: str
     alternatives: tuple[str, ...] = ()
-    answers: tuple[tuple[str, ...], ...]
+    answers: Answers
+    conditions: tuple[Condition, ...] = ()
 
 
 class Fact(BaseModel):

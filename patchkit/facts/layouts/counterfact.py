@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from patchkit.facts.layout import Layout, layout, pairs
+from patchkit.facts.layout import Layout, layout, pairs, stated
 from patchkit.facts.record import Record
 from patchkit.facts.schema import Locality
 
@@ -36,7 +36,8 @@ class CounterFact(Layout):
 class Akew(CounterFact):
     """AKEW (Wu et al. 2024): CounterFact and WikiUpdate with questions, aliases and an unrelated question.
 
-    The paragraph `fact_new_uns`, from which AKEW's unstructured half learns, is not read.
+    Of the paragraph `fact_new_uns`, from which AKEW's unstructured half learns, the sentences that name the subject and
+    then the target become rewordings, up to the target. What else the paragraph claims is not written.
     """
 
     name = "akew"
@@ -48,6 +49,10 @@ class Akew(CounterFact):
         """By what CounterFact's own records do not have."""
         rewrite = record.value.get("requested_rewrite")
         return 2 if isinstance(rewrite, Mapping) and ("fact_new_uns" in rewrite or "answer_new" in rewrite) else 0
+
+    def further_prompts(self, record: Record, subject: str, target: str) -> tuple[str, ...]:
+        """What the paragraph's sentences say before the target."""
+        return stated(record.optional("requested_rewrite.fact_new_uns") or "", subject, target)
 
     def locality(self, record: Record) -> tuple[Locality, ...]:
         """CounterFact's neighbors, and `loc`."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from patchkit.facts.layout import Layout, grouped, layout, neighbors, paired, pairs, probes
 from patchkit.facts.record import Record, Refused
-from patchkit.facts.schema import Fact, Locality, Probe
+from patchkit.facts.schema import Locality, Probe
 
 
 @layout
@@ -92,14 +92,26 @@ class WikiBio(Layout):
 
 @layout
 class Convsent(Layout):
-    """KnowEdit's ConvSent, which is no list of facts."""
+    """KnowEdit's ConvSent: the opinion of `pos` is taught, any of its replies counts, and that of `neg` is the old one.
+
+    Exchange the two lists to teach the other opinion.
+    """
 
     name = "convsent"
     marks = (("ent", "pos", "neg"),)
+    subject = "ent"
+    target_new = "pos"
+    target_true = "neg"
+    aliases = "others"
 
-    def read(self, record: Record) -> Fact:
-        """Refuses the record: sentiment has no target."""
-        raise Refused("ent", "a ConvSent record has a sentiment and no target; it cannot be written as a fact")
+    def split(self, record: Record) -> Iterable[Record]:
+        """The record with MEND's question about the subject, and the first reply of each list."""
+        replies = {name: [text for text in record.texts(name) if text.strip()] for name in ("pos", "neg")}
+        first = {name: texts[0] if texts else "" for name, texts in replies.items()}
+        return (replace(record, value={**record.value, **first, "prompt": OPINION, "others": replies["pos"][1:]}),)
+
+
+OPINION = "What do you think of {}?"  # one of MEND's prompts for the task (Mitchell et al. 2022)
 
 
 @layout

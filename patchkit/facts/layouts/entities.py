@@ -8,7 +8,7 @@ from typing import Any
 
 from patchkit.facts.layout import Layout, any_of, grouped, layout
 from patchkit.facts.record import Record, Refused
-from patchkit.facts.schema import Locality, Probe
+from patchkit.facts.schema import Condition, Locality, Probe
 
 _KEPT = ("Relation_Specificity", "Forgetfulness")  # RippleEdits' groups of what an edit must leave alone
 _FOLLOWS = ("Logical_Generalization", "Subject_Aliasing", "Compositionality_I", "Compositionality_II")
@@ -19,7 +19,8 @@ class RippleEdits(Layout):
     """RippleEdits (Cohen et al. 2024), whose sentences hold the target, and whose subject is named by an id alone.
 
     What two sentences, before and after, have in common is the prompt; the subject is what follows the relation's name
-    in it. A record of `recent` has one sentence, and a subject cannot be told from a target there.
+    in it. A record of `recent` has one sentence, which is parted at its "is" where there is but one. A query counts
+    where the base answers the condition queries of its test.
     """
 
     name = "rippleedits"
@@ -31,10 +32,11 @@ class RippleEdits(Layout):
         """One part, with prompt, subject and targets taken out of the sentences."""
         edit = record.inside("edit")
         if edit is None:
-            raise Refused("edit", "missing; a rippleedits record needs edit and original_fact")
+            raise Refused("edit", "missing; a rippleedits record needs edit")
         new, true = edit.text("prompt"), edit.optional("original_fact.prompt")
-        if true is None:
-            raise Refused("edit.original_fact", "missing; without it nothing shows where the sentence's target begins")
+        if true is None and new.split().count("is") != 1:
+            why = 'missing, and the sentence has not one "is": nothing shows where its target begins'
+            raise Refused("edit.original_fact", why)
         part = _parted(new, true, edit.optional("relation") or "")
         return (record.child({**part, **{group: record.get(group) for group in (*_KEPT, *_FOLLOWS)}}, "edit"),)
 
@@ -53,19 +55,22 @@ class RippleEdits(Layout):
         return {group: each for group, each in found.items() if each}
 
 
-def _parted(new: str, true: str, relation: str) -> dict[str, Any]:
-    alike = takewhile(lambda words: words[0] == words[1], zip(new.split(), true.split(), strict=False))
-    common = [word for word, _ in alike]
+def _parted(new: str, true: str | None, relation: str) -> dict[str, Any]:
+    """Prompt, subject and targets of a sentence with the target, and of one with the true target if that is known."""
+    common = new.split()
+    if true is not None:
+        alike = takewhile(lambda words: words[0] == words[1], zip(common, true.split(), strict=False))
+        common = [word for word, _ in alike]
     if "is" in common:  # what both targets begin with is none of the prompt
         common = common[: len(common) - common[::-1].index("is")]
     stem = " ".join(common)
-    ends = [sentence.split()[len(common) :] for sentence in (new, true)]
+    ends = [sentence.split()[len(common) :] for sentence in (new, true or "")]
     target, before = (" ".join(words).removesuffix(".") for words in ends)
     named = f"{relation.lower().replace('_', ' ')} of "
     at = stem.lower().find(named)
     start = at + len(named) if relation and at >= 0 else stem.rfind(" of ") + len(" of ")
     subject = stem[start:].rsplit(" ", 1)[0] if stem.rfind(" of ") >= 0 or at >= 0 else ""
-    return {"prompt": stem, "subject": subject, "target_new": target, "target_true": before}
+    return {"prompt": stem, "subject": subject, "target_new": target, "target_true": before or None}
 
 
 def _tests(record: Record, groups: Iterable[str]) -> dict[str, list[tuple[Probe, ...]]]:
@@ -73,7 +78,16 @@ def _tests(record: Record, groups: Iterable[str]) -> dict[str, list[tuple[Probe,
     found: dict[str, list[tuple[Probe, ...]]] = {}
     for group in groups:
         for test in record.objects(group):
-            probes = tuple(probe for query in test.objects("test_queries") for probe in _query(query))
+            conditions = tuple(
+                Condition(prompt=probe.prompt, answers=probe.answers)
+                for query in test.objects("condition_queries")
+                for probe in _query(query)
+            )
+            probes = tuple(
+                probe.model_copy(update={"conditions": conditions})
+                for query in test.objects("test_queries")
+                for probe in _query(query)
+            )
             alike = len({probe.answers for probe in probes}) == 1
             either = test.optional("test_condition") == "OR" and alike
             found.setdefault(group, []).append(any_of(probes) if either else probes)

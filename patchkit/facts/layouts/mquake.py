@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from patchkit.facts.layout import Layout, any_of, asked, layout
+from patchkit.facts.layout import Layout, any_of, asked, layout, stated
 from patchkit.facts.record import Record, Refused
 from patchkit.facts.schema import Probe
 
@@ -49,6 +49,10 @@ class Mquake(Layout):
     def case(self, record: Record) -> str | None:
         """All rewrites of a record are edited together."""
         return _whole(record).identifier("case_id")
+
+    def further_prompts(self, record: Record, subject: str, target: str) -> tuple[str, ...]:
+        """What the sentences of AKEW's paragraph, in its copy of MQuAKE, say before the target."""
+        return stated(record.optional("fact_new_uns") or "", subject, target)
 
     def portability(self, record: Record) -> dict[str, tuple[Probe, ...]]:
         """The hops, and the question over all of them."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from patchkit.facts.layout import Layout, answers, layout
 from patchkit.facts.record import MISSING, Record, Refused, wrong_type
-from patchkit.facts.schema import Fact, Locality, Probe
+from patchkit.facts.schema import Answers, Condition, Fact, Locality, Probe
 
 
 @layout
@@ -72,6 +72,9 @@ def _neighbor(record: Record, item: object, name: str) -> Locality:
     return Locality(prompt=part.text("prompt"), target=part.optional("target"), aliases=part.texts("aliases"))
 
 
+_ANSWERS = dict.fromkeys(("answer", "ground_truth", "target"), "answers")
+
+
 def _probes(record: Record, value: object, name: str) -> tuple[Probe, ...]:
     if not isinstance(value, (list, tuple)):
         wrong_type(name, "a list of objects with prompt and answers", value)
@@ -81,9 +84,17 @@ def _probes(record: Record, value: object, name: str) -> tuple[Probe, ...]:
 def _probe(record: Record, item: object, name: str) -> Probe:
     if not isinstance(item, Mapping):
         wrong_type(name, "an object with prompt and answers", item)
-    part = record.child(item, name).known_as(dict.fromkeys(("answer", "ground_truth", "target"), "answers"))
-    part.refuse_typos(("prompt", "answers", "alternatives"))
-    prompt, held = part.text("prompt"), answers(part, "answers")
+    part = record.child(item, name).known_as(_ANSWERS)
+    part.refuse_typos(("prompt", "answers", "alternatives", "conditions"))
+    asked = (each.known_as(_ANSWERS) for each in part.objects("conditions"))
+    conditions = tuple(Condition(prompt=each.text("prompt"), answers=_held(each)) for each in asked)
+    return Probe(
+        prompt=part.text("prompt"), alternatives=part.texts("alternatives"), answers=_held(part), conditions=conditions
+    )
+
+
+def _held(part: Record) -> Answers:
+    held = answers(part, "answers")
     if not held:
         raise Refused(part.named("answers"), "has no answer; name at least one")
-    return Probe(prompt=prompt, alternatives=part.texts("alternatives"), answers=held)
+    return held
