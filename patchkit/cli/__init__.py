@@ -16,6 +16,7 @@ _COMMANDS = {
     "apply": "Write facts into a model, as a patch.",
     "verify": "Measure a patch against the untouched base.",
     "generate": "What a patched model answers, and its base.",
+    "import": "A LoRA or an edited checkpoint as a patch.",
     "merge": "Write a patched checkpoint that loads by itself.",
     "show": "What a patch holds.",
     "log": "The history of a patch.",
@@ -27,6 +28,7 @@ _COMMANDS = {
     "bench": "Compare methods in a long sequence of edits.",
     "stats": "Compute a model's key statistics ahead of time.",
 }
+_MODULES = {"import": "importing"}  # a word that Python keeps for itself
 
 
 class _Commands(click.Group):
@@ -40,7 +42,7 @@ class _Commands(click.Group):
             close = get_close_matches(cmd_name, _COMMANDS, 1)
             hint = f" Did you mean '{close[0]}'?" if close else ""
             raise click.UsageError(f"No such command '{cmd_name}'.{hint}", ctx)
-        command = getattr(import_module(f"patchkit.cli.{cmd_name}"), "command")  # noqa: B009
+        command = getattr(import_module(f"patchkit.cli.{_MODULES.get(cmd_name, cmd_name)}"), "command")  # noqa: B009
         assert isinstance(command, click.Command)
         return command
 

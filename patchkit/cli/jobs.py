@@ -22,10 +22,11 @@ from patchkit.facts.limits import GENERATED, Limits, fitting
 from patchkit.facts.reader import parse_facts, read_facts, write_rejected
 from patchkit.facts.schema import Fact, FactFile
 from patchkit.facts.typed import typed_facts
+from patchkit.imports.assemble import without_import
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import LoadedModel, ModelChoice, load_config, load_model, load_tokenizer
-from patchkit.patch.history import Incoming, choose_facts
+from patchkit.patch.history import Incoming, choose_facts, import_chosen
 from patchkit.patch.patch import OWN_FILES, Patch
 from patchkit.runs.execute import SMALL_TEXT, run, take_out
 from patchkit.runs.prepare import Prepared, prepare
@@ -171,6 +172,10 @@ def revert_patch(
         InputError: anything about the input; nothing has been written then.
     """
     patch = Patch.load(name)
+    if import_chosen(patch.manifest, facts, since, last):
+        less = without_import(patch)
+        less.save(folder)
+        return Reverted(less, None, folder)
     gone = choose_facts(patch.manifest, facts, since, last)
     chosen = choose(patch.manifest.base.name)
     loaded = load_model(chosen.name, chosen.device, chosen.dtype)

@@ -110,11 +110,15 @@ def run_text(manifest: Manifest, number: int) -> Text:
     """One run of the history, counted from 0: how it was made, and a line for each fact, + added, ~ superseded and
     - reverted."""
     run, changed = manifest.history[number], fact_changes(manifest, number)
-    block = Text(f"run {number + 1}: {run.action} {counted(len(run.facts), 'fact')}", style="bold")
+    what = "" if run.source else f" {counted(len(run.facts), 'fact')}"
+    block = Text(f"run {number + 1}: {run.action}{what}", style="bold")
     lines = [f"when    {run.when}", f"method  {run.method}, layers {', '.join(map(str, run.layers))}"]
     if run.action == "apply":
         lines.append(f"recipe  {run.recipe_digest[:16]}, seed {run.recipe.get('seed')}")
         lines.append(f"text    {run.text.source}, {run.text.tokens:,} tokens")
+    if source := run.source:
+        lines.append(f"source  {source.name} ({source.kind}), off by at most {source.error:.1g} of a change")
+        lines.append(f"unknown {', '.join(source.unknown)}")
     if found := run.measured():
         lines.append(f"result  {summary_line(found)}")
     if run.skipped:

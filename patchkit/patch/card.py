@@ -153,10 +153,13 @@ class Card:
 
     def _lead(self, base: str) -> str:
         updates = [update for manifest in self.manifests for update in manifest.updates]
+        facts, methods = f"{counted(len(self._facts()), 'fact')} written", ", ".join(self._method_names())
+        if all(manifest.imported for manifest in self.manifests):
+            facts, methods = "a change imported", "patchkit"
         return _LEADS[self.kind].format(
-            facts=f"{counted(len(self._facts()), 'fact')} written",
+            facts=facts,
             base=base,
-            methods=", ".join(self._method_names()),
+            methods=methods,
             updates=len(updates),
             parameters=sum(update.numbers for update in updates),
         )
@@ -234,6 +237,9 @@ class Card:
         cited = {run.method: run for run in self._runs()}
         return "\n".join(
             f"- {method}: {run.paper}. Statistics from {run.text.tokens:,} tokens of plain text."
+            if run.source is None
+            else f"- import of `{base_name(run.source.name)}` ({run.source.kind}), which does not say: "
+            f"{', '.join(run.source.unknown)}."
             for method, run in sorted(cited.items())
         )
 

@@ -156,6 +156,20 @@ def choose_facts(
     return chosen
 
 
+def import_chosen(manifest: Manifest, ids: Sequence[str], since: str | None, last: int | None) -> bool:
+    """Whether these choices of `choose_facts` mean an imported change, which has no facts and goes as a whole.
+
+    Raises:
+        InputError: a fact of it is named, or a date before which it was imported.
+    """
+    if not manifest.imported:
+        return False
+    run = next(run for run in reversed(manifest.history) if run.source)
+    if ids or (since is not None and datetime.fromisoformat(run.when) < _moment(since)):
+        raise InputError(f"revert: the patch was imported {run.when} and goes only as a whole; --last 1 takes it out")
+    return since is not None or last is not None
+
+
 def _require(manifest: Manifest, fact_id: str) -> None:
     known = [fact.id for fact in manifest.facts]
     if fact_id in known:

@@ -78,6 +78,22 @@ class UpdateInfo(_Record):
     weight_norm: float
 
 
+class Source(_Record):
+    """Where an imported change came from.
+
+    name: the adapter's folder, or the edited checkpoint. digests: sha256 of the adapter's file, or the digest of every
+    edited tensor by its name. settings: what the import went by. error: the largest ‖kept - change‖/‖change‖ of a
+    weight. unknown: what nobody told patchkit about the change.
+    """
+
+    kind: Literal["lora", "difference"]
+    name: str
+    digests: dict[str, str]
+    settings: dict[str, Any]
+    error: float
+    unknown: tuple[str, ...] = ("facts", "method", "text that it was trained on")
+
+
 class Run(_Record):
     """One entry of the history: `facts` are the ids written by an apply, or taken out by a revert.
 
@@ -86,7 +102,7 @@ class Run(_Record):
     fact's `run` counts from 0 in the history, which only ever grows.
     """
 
-    action: Literal["apply", "revert"]
+    action: Literal["apply", "revert", "import"]
     when: str
     method: str
     paper: str
@@ -105,6 +121,8 @@ class Run(_Record):
     superseded: dict[str, str] = {}
     skipped: tuple[str, ...] = ()
     removed: tuple[EditedFact, ...] = ()
+    source: Source | None = None
+    """Of an import, which has no recipe, no text and no facts."""
 
     def measured(self) -> Summary | None:
         """What was measured after it, if anything."""
@@ -129,6 +147,11 @@ class Manifest(_Record):
     def measured(self) -> Summary | None:
         """What was measured after the last run, if anything."""
         return self.history[-1].measured() if self.history else None
+
+    @property
+    def imported(self) -> Source | None:
+        """Where its updates came from, if they were imported and are still there."""
+        return next((run.source for run in reversed(self.history) if run.source), None) if self.updates else None
 
     def lost(self) -> tuple[str, ...]:
         """Ids of the facts that did not hold when they were last measured."""

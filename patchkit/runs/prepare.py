@@ -9,6 +9,7 @@ from typing import Any
 from patchkit import methods
 from patchkit.editing.recipe import EditConfig
 from patchkit.editing.wordings import REWORDINGS
+from patchkit.errors import InputError
 from patchkit.facts.batches import batches
 from patchkit.facts.limits import Limits, fitting
 from patchkit.facts.schema import Fact, FactFile
@@ -58,8 +59,13 @@ def prepare(
         unit: what `FactFile.lines` counts, for the notes.
 
     Raises:
-        InputError: a fact cannot be used, or has the id of another one in `onto`.
+        InputError: a fact cannot be used, or has the id of another one in `onto`; or `onto` was imported.
     """
+    if onto and (source := onto.manifest.imported):
+        raise InputError(
+            f"the patch was imported from {source.name} and has no keys to go on from; apply the facts to the base, "
+            "and use both, as in `patchkit generate --patch A --patch B` or `patchkit merge A B`"
+        )
     facts = read(
         check=fitting(tokenizer, limits, config.context_length + CONTEXT_ROOM),
         needs_subject=methods.get(config.method).needs_subject,

@@ -1,0 +1,1 @@
+"""Changes that others made, as patches: LoRA adapters, and the difference of two checkpoints."""

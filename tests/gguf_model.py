@@ -1,0 +1,39 @@
+"""A Llama of transformers as a GGUF file that llama.cpp runs: float32, without a vocabulary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+from transformers import PreTrainedModel
+
+from patchkit.export.gguf_names import in_gguf_order
+
+
+def write_gguf(model: PreTrainedModel, file: Path) -> Path:
+    """Write `model`, a LlamaForCausalLM, to `file`; tokens are given as ids."""
+    config, arch = model.config, "llama"
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    writer = gguf.GGUFWriter(file, arch)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim or config.hidden_size // config.num_attention_heads)
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        module, _, kind = name.rpartition(".")
+        stored = f"{names.get_name(module)}.{kind}"
+        writer.add_tensor(stored, in_gguf_order(arch, stored, tensor.float().contiguous(), config).contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
