@@ -86,7 +86,7 @@ def _changed(before: Base, after: Base) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def _chain(change: Tensor, kept: Kept, size: float) -> Chain:
-    """The update that is kept of a change (d_out, d_in) of a weight whose norm is `size` afterwards."""
+    """The update that is kept of a change (d_out, d_in) of a weight whose norm is `size` after it."""
     if kept.energy >= 1 and kept.rank is None:
         if sparse := _sparse(change):
             return (sparse,)
