@@ -295,7 +295,7 @@ def test_damaged_statistics_are_computed_again(damage: str, corpus: Corpus, tmp_
     whole = computed(model, corpus, tmp_path / "s")
     file = next((tmp_path / "s").rglob("model.layers.1.*.safetensors"))
     DAMAGE[damage](file)
-    with pytest.warns(UserWarning, match="damaged statistics"), watched(tmp_path / "s") as written:
+    with pytest.warns(UserWarning, match="damaged; computed again"), watched(tmp_path / "s") as written:
         again = computed(model, corpus, tmp_path / "s")
     assert written == [FIRST]
     assert same(again, whole)
@@ -309,7 +309,7 @@ def test_damaged_sums_are_not_resumed(corpus: Corpus, tmp_path: Path) -> None:
         computed(model, corpus, tmp_path / "s")
     (file,) = (tmp_path / "s").rglob("partial-*")
     flipped(file, 0.5)
-    with pytest.warns(UserWarning, match="damaged statistics"):
+    with pytest.warns(UserWarning, match="damaged; computed again"):
         assert same(computed(model, corpus, tmp_path / "s"), whole)
 
 

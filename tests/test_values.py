@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchkit.editing.values import ValueAt, ValueConfig, ValueTerms, optimize
+from patchkit.editing.value_problem import ValueAt, ValueTerms
+from patchkit.editing.values import ValueConfig, optimize
 from patchkit.errors import InputError
 from patchkit.facts.requests import EditRequest, build_request
 from patchkit.facts.schema import Fact

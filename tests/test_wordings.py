@@ -14,7 +14,7 @@ from patchkit.bench.run import run_bench
 from patchkit.editing.editor import requests_of
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.suffixes import Suffixes
-from patchkit.editing.values import ValueConfig, optimize, widen
+from patchkit.editing.values import ValueConfig, optimize
 from patchkit.editing.wordings import (
     NEUTRAL,
     NEUTRAL_CHAT,
@@ -31,7 +31,7 @@ from patchkit.facts.requests import EditRequest
 from patchkit.facts.schema import Fact
 from patchkit.maths.updates import delta_of
 from patchkit.model.arch import inspect_model
-from patchkit.model.forward import LayerRunner
+from patchkit.model.forward import LayerRunner, widen
 from patchkit.model.loading import ModelChoice
 from patchkit.patch.patch import read_manifest
 from patchkit.statistics.corpus import SYSTEMS

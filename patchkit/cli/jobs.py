@@ -29,6 +29,7 @@ from patchkit.model.loading import LoadedModel, ModelChoice, load_config, load_m
 from patchkit.patch.history import Incoming, choose_facts, import_chosen
 from patchkit.patch.patch import OWN_FILES, Patch
 from patchkit.runs.execute import SMALL_TEXT, run, take_out
+from patchkit.runs.journals import forget
 from patchkit.runs.prepare import Prepared, prepare
 from patchkit.runs.workspace import Workspace
 from patchkit.statistics.corpus import PACKAGE_TEXT, default_text, read_corpus, window_of
@@ -102,7 +103,7 @@ def apply_file(
     loaded = load_model(chosen.name, chosen.device, chosen.dtype)
     check(loaded)
     workspace = Workspace.of(loaded.model, loaded.tokenizer, (text,), stats, progress)
-    patch = run(prepared, workspace, say)
+    patch = run(prepared, workspace, say, folder=folder)
     report = measure_in(workspace, patch, quick=quick)
     if known := _known_before(prepared, report):
         say(f"the base says the target already, so that an edit shows nothing there: {listed(known)}")
@@ -132,6 +133,7 @@ def _save(patch: Patch, folder: Path, over: Patch | None, read: FactFile, say: C
             write_rejected(into / "rejected.jsonl", read.rejected)
 
     patch.save(folder, over, write_beside)
+    forget(folder)
     if read.rejected:
         say(f"{counted(len(read.rejected), 'bad fact')} left out: {folder / 'rejected.jsonl'}")
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from patchkit import methods
 from patchkit.editing.contexts import about, make_contexts
+from patchkit.editing.journal import Journal
 from patchkit.editing.loss_edits import FittedEdits, GradientEdits
 from patchkit.editing.recipe import EditConfig
 from patchkit.editing.session import EditSession, ValueCache, plan
@@ -47,6 +48,7 @@ def edit(
     gradients: Mapping[int, Tensor] = MappingProxyType({}),
     known: ValueCache | None = None,
     contexts: Sequence[str] = (),
+    journal: Journal | None = None,
 ) -> EditRun:
     """Compute the updates that make the model predict every fact's target. The model is as before when this returns.
 
@@ -57,12 +59,13 @@ def edit(
             been the next batches of the same run.
         known: values found on the untouched model: taken from here, and added.
         contexts: contexts to edit in; without any they are generated.
+        journal: of an earlier call with the same arguments that was cut off, to go on from to the same result.
 
     Raises:
         InputError: a fact cannot be tokenized, or the edit is not finite.
     """
     how, run = plan(runner.arch, config), EditRun(start.copy() if start else EditState(), list(contexts))
-    state, done = run.state, 0
+    state, done, journal = run.state, 0, journal or Journal()
 
     def advance(finished: int) -> None:
         nonlocal done
@@ -71,14 +74,22 @@ def edit(
 
     with frozen(runner.arch.model):
         with run.timed("contexts"):
-            if not run.contexts:  # before anything is attached: the untouched model's, whatever was edited earlier
-                run.contexts = make_contexts(runner, tokenizer, config)
-            requests = requests_of(runner, tokenizer, facts, run.contexts, config, state.subjects)
+            requests = journal.requests(facts, run.contexts)
+            if not requests:
+                if not run.contexts:  # before anything is attached: the untouched model's, whatever was edited earlier
+                    run.contexts += make_contexts(runner, tokenizer, config)
+                requests = requests_of(runner, tokenizer, facts, run.contexts, config, state.subjects)
+                journal.keep_requests(requests, run.contexts)
         with live_deltas(runner.arch, {**dict.fromkeys(how.layers), **state.deltas(runner.arch)}) as live:
-            session = EditSession(runner, config, how, run, live, covariances, gradients, known)
+            session = EditSession(runner, config, how, run, live, covariances, gradients, known, journal)
             edits = _EDITS[session.method.targets](session)
-            for batch in batches(facts, solve_batch_size(config)):
-                edits.edit(requests[batch.start : batch.stop], advance)
+            for number, batch in enumerate(batches(facts, solve_batch_size(config))):
+                these = requests[batch.start : batch.stop]
+                if session.finished_before(number, these):
+                    advance(len(these))
+                    continue
+                edits.edit(these, advance)
+                journal.keep_batch(number, run.seconds)
         state.subjects |= {fact.subject for fact in facts}
     return run
 

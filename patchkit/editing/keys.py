@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from patchkit.editing.suffixes import common_start
-from patchkit.editing.values import ValueAt
+from patchkit.editing.value_problem import ValueAt
 from patchkit.facts.requests import EditRequest, pad
 from patchkit.model.forward import LayerRunner, Prefix, watching, watching_input
 from patchkit.model.weights import Site

@@ -36,7 +36,7 @@ class _LossEdits(ABC):
         with session.run.timed("gradients"):
             after, none = loss.per_fact(), torch.zeros(session.plan.sites[-1].d_out, count)
         values = Values(none, none, after.float(), torch.full((count,), loss.passes))
-        session.run.add_batch([r.fact for r in requests], values, session.plan.layers, self.columns(loss, count))
+        session.finish([r.fact for r in requests], values, session.plan.layers, self.columns(loss, count))
         advance(count)
 
     @abstractmethod

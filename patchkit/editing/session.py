@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
 
 from patchkit import methods
+from patchkit.editing.journal import Journal
 from patchkit.editing.recipe import EditConfig, resolve_layers
 from patchkit.editing.state import EditRun, SiteHistory, base_weight, storable
-from patchkit.editing.values import ValueAt, Values
+from patchkit.editing.value_problem import ValueAt
+from patchkit.editing.values import Values
 from patchkit.errors import InputError
+from patchkit.facts.requests import EditRequest
+from patchkit.facts.schema import Fact
 from patchkit.maths.linalg import Covariance, PriorKeys
 from patchkit.maths.rotations import Rotation
 from patchkit.maths.updates import Update, delta_of, mapped, tensors_of
@@ -70,6 +74,7 @@ class EditSession:
         live: by layer, the delta that acts on the model through a hook.
         covariances, gradients: statistics of plain text by layer, as `LayerProblem` has them.
         known: values found on the untouched model, which are shared with other runs; None shares nothing.
+        journal: what is finished goes there, for the same run to go on from.
     """
 
     runner: LayerRunner
@@ -80,6 +85,7 @@ class EditSession:
     covariances: Mapping[int, Covariance]
     gradients: Mapping[int, Tensor]
     known: ValueCache | None
+    journal: Journal
 
     @cached_property
     def method(self) -> Method:
@@ -107,13 +113,46 @@ class EditSession:
             InputError: the edit is not finite.
         """
         with self.run.timed("solve"):
-            update = solve_at(self.method, self.settings, site, problem)
-            history = self.run.state.sites.setdefault(site.layer, SiteHistory.empty(site))
-            history.add(update, problem.keys, problem.residual, self.method.targets == "gradients")
-            if isinstance(update, Rotation):  # it turns what was there before as well
-                self.live[site.layer].set([delta_of(history.chain, problem.read_base)])
-            else:
-                self.live[site.layer].add(delta_of((update,), problem.read_base))
+            self._take(site, problem, solve_at(self.method, self.settings, site, problem))
+
+    def _take(self, site: Site, problem: LayerProblem, update: Update) -> None:
+        # An update that was fitted to the loss took passes of the model; any other is a matter of moments.
+        fitted = update if self.method.targets == "none" else None
+        self.journal.solved(site.layer, problem.keys, problem.residual, fitted)
+        history = self.run.state.sites.setdefault(site.layer, SiteHistory.empty(site))
+        history.add(update, problem.keys, problem.residual, self.method.targets == "gradients")
+        if isinstance(update, Rotation):  # it turns what was there before as well
+            self.live[site.layer].set([delta_of(history.chain, problem.read_base)])
+        else:
+            self.live[site.layer].add(delta_of((update,), problem.read_base))
+
+    def finish(
+        self, facts: Sequence[Fact], values: Values, layers: Sequence[int], columns: Sequence[int] | None = None
+    ) -> None:
+        """Record that `facts` were solved for together; arguments as in `EditRun.add_batch`."""
+        self.run.add_batch(facts, values, layers, columns)
+        self.journal.added([fact.id for fact in facts], values, layers, columns)
+
+    def finished_before(self, number: int, requests: Sequence[EditRequest]) -> bool:
+        """Whether the journal has batch `number`, which then is as if it had just been edited: the solves are made once
+        more, of the same keys and residuals in the same order, so that all later ones have the same numbers."""
+        found = self.journal.batch(number)
+        if found is None:
+            return False
+        facts, sites = {request.fact.id: request.fact for request in requests}, self.plan.sites
+        for part in found.parts:
+            prior = self.prior_keys()
+            for done in part.solves:
+                site = next(site for site in sites if site.layer == done.layer)
+                problem = self.problem(site, done.keys, done.residual, prior.get(site.layer))
+                if done.fitted is None:
+                    self.solve(site, problem)
+                else:
+                    self._take(site, problem, done.fitted)
+            self.finish([facts[name] for name in part.facts], part.values, part.layers, part.columns)
+        self.journal.forget_batch()
+        self.run.seconds.update(found.seconds)
+        return True
 
 
 def problem_at(

@@ -210,7 +210,7 @@ class Suffixes:
         kept = len(self._stems) * (longest + 1) * self._states.from_layer(start).token_bytes
         self.facts = max(1, int(memory / 4 / kept))  # that may be active at a time
         token = self._graph_bytes()
-        self._tokens = max(1, min(TOKENS.get(runner.device.type, TOKENS["cpu"]), int(memory / 2 / token)))
+        self.tokens = max(1, min(TOKENS.get(runner.device.type, TOKENS["cpu"]), int(memory / 2 / token)))
         self._points = max(1, LOGITS // runner.vocabulary)
 
     def _graph_bytes(self) -> int:
@@ -252,7 +252,7 @@ class Suffixes:
 
     def _fits(self, *buckets: Bucket) -> bool:
         tokens = sum(bucket.ids.numel() for bucket in buckets)
-        return tokens <= self._tokens and sum(len(bucket.point_row) for bucket in buckets) <= self._points
+        return tokens <= self.tokens and sum(len(bucket.point_row) for bucket in buckets) <= self._points
 
     def _row(self, number: int) -> Row:
         return self.rows[number // len(self._stems)][number % len(self._stems)]
@@ -266,7 +266,7 @@ class Suffixes:
             width, asked = len(_suffix(row)), max(1, len(row.ids) - row.target + row.kept)
             total = width * (len(groups[-1]) + 1) if groups else 0
             waste = total - real - width
-            fits = total <= self._tokens and points + asked <= self._points
+            fits = total <= self.tokens and points + asked <= self._points
             if groups and fits and waste <= max(PADDING * total, ALONE):
                 groups[-1].append(number)
                 real, points = real + width, points + asked

@@ -10,7 +10,8 @@ from torch import Tensor
 from patchkit.editing.keys import SubjectStates
 from patchkit.editing.session import EditSession
 from patchkit.editing.state import storable
-from patchkit.editing.values import Values, ValueTerms, optimize
+from patchkit.editing.value_problem import ValueTerms
+from patchkit.editing.values import Values, optimize
 from patchkit.facts.requests import EditRequest
 from patchkit.maths.linalg import PriorKeys
 from patchkit.methods import LayerProblem
@@ -39,8 +40,8 @@ class ValueTargets:
             advance(len(requests))
             return shared[key]
         with session.run.timed("values"):
-            groups = by_subject(requests)
-            values = optimize(session.runner, requests, site, value_at, config, advance, terms, groups)
+            groups, log = by_subject(requests), session.journal.values_in_flight()
+            values = optimize(session.runner, requests, site, value_at, config, advance, terms, groups, log)
         if shared is not None:
             shared[key] = values
         return values
@@ -87,9 +88,7 @@ class ValueEdits:
             chosen, targets = [requests[i] for i in part.members], part.values.targets.double().cpu()
             for _ in range(session.config.sweeps):
                 self._sweep(chosen, part.sites, targets, prior)
-            session.run.add_batch(
-                [request.fact for request in chosen], part.values, [site.layer for site in part.sites]
-            )
+            session.finish([request.fact for request in chosen], part.values, [site.layer for site in part.sites])
 
     def _sweep(
         self, requests: Sequence[EditRequest], sites: Sequence[Site], targets: Tensor, prior: Mapping[int, PriorKeys]

@@ -9,11 +9,8 @@ the target positions alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from patchkit.editing.suffixes import Bucket, Suffixes, in_parts
+from patchkit.editing.value_log import ValueLog
+from patchkit.editing.value_problem import NO_TERMS, ValueAt, ValueProblem, ValueTerms
 from patchkit.facts.requests import EditRequest
-from patchkit.model.arch import attention_of
-from patchkit.model.forward import LayerRunner, watching_output, widen
+from patchkit.model.forward import LayerRunner
 from patchkit.model.weights import Site
-
-ValueAt = Literal["layer_out", "module_out"]
 
 
 class ValueConfig(BaseModel):
@@ -98,26 +94,6 @@ class Values:
         return ValueStates(self.targets, self.start)
 
 
-@dataclass(frozen=True)
-class ValueTerms:
-    """What a method adds to ROME's value loss; nothing by default.
-
-    Both functions get `facts` (k,), the places of the active facts in the list of requests, and their states `start`
-    and `delta`, (k, d) each; both must be differentiable.
-
-    Attributes:
-        constrain: gives the delta (k, d) that is used in place of the free one, as for values on a sphere.
-        penalty: its result (k,) is added to the facts' losses; it gets the constrained delta.
-        attention: optimize, together with the delta, another one at the output of the layer's attention, and drop that
-            one at the end. The feed-forward then need not do what the attention would (PMET section 3.2, whose
-            FFN-only values AdaEdit section 4.1 takes).
-    """
-
-    constrain: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    penalty: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    attention: bool = False
-
-
 def optimize(
     runner: LayerRunner,
     requests: Sequence[EditRequest],
@@ -125,81 +101,26 @@ def optimize(
     value_at: ValueAt,
     config: ValueConfig,
     advance: Callable[[int], None] = lambda finished: None,
-    terms: ValueTerms = ValueTerms(),
+    terms: ValueTerms = NO_TERMS,
     groups: Sequence[int] | None = None,
+    log: ValueLog | None = None,
 ) -> Values:
     """Optimize each request's value at `site`'s layer: -log P(target) + KL on the essence prompt + decay (ROME eq. 4).
 
     The drift term is KL(edited ‖ original) as in the published code. `advance` is told how many facts have finished.
     Requests with the same number in `groups` get one delta for all of them, with which all their targets are
     predicted: facts about one subject share a key, which can have only one value (MEMIT-Merge, arXiv 2502.07322).
+    What `log` holds of the same call is gone on from, to the same values.
 
     Raises:
         InputError: there is not enough memory for a single prompt.
     """
-    return _Optimizer(_Problem(runner, site, value_at, terms), requests, config, groups).run(advance)
+    problem = ValueProblem(runner, site, value_at, terms)
+    return _Optimizer(problem, requests, config, groups, log or ValueLog()).run(advance)
 
 
-class _Problem:
-    """Where the deltas go in and how the layers above are run.
-
-    Deltas and states have one place per module they are added at: (..., places, d), the value's own first, then the
-    attention's if the terms ask for it.
-    """
-
-    def __init__(self, runner: LayerRunner, site: Site, value_at: ValueAt, terms: ValueTerms) -> None:
-        self.runner, self.site, self.terms = runner, site, terms
-        self.attention = attention_of(runner.arch.layers[site.layer]) if terms.attention else None
-        self.at_module = value_at == "module_out"
-        # A delta inside the layer means that the layer itself runs at every step.
-        self.start = site.layer if self.at_module or terms.attention else site.layer + 1
-
-    def logits(self, bucket: Bucket, rows: Tensor) -> Tensor:
-        """Logits (points, vocab) in float32 with deltas (rows, places, d) at the subjects' last token."""
-        hidden = bucket.hidden
-        with ExitStack() as stack:
-            if self.start <= self.site.layer:
-                stack.enter_context(self._adding(rows))
-            else:
-                assert hidden is not None
-                hidden = _add_first(hidden, rows[:, 0])
-            where = (bucket.point_row, bucket.point_at)
-            logits = self.runner.run(bucket.inputs(), start=self.start, hidden=hidden, logits_at=where).logits
-        assert logits is not None
-        return widen(logits)
-
-    @contextmanager
-    def _adding(self, rows: Tensor) -> Iterator[None]:
-        # Where the value is at the layer's output, the layer's output moves by just as much as its module's.
-        with watching_output(self.site.module, len(rows), lambda output: _add_first(output, rows[:, 0])):
-            if self.attention is None:
-                yield
-                return
-            with watching_output(self.attention, len(rows), lambda output: _add_first(output, rows[:, 1])):
-                yield
-
-    def start_states(self, bucket: Bucket) -> Tensor:
-        """The states that deltas are added to, at every row's subject, (rows, places, d), in float32."""
-        if self.start > self.site.layer:
-            assert bucket.hidden is not None
-            return widen(bucket.hidden[:, :1])
-        seen: dict[str, Tensor] = {}
-        with ExitStack() as stack:
-            for name, module in (("value", self.site.module), ("attention", self.attention)):
-                if module is not None:
-                    note = partial(seen.__setitem__, name)
-                    stack.enter_context(watching_output(module, len(bucket.row), note))
-            out = self.runner.run(bucket.inputs(), start=self.start, hidden=bucket.hidden, stop=self.start + 1).hidden
-        if not self.at_module:
-            assert out is not None
-            seen["value"] = out
-        return torch.stack([widen(seen[name][:, 0]) for name in sorted(seen, reverse=True)], 1)
-
-
-def _add_first(hidden: Tensor, rows: Tensor) -> Tensor:
-    """Add rows (rows, d) at the first suffix position, the subject's last token, of hidden (rows, S, d)."""
-    first = hidden[:, :1] + rows.unsqueeze(1).to(hidden.dtype)  # (rows, 1, d)
-    return torch.cat([first, hidden[:, 1:]], 1)
+_KEPT = ("start", "value", "mean", "square", "scale", "loss", "seen")
+"""The tensors of an optimizer's state."""
 
 
 class _Optimizer:
@@ -211,12 +132,13 @@ class _Optimizer:
 
     def __init__(
         self,
-        problem: _Problem,
+        problem: ValueProblem,
         requests: Sequence[EditRequest],
         config: ValueConfig,
-        groups: Sequence[int] | None = None,
+        groups: Sequence[int] | None,
+        log: ValueLog,
     ) -> None:
-        self.problem, self.config = problem, config
+        self.problem, self.config, self.log = problem, config, log
         self.suffixes = Suffixes(problem.runner, requests, problem.start)
         self.pace = config.pace(self.suffixes.turns > 1)
         self.parallel = min(config.parallel, self.suffixes.facts)
@@ -236,6 +158,7 @@ class _Optimizer:
 
     def run(self, advance: Callable[[int], None]) -> Values:
         """Step until no fact is left."""
+        self._resume(advance)
         while self.waiting or self.active:
             self._admit()
             places = torch.tensor(self.active, device=self.start.device)
@@ -254,11 +177,39 @@ class _Optimizer:
                 going = torch.tensor(done, device=places.device).logical_not()
                 places, gradient = places[going], gradient[going]
                 self._retire(places)
+                self.log.retired[self.step] = list(self.active)
             if self.active:
                 self._move(places, self._mean_over_groups(self.active, gradient))
+            if self.log.due:
+                self._keep()
         deltas = self._free(torch.arange(len(self.start), device=self.start.device)).deltas(self.value)
         targets = self.start[:, 0] + deltas[:, 0]
         return Values(targets.T, self.start[:, 0].T, self.loss, torch.tensor(self.steps, device=self.loss.device))
+
+    def _keep(self) -> None:
+        """Write all that the next steps depend on but the buckets."""
+        tensors = {name: getattr(self, name) for name in _KEPT}
+        tokens = self.suffixes.tokens
+        self.log.keep(tensors, steps=self.steps, step=self.step, parallel=self.parallel, tokens=tokens)
+
+    def _resume(self, advance: Callable[[int], None]) -> None:
+        """Go on from the log. The buckets are made once more of the same facts in the same order, without a step
+        between, so that their rows have the same neighbors and all later steps the same numbers."""
+        if (found := self.log.load()) is None:
+            return
+        tensors, notes = found
+        self.parallel, self.suffixes.tokens = notes["parallel"], notes["tokens"]
+        while self.step < notes["step"] and (self.waiting or self.active):
+            self._admit()
+            now, later = self._due()
+            self.buckets = [*now, *later]
+            self.step += 1
+            if self.step in self.log.retired:
+                advance(len(self.active) - len(self.log.retired[self.step]))
+                self._retire(torch.tensor(self.log.retired[self.step], device=self.start.device, dtype=torch.long))
+        for name, tensor in tensors.items():
+            getattr(self, name).copy_(tensor)
+        self.steps = notes["steps"]
 
     def _free(self, facts: Tensor) -> _Free:
         return _Free(self.problem.terms, facts, self.start[facts], self.scale[facts])
@@ -328,14 +279,19 @@ class _Optimizer:
                 whole = (target + drift).sum()
             return target.detach(), torch.autograd.grad(whole, leaf)[0] if differentiate else None
 
-        now = [bucket for bucket in self.buckets if self.step % bucket.turn[1] == bucket.turn[0]]
-        later = [bucket for bucket in self.buckets if self.step % bucket.turn[1] != bucket.turn[0]]
+        now, later = self._due()
         done = [part for bucket in now for part in in_parts(measure, bucket, Bucket.halves)]
         self.buckets = [*(bucket for bucket, _ in done), *later]
         for _, (target, slope) in done:
             loss += target
             gradient += 0 if slope is None else slope
         return loss, gradient
+
+    def _due(self) -> tuple[list[Bucket], list[Bucket]]:
+        """The buckets that this step looks at, and the others."""
+        due = [self.step % bucket.turn[1] == bucket.turn[0] for bucket in self.buckets]
+        now = [bucket for bucket, wanted in zip(self.buckets, due, strict=True) if wanted]
+        return now, [bucket for bucket, wanted in zip(self.buckets, due, strict=True) if not wanted]
 
     def _losses(self, bucket: Bucket, place: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
         """What the bucket's rows, at the given places (rows,) among deltas (k, places, d), add to each fact's target

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from patchkit.errors import InputError
+from patchkit.io.checked import Damaged
 from patchkit.io.checkpoint import read_header, stored_tensors
 from patchkit.maths.rounding import TEXT_DIRECTIONS, Spectrum
 from patchkit.model.arch import decoder_layers
@@ -17,7 +18,7 @@ from patchkit.model.weights import find_weight, same_weight, skeleton
 from patchkit.patch.patch import Patch
 from patchkit.statistics.corpus import TextRecord
 from patchkit.statistics.moments import digests_below
-from patchkit.statistics.store import Damaged, Entry, StatisticsStore
+from patchkit.statistics.store import Entry, StatisticsStore
 
 _ADVICE = "rounding minds the edited keys but not plain text's; `patchkit stats --out DIR`, --stats DIR"
 Spectra = dict[str, tuple[str, Spectrum]]

@@ -40,6 +40,8 @@ class StoredTensor:
 
     def read(self) -> Tensor:
         """The tensor, copied: a memory-mapped one would count as memory in use, and change when the file does."""
+        if not self.size:
+            return torch.empty(self.shape, dtype=DTYPES[self.dtype])
         buffer = bytearray(self.size)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)

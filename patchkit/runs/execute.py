@@ -24,6 +24,7 @@ from patchkit.patch.history import choose_facts
 from patchkit.patch.manifest import BaseInfo, EditedFact, Run
 from patchkit.patch.patch import Patch
 from patchkit.patch.resolve import Sites, assemble, state_of, with_run
+from patchkit.runs.journals import journal_for
 from patchkit.runs.prepare import Prepared
 from patchkit.runs.workspace import Workspace
 from patchkit.statistics.corpus import PACKAGE_TEXT, Corpus
@@ -37,12 +38,15 @@ def run(
     workspace: Workspace,
     say: Callable[[str], None] = lambda note: None,
     values: ValueCache | None = None,
+    folder: Path | None = None,
 ) -> Patch:
     """Edit the new facts of `prepared`. The model is left bit for bit as it was.
 
     Args:
         say: told what the user should know, one sentence at a time.
         values: value targets found on the untouched model, to share between methods.
+        folder: where the patch will be written. Batches and values that are finished are then kept until `forget` is
+            called for it, and the same run goes on from them.
 
     Returns:
         A new patch with the earlier facts and history and this run, or `prepared.onto` itself if it has all the facts.
@@ -72,6 +76,7 @@ def run(
             gradients,
             values,
             _contexts(earlier, config) if earlier else (),
+            journal_for(folder, prepared, workspace, corpus),
         )
     patch = _RunResult(workspace, prepared, how, corpus, edited).patch(earlier, sites)
     if method.spends_directions:

@@ -17,15 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from patchkit.errors import InputError
-from patchkit.io.checkpoint import DTYPES, StoredTensor, read_header, read_metadata
-from patchkit.io.files import write_atomically
+from patchkit.io.checked import Damaged, read_checked, write_checked
+from patchkit.io.checkpoint import StoredTensor, read_metadata
 from patchkit.io.places import cache_folder
 from patchkit.statistics.corpus import TextRecord
 
@@ -35,7 +33,6 @@ _VERSION = 2
 """Of how statistics are computed and stored; those of other versions are computed again."""
 _ABANDONED = 7 * 24 * 3600.0
 """Seconds after which a partial file that nobody went on from is removed."""
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class Origin(BaseModel):
@@ -66,10 +63,6 @@ class Origin(BaseModel):
         return Path(folder) / f"{self.weight}.{self.kind}-{self.key[:16]}.safetensors"
 
 
-class Damaged(InputError):
-    """A file of the store does not hold what its checksum says."""
-
-
 @dataclass(frozen=True)
 class Entry:
     """A file of the store, by its header."""
@@ -83,7 +76,7 @@ class Entry:
         Raises:
             Damaged: the file holds something else than what was written.
         """
-        return _verified(self.file)[1]
+        return read_checked(self.file)[1]
 
 
 class Partial:
@@ -101,7 +94,7 @@ class Partial:
         if not self.file.is_file():
             return {}, 0
         try:
-            notes, stored = _verified(self.file)
+            notes, stored = read_checked(self.file)
             return {name: tensor.read() for name, tensor in stored.items()}, int(notes["done"])
         except Damaged as error:
             _tell_damaged(error)
@@ -109,7 +102,7 @@ class Partial:
 
     def save(self, sums: Tensors, done: int) -> None:
         """Write the sums of the first `done` batches."""
-        _write(self.file, sums, {"done": str(done), "files": self._made})
+        write_checked(self.file, sums, {"done": str(done), "files": self._made})
 
     def remove(self) -> None:
         """Forget them."""
@@ -139,7 +132,7 @@ class StatisticsStore:
         if not file.is_file():
             return None
         try:
-            notes, stored = _verified(file)
+            notes, stored = read_checked(file)
             if Origin.model_validate_json(notes["origin"]).key != origin.key:
                 raise Damaged(f"{file}: statistics of something else")
             return {name: tensor.read() for name, tensor in stored.items()}
@@ -149,7 +142,7 @@ class StatisticsStore:
 
     def save(self, origin: Origin, tensors: Tensors) -> None:
         """Keep the statistics that `origin` made."""
-        _write(self.root / origin.file, tensors, {"origin": origin.model_dump_json()})
+        write_checked(self.root / origin.file, tensors, {"origin": origin.model_dump_json()})
 
     def get(self, wanted: Mapping[int, Origin], compute: Compute) -> dict[int, Tensors]:
         """Statistics by layer: those that are there, and what `compute` gives for the others.
@@ -197,41 +190,4 @@ def _origin_in(file: Path) -> Origin | None:
 
 
 def _tell_damaged(error: Exception) -> None:
-    warnings.warn(f"{error}; they are computed again", stacklevel=2)
-
-
-# --- files with a checksum --------------------------------------------------------------------------------------------
-
-
-def _write(file: Path, tensors: Tensors, notes: Mapping[str, str]) -> None:
-    ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    parts = (
-        (name, _CODES[tensor.dtype], tuple(tensor.shape), [tensor.view(-1).view(torch.uint8).numpy().data])
-        for name, tensor in sorted(ready.items())
-    )
-    header = {**notes, "sha256": _checksum(notes, parts)}
-    write_atomically(file, lambda path: save_file(ready, path, header))
-
-
-def _verified(file: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
-    """Notes and tensors of a file. Raises Damaged where its checksum is not that of its contents."""
-    try:
-        notes, stored = read_metadata(file), read_header(file)
-        parts = ((name, each.dtype, each.shape, each.chunks()) for name, each in sorted(stored.items()))
-        whole = notes.pop("sha256") == _checksum(notes, parts)
-    except (InputError, KeyError, ValueError, TypeError):
-        whole = False
-    if not whole:
-        raise Damaged(f"{file}: damaged statistics")
-    return notes, stored
-
-
-def _checksum(
-    notes: Mapping[str, str], parts: Iterable[tuple[str, str, tuple[int, ...], Iterable[bytes | memoryview]]]
-) -> str:
-    digest = hashlib.sha256(repr(sorted(notes.items())).encode())
-    for name, dtype, shape, chunks in parts:
-        digest.update(f"{name}|{dtype}|{shape}|".encode())
-        for chunk in chunks:
-            digest.update(chunk)
-    return digest.hexdigest()
+    warnings.warn(f"{error}; computed again", stacklevel=2)

@@ -13,7 +13,8 @@ from patchkit.editing.editor import edit
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
 from patchkit.editing.state import EditRun
-from patchkit.editing.values import Values, ValueTerms, optimize
+from patchkit.editing.value_problem import ValueTerms
+from patchkit.editing.values import Values, optimize
 from patchkit.evaluate.metrics import Trial
 from patchkit.evaluate.report import Report
 from patchkit.evaluate.verify import Answers, ask, compare

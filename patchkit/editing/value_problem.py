@@ -1,0 +1,104 @@
+"""Where a value's delta goes into the model, how the layers above it are run, and what a method adds to its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from patchkit.editing.suffixes import Bucket
+from patchkit.model.arch import attention_of
+from patchkit.model.forward import LayerRunner, watching_output, widen
+from patchkit.model.weights import Site
+
+ValueAt = Literal["layer_out", "module_out"]
+
+
+@dataclass(frozen=True)
+class ValueTerms:
+    """What a method adds to ROME's value loss; nothing by default.
+
+    Both functions get `facts` (k,), the places of the active facts in the list of requests, and their states `start`
+    and `delta`, (k, d) each; both must be differentiable.
+
+    Attributes:
+        constrain: gives the delta (k, d) that is used in place of the free one, as for values on a sphere.
+        penalty: its result (k,) is added to the facts' losses; it gets the constrained delta.
+        attention: optimize, together with the delta, another one at the output of the layer's attention, and drop that
+            one at the end. The feed-forward then need not do what the attention would (PMET section 3.2, whose
+            FFN-only values AdaEdit section 4.1 takes).
+    """
+
+    constrain: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    penalty: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    attention: bool = False
+
+
+NO_TERMS = ValueTerms()
+
+
+class ValueProblem:
+    """Where the deltas go in and how the layers above are run.
+
+    Deltas and states have one place per module they are added at: (..., places, d), the value's own first, then the
+    attention's if the terms ask for it.
+    """
+
+    def __init__(self, runner: LayerRunner, site: Site, value_at: ValueAt, terms: ValueTerms) -> None:
+        self.runner, self.site, self.terms = runner, site, terms
+        self.attention = attention_of(runner.arch.layers[site.layer]) if terms.attention else None
+        self.at_module = value_at == "module_out"
+        # A delta inside the layer means that the layer itself runs at every step.
+        self.start = site.layer if self.at_module or terms.attention else site.layer + 1
+
+    def logits(self, bucket: Bucket, rows: Tensor) -> Tensor:
+        """Logits (points, vocab) in float32 with deltas (rows, places, d) at the subjects' last token."""
+        hidden = bucket.hidden
+        with ExitStack() as stack:
+            if self.start <= self.site.layer:
+                stack.enter_context(self._adding(rows))
+            else:
+                assert hidden is not None
+                hidden = _add_first(hidden, rows[:, 0])
+            where = (bucket.point_row, bucket.point_at)
+            logits = self.runner.run(bucket.inputs(), start=self.start, hidden=hidden, logits_at=where).logits
+        assert logits is not None
+        return widen(logits)
+
+    @contextmanager
+    def _adding(self, rows: Tensor) -> Iterator[None]:
+        # Where the value is at the layer's output, the layer's output moves by just as much as its module's.
+        with watching_output(self.site.module, len(rows), lambda output: _add_first(output, rows[:, 0])):
+            if self.attention is None:
+                yield
+                return
+            with watching_output(self.attention, len(rows), lambda output: _add_first(output, rows[:, 1])):
+                yield
+
+    def start_states(self, bucket: Bucket) -> Tensor:
+        """The states that deltas are added to, at every row's subject, (rows, places, d), in float32."""
+        if self.start > self.site.layer:
+            assert bucket.hidden is not None
+            return widen(bucket.hidden[:, :1])
+        seen: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            for name, module in (("value", self.site.module), ("attention", self.attention)):
+                if module is not None:
+                    note = partial(seen.__setitem__, name)
+                    stack.enter_context(watching_output(module, len(bucket.row), note))
+            out = self.runner.run(bucket.inputs(), start=self.start, hidden=bucket.hidden, stop=self.start + 1).hidden
+        if not self.at_module:
+            assert out is not None
+            seen["value"] = out
+        return torch.stack([widen(seen[name][:, 0]) for name in sorted(seen, reverse=True)], 1)
+
+
+def _add_first(hidden: Tensor, rows: Tensor) -> Tensor:
+    """Add rows (rows, d) at the first suffix position, the subject's last token, of hidden (rows, S, d)."""
+    first = hidden[:, :1] + rows.unsqueeze(1).to(hidden.dtype)  # (rows, 1, d)
+    return torch.cat([first, hidden[:, 1:]], 1)
