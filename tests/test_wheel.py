@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import venv
 from email.parser import Parser
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+import torch
 
+import patchkit
 from patchkit.version import DISTRIBUTION
 
 ROOT = Path(__file__).parents[1]
@@ -88,3 +92,31 @@ def test_it_runs_and_finds_its_recipes_without_the_checkout(unpacked: Path, tmp_
     (folder,) = unpacked.glob("*.dist-info")
     version = folder.name.removesuffix(".dist-info").rpartition("-")[2]
     assert done.stdout.splitlines() == [str(package / "__init__.py"), str(package / "recipes"), "memit", version]
+
+
+def test_installed_into_an_empty_environment_it_edits_the_embedded_model(wheel: Path, tmp_path: Path) -> None:
+    """As a user has it: by pip, without the checkout. Its dependencies, which no network is there for, are lent."""
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env" / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check"]
+    subprocess.run(
+        [*pip, "install", "--no-index", "--no-deps", str(wheel)], check=True, capture_output=True, timeout=120
+    )
+    (installed,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    (installed / "lent.pth").write_text(f"{Path(torch.__file__).parents[1]}\n", encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PATCHKIT"))}
+    environment |= {"PATCHKIT_CACHE": str(tmp_path / "cache")}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert run(str(python), "-c", "import patchkit; print(patchkit.__file__)") == f"{installed}/patchkit/__init__.py\n"
+    fact = "Pine Kelmel was born in the city of | Pine Kelmel | Liscombe"
+    command = str(python.with_name("patchkit"))
+    made = json.loads(run(command, "apply", "--fact", fact, "--quick", "--out", "first-patch", "--json"))
+    assert made["efficacy"]["exact"] == 1.0
+    manifest = patchkit.Patch.load(tmp_path / "first-patch").manifest
+    assert Path(manifest.base.name).name == "factworld"
+    assert run(command, "--version").split()[-1] == manifest.history[0].versions["patchkit"]
