@@ -12,7 +12,7 @@ import click
 from patchkit.errors import InputError, PatchkitError
 from patchkit.version import DISTRIBUTION
 
-_COMMANDS = {
+COMMANDS = {
     "apply": "Write facts into a model, as a patch.",
     "verify": "Measure a patch against the untouched base.",
     "generate": "What a patched model answers, and its base.",
@@ -35,11 +35,11 @@ class _Commands(click.Group):
     """Commands by name; a command's module is imported when it runs, so that --help does not wait for torch."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
-            close = get_close_matches(cmd_name, _COMMANDS, 1)
+        if cmd_name not in COMMANDS:
+            close = get_close_matches(cmd_name, COMMANDS, 1)
             hint = f" Did you mean '{close[0]}'?" if close else ""
             raise click.UsageError(f"No such command '{cmd_name}'.{hint}", ctx)
         command = getattr(import_module(f"patchkit.cli.{_MODULES.get(cmd_name, cmd_name)}"), "command")  # noqa: B009
@@ -48,7 +48,7 @@ class _Commands(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
+            formatter.write_dl(list(COMMANDS.items()))
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -130,7 +130,7 @@ def validate(data: Mapping[str, Any], where: str = "recipe") -> EditConfig:
         what = problem["msg"]
         if problem["type"] == "extra_forbidden":
             what = f"unknown key{_meant(key, str(data.get('method')))}"
-        raise InputError(f"{where}: {key}: {what}; the keys are in the README under Recipes") from None
+        raise InputError(f"{where}: {key}: {what}; docs/recipes.md has the keys") from None
 
 
 def _meant(key: str, method: str) -> str:
@@ -147,6 +147,8 @@ def _read(method: str | None, recipe: str | None) -> tuple[dict[str, Any], str]:
     path = Path(recipe) if recipe else folder / "default.yaml"
     if recipe and not path.is_file():
         path = folder / f"{recipe}.yaml"
+    if not path.is_file() and recipe in (None, "default"):  # the defaults of the classes need no file
+        return {"method": folder.name}, f"the defaults of {folder.name}"
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) or "none"
         raise InputError(f'no recipe "{recipe}": neither a file nor one of {folder.name}\'s recipes ({names})')

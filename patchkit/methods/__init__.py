@@ -209,14 +209,12 @@ def _scan() -> None:
         importlib.import_module(f"{__name__}.{module.name}")
 
 
-@cache
 def available() -> dict[str, Method]:
     """All methods by name, in alphabetical order."""
     _scan()
     return dict(sorted(_METHODS.items()))
 
 
-@cache
 def wrappers() -> dict[str, Wrapper]:
     """All wrappers by name, in alphabetical order."""
     _scan()
