@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-llama models table clean
+.PHONY: demo test test-slow test-llama docs pages models table clean
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -17,6 +17,14 @@ test: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -m "not slow"
+
+# The site, into out/site; nothing is fetched. The variable silences a notice about a successor of the theme.
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# What README.md and docs/ have from the code and from runs; the real model's numbers take a quarter of an hour.
+pages: models
+	$(BIN)/python -m tests.pages --demo --real
 
 models: .venv/ready
 	$(BIN)/python examples/fetch_models.py all --out models

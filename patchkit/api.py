@@ -54,7 +54,7 @@ def apply(
         onto: a patch to continue, as if its facts and these had been batches of one run; its recipe is continued as
             well, unless method or recipe say otherwise. A fact that is there already is skipped; one with the prompt
             of an earlier fact and another target supersedes it.
-        recipe: a recipe file, or the name of one under recipes/<method>/.
+        recipe: a recipe file, or the name of one under `recipes/<method>/`.
         overrides: what `patchkit apply --set` takes, "key=value" each, such as "layers=4-8" or "value.steps=30".
         text: a UTF-8 text file for the statistics; without it a small English one that comes with patchkit.
         stats: folder for the statistics instead of the user's cache.

@@ -79,8 +79,11 @@ def from_pretrained(
     """Load the base that `patch` names, at the commit that it names, and attach the patch.
 
     Args:
-        patch, name, merged, force: as in `load`.
+        patch: as in `load`.
         base: a folder or Hub name of the base, in place of the patch's.
+        name: as in `load`.
+        merged: as in `load`.
+        force: as in `load`.
         options: for `AutoModelForCausalLM.from_pretrained`: dtype, device_map, quantization_config and so on.
 
     Returns:
