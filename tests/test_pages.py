@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import click
 import pytest
 
+from patchkit.cli import cli
+from patchkit.facts.schema import Fact
 from patchkit.maths.updates import KINDS
 from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
 from tests import pages
@@ -32,6 +37,29 @@ def test_links_outside_of_the_site_lead_somewhere(page: str) -> None:
     targets = re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
     assert targets
     assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []
+
+
+def shown_commands() -> list[tuple[str, str]]:
+    """Every `patchkit ...` in a block for a shell, with the page it stands on."""
+    found = []
+    for file in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for block in re.findall(r"```sh\n(.*?)```", file.read_text(encoding="utf-8"), re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [(file.name, line) for line in lines if re.match(r"(\.venv/bin/)?patchkit ", line)]
+    return found
+
+
+def test_every_command_that_a_page_shows_is_one() -> None:
+    shown = shown_commands()
+    assert len(shown) > 15
+    for page, line in shown:
+        name, *arguments = shlex.split(line, comments=True)[1:]
+        command = cli.get_command(click.Context(cli), name)
+        assert command, f"{page}: {line}"
+        try:
+            command.make_context(name, arguments)
+        except click.UsageError as error:
+            pytest.fail(f"{page}: {line}: {error.format_message()}")
 
 
 def test_what_differs_between_processors_is_forgiven_and_nothing_else() -> None:
@@ -69,6 +97,11 @@ def fields_under(heading: str) -> list[str]:
 def test_the_page_on_the_format_has_every_field(heading: str, kind: type, inherited: tuple[str, ...]) -> None:
     wanted = [name for name in kind.model_fields if name not in inherited]
     assert fields_under(heading) == wanted, f"docs/patch_format.md, {heading}"
+
+
+def test_the_page_on_facts_has_every_field() -> None:
+    page = (ROOT / "docs" / "facts.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == sorted(Fact.model_fields)
 
 
 def test_the_page_on_the_format_has_every_part_of_every_update() -> None:
@@ -162,6 +195,16 @@ def test_the_picture_has_a_fallback_font_and_text(site: Path) -> None:
 @pytest.mark.slow
 def test_the_readme_has_what_the_demo_prints() -> None:
     assert pages.stale(with_demo=True, with_real=False) == [], "`python -m tests.pages --demo` writes it anew"
+
+
+@pytest.mark.slow
+def test_the_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    session: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), session)
+    assert session["report"].efficacy.success == 1.0
 
 
 @pytest.mark.slow

@@ -95,13 +95,13 @@ def test_another_error_is_not_taken_for_one_of_memory() -> None:
 
 
 def limited(monkeypatch: pytest.MonkeyPatch, most: int, error: RuntimeError) -> list[int]:
-    """Passes over more than `most` rows behind a prefix run out of memory; returns the numbers of rows refused."""
+    """Passes over more than `most` rows after a prefix run out of memory; returns the numbers of rows refused."""
     run, refused = LayerRunner.run, list[int]()
 
     def short(self: LayerRunner, inputs: dict[str, Any], **options: Any) -> Any:
         rows = len(inputs["input_ids"])
-        behind = "past_key_values" in inputs and inputs["past_key_values"].get_seq_length() > 0
-        if behind and rows > most:
+        after = "past_key_values" in inputs and inputs["past_key_values"].get_seq_length() > 0
+        if after and rows > most:
             refused.append(rows)
             raise error
         return run(self, inputs, **options)

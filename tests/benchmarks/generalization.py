@@ -58,7 +58,7 @@ def by_default(contexts: list[str], before: list[str]) -> list[str]:
 
 
 def mixed(texts: int, contexts: list[str], before: list[str]) -> list[str]:
-    """The prompt alone and behind that many texts, and the last of the words about the subject."""
+    """The prompt alone and after that many texts, and the last of the words about the subject."""
     return ["", *before[:texts], *contexts[texts + 1 :]]
 
 

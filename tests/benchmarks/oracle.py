@@ -188,7 +188,7 @@ def _key(arch: Architecture, request: EditRequest, site: Site) -> Tensor:
 
 @torch.no_grad()
 def _state(arch: Architecture, request: EditRequest, how: Plan) -> Tensor:
-    """The state that the value is to replace, behind no context, as the model now is: (d,), float64."""
+    """The state that the value is to replace, after no context, as the model now is: (d,), float64."""
     return _watched_forward(arch, request.rows[:1], how, None)[0][0].double().cpu()
 
 
