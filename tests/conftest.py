@@ -7,6 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+if os.environ.get("PATCHKIT_TEST_DEVICE"):  # before anything imports torch
+    from tests.ondevice import fakegpu
+
+    fakegpu.install()
+else:
+    collect_ignore = ["ondevice"]
+
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub

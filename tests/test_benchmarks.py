@@ -82,14 +82,15 @@ def test_earlier_edits(
     assert len({result["steps"] for result in found}) == 1
 
 
-def test_gpu_says_where_it_ran(
-    options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_gpu_says_that_there_is_none(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    random, embedded = output(monkeypatch, capsys, gpu, [*options, "--oracle-count", "1"])
-    assert "ON THE CPU" in str(random["model"])
-    assert random["steps"] == random["oracle_steps"] == 3
-    assert embedded["facts"] == 3
+    """On a device, tests/ondevice runs it."""
+    arguments = ["--device", "cpu", "--threads", "1", "--limit", "0", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["gpu", *options[:4], *arguments])
+    gpu.main()
+    assert "NOT ON A GPU" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "gpu.json").read_text())["finished"]
 
 
 @pytest.fixture

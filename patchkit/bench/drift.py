@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from patchkit.bench.records import Drift
 from patchkit.maths.updates import Chain, delta_of, mapped
 from patchkit.model.arch import inspect_model
+from patchkit.model.devices import exact
 from patchkit.model.weights import Site, read_weight
 from patchkit.patch.patch import Patch
 
@@ -32,13 +33,12 @@ def weight_drift(model: PreTrainedModel, patch: Patch, spectra: Spectra) -> dict
 def _change(site: Site, chain: Chain) -> Tensor:
     """W' - W, (d_out, d_in), in float64 throughout: the small singular values that a rotation keeps need it."""
     wide = [mapped(update, Tensor.double) for update in chain]
-    return delta_of(wide, lambda: read_weight(site).double()).dense()
+    return delta_of(wide, lambda: exact(read_weight(site))).dense()
 
 
 def site_drift(site: Site, moved: Tensor, spectra: Spectra) -> Drift:
     """The same for one site and W' - W, (d_out, d_in)."""
-    weight = read_weight(site).double()
-    weight = weight if weight.is_cuda else weight.cpu()
+    weight = exact(read_weight(site))
     if site.weight_name not in spectra:
         spectra[site.weight_name] = _norm_and_condition(weight)
     norm, condition = spectra[site.weight_name]

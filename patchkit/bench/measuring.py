@@ -23,7 +23,7 @@ from patchkit.facts.schema import Fact
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import LoadedModel
-from patchkit.model.weights import model_digest
+from patchkit.model.weights import model_digest, stored_parameters
 from patchkit.statistics.corpus import Corpus, default_text, read_corpus, window_of
 
 
@@ -118,7 +118,7 @@ class Bench:
 
     @cached_property
     def _model_digest(self) -> str:
-        return model_digest(self.model.named_parameters())
+        return model_digest(stored_parameters(self.model))
 
 
 def _digest(lines: Iterator[str]) -> str:

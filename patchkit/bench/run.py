@@ -31,7 +31,7 @@ from patchkit.evaluate.metrics import summary_line
 from patchkit.facts.limits import GENERATED, Limits, fitting
 from patchkit.facts.reader import read_facts
 from patchkit.facts.schema import FactFile
-from patchkit.model.loading import ModelChoice, load_config, load_model, load_tokenizer
+from patchkit.model.loading import ModelChoice, load_config, load_tokenizer
 from patchkit.words import counted
 
 Say = Callable[[str], None]
@@ -93,7 +93,7 @@ def run_bench(
     if read.rejected:
         say(f"{counted(len(read.rejected), 'bad fact')} left out")
     marks = marks or [len(read.facts)]
-    loaded = load_model(chosen.name, chosen.device, chosen.dtype)
+    loaded = chosen.load()
     title = f"{PurePath(loaded.name).name}, {PurePath(read.path).name} in batches of {batch_size}"
     bench = Bench(loaded, read.facts, Results(out, title), text, eval_text, progress, quick)
     options = {"recipe": recipe, "overrides": overrides, "stats": stats}

@@ -65,6 +65,7 @@ def command(
     model_name: str | None,
     device: str,
     dtype: str,
+    device_map: str | None,
     onto: str | None,
     method: str | None,
     recipe: str | None,
@@ -102,7 +103,7 @@ def command(
     with place_of_its_own(folder, onto, force), progress_bars() as progress:
         done = apply_file(
             source,
-            lambda base: choice(model_name or base, device, dtype),
+            lambda base: choice(model_name or base, device, dtype, device_map),
             folder,
             onto=onto,
             method=method,

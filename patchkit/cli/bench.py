@@ -54,6 +54,7 @@ def command(
     model_name: str | None,
     device: str,
     dtype: str,
+    device_map: str | None,
     data: str,
     methods: tuple[str, ...],
     edits: int | None,
@@ -83,7 +84,7 @@ def command(
     with progress_bars() as progress:
         done = run_bench(
             data,
-            choice(model_name, device, dtype),
+            choice(model_name, device, dtype, device_map),
             Path(out),
             methods=methods,
             edits=edits,

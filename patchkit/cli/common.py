@@ -43,10 +43,17 @@ quick_option = click.option(
 
 
 def model_options(command: F) -> F:
-    """--model, --device and --dtype."""
+    """--model, --device, --device-map and --dtype."""
     for option in (
         click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16 or float64."),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+        click.option(
+            "--device-map",
+            metavar="HOW",
+            help='Spread the model over all GPUs, and the CPU if they are too small: "auto"; in place of --device.',
+        ),
+        click.option(
+            "--device", default="auto", show_default=True, help="auto (a CUDA GPU or the CPU), cpu, cuda:N, mps or xpu."
+        ),
         click.option(
             "--model",
             "model_name",
@@ -86,11 +93,11 @@ def refuse_quick(quick: bool, gates: Gates) -> None:
         )
 
 
-def choice(name: str | None, device: str, dtype: str) -> ModelChoice:
+def choice(name: str | None, device: str, dtype: str, device_map: str | None) -> ModelChoice:
     """The model to work on; says on stderr which one it is when the user did not."""
     from patchkit.model.loading import choose_model
 
-    chosen = choose_model(name, device, dtype)
+    chosen = choose_model(name, device, dtype, device_map)
     if chosen.notice:
         note(chosen.notice)
     quiet_transformers()

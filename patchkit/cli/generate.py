@@ -58,6 +58,7 @@ def command(
     model_name: str | None,
     device: str,
     dtype: str,
+    device_map: str | None,
     patches: tuple[str, ...],
     compare: bool,
     chat: bool,
@@ -74,13 +75,12 @@ def command(
     """
     from patchkit.evaluate.generation import Sampling, answers
     from patchkit.io.hub import patch_folder
-    from patchkit.model.loading import load_model
     from patchkit.patch.patch import Patch
 
     read = [Patch.load(patch_folder(patch)) for patch in patches]
     asked = [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in prompts]
-    chosen = choice(model_name or read[0].manifest.base.name, device, dtype)
-    loaded = load_model(chosen.name, chosen.device, chosen.dtype)
+    chosen = choice(model_name or read[0].manifest.base.name, device, dtype, device_map)
+    loaded = chosen.load()
     chat = chat or bool(system or turns)
     sampling = Sampling(max_new_tokens, temperature, seed, chat, system, turns)
     attached = partial(stacked, loaded.model, read)

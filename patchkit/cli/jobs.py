@@ -100,7 +100,7 @@ def apply_file(
     prepared = prepare(read, load_tokenizer(chosen.name), config, earlier, limits=limits)
     for note in prepared.notes:
         say(note)
-    loaded = load_model(chosen.name, chosen.device, chosen.dtype)
+    loaded = chosen.load()
     check(loaded)
     workspace = Workspace.of(loaded.model, loaded.tokenizer, (text,), stats, progress)
     patch = run(prepared, workspace, say, folder=folder)
@@ -180,7 +180,7 @@ def revert_patch(
         return Reverted(less, None, folder)
     gone = choose_facts(patch.manifest, facts, since, last)
     chosen = choose(patch.manifest.base.name)
-    loaded = load_model(chosen.name, chosen.device, chosen.dtype)
+    loaded = chosen.load()
     workspace = Workspace.of(loaded.model, loaded.tokenizer, texts, stats, progress)
     less = take_out(workspace, patch, gone)
     report = measure_in(workspace, less) if measured else None
@@ -219,7 +219,7 @@ def verify_patch(
         known = read.facts
         for note in (*read.notes, *([f"{counted(len(read.rejected), 'bad fact')} left out"] if read.rejected else [])):
             say(note)
-    loaded = load_model(chosen.name, chosen.device, chosen.dtype)
+    loaded = chosen.load()
     return measure(loaded.model, loaded.tokenizer, patch, known, text=text, quick=quick, progress=progress)
 
 
@@ -275,7 +275,7 @@ def compute_statistics(
         InputError: the model, the text or the layers cannot be used.
     """
     config = load_recipe(method, None, [f"layers={layers}"] if layers else [])
-    loaded = load_model(chosen.name, chosen.device, chosen.dtype)
+    loaded = chosen.load()
     runner = LayerRunner(inspect_model(loaded.model))
     source = Path(text) if text else default_text(loaded.name)
     if source == PACKAGE_TEXT:

@@ -41,6 +41,7 @@ def command(
     model_name: str | None,
     device: str,
     dtype: str,
+    device_map: str | None,
     texts: tuple[str, ...],
     stats: str | None,
     measured: bool,
@@ -60,7 +61,7 @@ def command(
     with place_of_its_own(folder, patch, force), progress_bars() as progress:
         done = revert_patch(
             patch,
-            lambda base: choice(model_name or base, device, dtype),
+            lambda base: choice(model_name or base, device, dtype, device_map),
             folder,
             facts=facts,
             since=since,

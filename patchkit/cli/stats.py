@@ -21,6 +21,7 @@ def command(
     model_name: str | None,
     device: str,
     dtype: str,
+    device_map: str | None,
     text: str | None,
     out: str | None,
     layers: str | None,
@@ -36,7 +37,7 @@ def command(
 
     with progress_bars() as progress:
         computed = compute_statistics(
-            choice(model_name, device, dtype),
+            choice(model_name, device, dtype, device_map),
             text=text,
             out=out,
             layers=layers,

@@ -36,6 +36,7 @@ def command(
     model_name: str | None,
     device: str,
     dtype: str,
+    device_map: str | None,
     facts: str | None,
     text: str | None,
     zsre_target: str,
@@ -55,7 +56,7 @@ def command(
     with progress_bars() as progress:
         report = verify_patch(
             Path(patch),
-            lambda base: choice(model_name or base, device, dtype),
+            lambda base: choice(model_name or base, device, dtype, device_map),
             facts=facts,
             text=text,
             zsre_target=zsre_target,

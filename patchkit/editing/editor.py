@@ -25,6 +25,7 @@ from patchkit.facts.batches import batches
 from patchkit.facts.requests import EditRequest, build_request
 from patchkit.facts.schema import Fact
 from patchkit.maths.linalg import Covariance
+from patchkit.model.devices import solve_device
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import live_deltas
 
@@ -64,6 +65,7 @@ def edit(
     Raises:
         InputError: a fact cannot be tokenized, or the edit is not finite.
     """
+    gradients = {layer: each.to(solve_device(runner.arch.sites[layer].module)) for layer, each in gradients.items()}
     how, run = plan(runner.arch, config), EditRun(start.copy() if start else EditState(), list(contexts))
     state, done, journal = run.state, 0, journal or Journal()
 

@@ -16,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchkit.facts.requests import EditRequest, pad
+from patchkit.model.devices import at, exact, home_of, sent, solve_device
 from patchkit.model.forward import LayerRunner, traced, watching, widen
-from patchkit.model.weights import Site
+from patchkit.model.weights import Site, weight_of
 
 
 @dataclass(frozen=True)
 class TargetGradients:
     """By layer, keys K (d_in, tokens) and gradients G (d_out, tokens) at the positions that predict target tokens:
-    fact by fact, in each row by row. loss: each fact's mean target loss, (n,). Float64 on the CPU."""
+    fact by fact, in each row by row, as solves there take them. loss: each fact's mean target loss, (n,), float64."""
 
     loss: Tensor
     keys: dict[int, Tensor]
@@ -52,12 +53,12 @@ class _Group:
             for n, (fact, row) in enumerate(rows)
             for at in range(row.target, len(row.ids))
         ]
-        fact, row, at, label = torch.tensor(points, device=device).T
+        fact, row, place, label = torch.tensor(points).T
         # Mean over a row's tokens, then over the fact's rows, as values are optimized for.
-        rows_of = torch.tensor([len(request.rows) for request in requests], device=device)
+        rows_of = torch.tensor([len(request.rows) for request in requests])
         among = torch.bincount(row)[row] * rows_of[fact - first]
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        return _Group(inputs, fact, row, at, label, among)
+        return _Group(inputs, *(sent(each, device) for each in (fact, row, place, label, among)))
 
     def losses(self, runner: LayerRunner, start: int = 0, hidden: Tensor | None = None) -> Tensor:
         """What each point adds to its fact's loss, (points,); `hidden` as in `LayerRunner.run`."""
@@ -78,17 +79,18 @@ class TargetLoss:
 
     def __init__(self, runner: LayerRunner, requests: Sequence[EditRequest], parallel: int) -> None:
         self.runner, self.facts, self.passes = runner, len(requests), 0
+        self._columns = [sum(len(row.ids) - row.target for row in request.rows) for request in requests]
         firsts = range(0, len(requests), parallel)
         self._groups = [_Group.of(requests[i : i + parallel], i, runner.device) for i in firsts]
 
     @property
     def columns(self) -> list[int]:
         """How many target positions each fact has, over all of its rows."""
-        return torch.bincount(torch.cat([group.fact for group in self._groups])).tolist()
+        return list(self._columns)
 
     @torch.no_grad()
     def per_fact(self) -> Tensor:
-        """Each fact's loss, (n,), float64 on the CPU."""
+        """Each fact's loss, (n,), float64."""
         return self._per_fact([group.losses(self.runner) for group in self._groups])
 
     def gradients(self, sites: Sequence[Site]) -> TargetGradients:
@@ -102,8 +104,9 @@ class TargetLoss:
                 losses.append(group.losses(self.runner))
             found = torch.autograd.grad(losses[-1].sum(), [leaf for _, leaf in seen.values()])
             for (layer, (inputs, _)), gradient in zip(seen.items(), found, strict=True):
-                keys[layer].append(inputs[group.row, group.at].double().cpu())  # (points, d_in)
-                gradients[layer].append(gradient[group.row, group.at].double().cpu())  # (points, d_out)
+                where = solve_device(self.runner.arch.sites[layer].module)
+                keys[layer].append(exact(at(inputs, group.row, group.at), where))  # (points, d_in)
+                gradients[layer].append(exact(at(gradient, group.row, group.at), where))  # (points, d_out)
         joined = [{layer: torch.cat(rows).T for layer, rows in parts.items()} for parts in (keys, gradients)]
         return TargetGradients(self._per_fact([each.detach() for each in losses]), *joined)
 
@@ -116,11 +119,13 @@ class TargetLoss:
 
         def loss(change: Tensor | None) -> tuple[float, Tensor]:
             self.passes += 1
-            total, gradient = 0.0, torch.zeros(site.d_out, site.d_in).double()
+            where = solve_device(site.module)
+            gradient = torch.zeros(site.d_out, site.d_in, dtype=torch.float64, device=where)
+            total = gradient.new_zeros(())
             for group, hidden in zip(self._groups, below, strict=True):
                 found, part = self._changed(group, site, hidden, change)
-                total, gradient = total + found, gradient + part.double().cpu()
-            return total / self.facts, gradient / self.facts
+                total, gradient = total + exact(found, where), gradient + exact(part, where)
+            return float(total) / self.facts, gradient / self.facts
 
         return loss
 
@@ -128,18 +133,21 @@ class TargetLoss:
     def _below(self, group: _Group, layer: int) -> Tensor | None:
         return self.runner.run(group.inputs, stop=layer).hidden if layer else None
 
-    def _changed(self, group: _Group, site: Site, hidden: Tensor | None, change: Tensor | None) -> tuple[float, Tensor]:
-        weight = next(site.module.parameters())
-        like = torch.zeros(site.d_out, site.d_in, device=weight.device, dtype=widen(weight[:0]).dtype)
+    def _changed(
+        self, group: _Group, site: Site, hidden: Tensor | None, change: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        weight = weight_of(site.module)
+        like = torch.zeros(site.d_out, site.d_in, device=home_of(site.module), dtype=widen(weight[:0]).dtype)
         leaf = (like if change is None else change.detach().to(like)).requires_grad_()
 
         def add(keys: Tensor, output: Tensor) -> Tensor:
-            return output + F.linear(keys.to(leaf.dtype), leaf).to(output.dtype)
+            return output + F.linear(keys.to(leaf), leaf).to(output)
 
         with torch.enable_grad(), watching(site.module, len(group.inputs["input_ids"]), add):
             loss = group.losses(self.runner, site.layer if hidden is not None else 0, hidden).sum()
-        return float(loss.detach()), torch.autograd.grad(loss, leaf)[0]
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
     def _per_fact(self, losses: Sequence[Tensor]) -> Tensor:
-        facts = torch.cat([group.fact for group in self._groups]).cpu()
-        return torch.zeros(self.facts).double().index_add(0, facts, torch.cat(list(losses)).double().cpu())
+        found = exact(torch.cat(list(losses)))
+        facts = torch.cat([group.fact for group in self._groups]).to(found.device)
+        return found.new_zeros(self.facts).index_add(0, facts, found)

@@ -11,6 +11,7 @@ from torch import Tensor
 from patchkit.editing.suffixes import common_start
 from patchkit.editing.value_problem import ValueAt
 from patchkit.facts.requests import EditRequest, pad
+from patchkit.model.devices import at, exact, sent, solve_device
 from patchkit.model.forward import LayerRunner, Prefix, watching, watching_input
 from patchkit.model.weights import Site
 
@@ -30,12 +31,13 @@ class SubjectStates:
         self._stems = pad(stems, runner.device) if any(stems) else None
         rows = [(row, len(stem)) for request in requests for row, stem in zip(request.rows, stems, strict=True)]
         self._ids, self._mask = pad([row.ids[shared : row.subject + 1] for row, shared in rows], runner.device)
-        self._shared = torch.tensor([shared for _, shared in rows], device=runner.device)  # (rows,)
+        self._shared = sent([shared for _, shared in rows], runner.device)  # (rows,)
         self._resume: tuple[int, Tensor | None, Tensor | None] = (0, None, None)
 
     @torch.no_grad()
     def read(self, site: Site) -> tuple[Tensor, Tensor]:
-        """Keys K (d_in, n) at `site`, averaged over contexts, and the value site's current states (d, n), float64.
+        """Keys K (d_in, n) at `site`, averaged over contexts, and the value site's current states (d, n), as a solve
+        at `site` takes them: see `solve_device`.
 
         Edits attached to the model in the meantime act. Sites are read in the order of their layers.
         """
@@ -55,11 +57,12 @@ class SubjectStates:
             # The last site itself is run once more for what it writes; it is but one layer of a few rows.
             again, entry = (site.layer + 1, out) if site.layer < last.layer else (site.layer, entering[-1])
             with watching(last.module, len(first), lambda _, output: written.append(output)):
-                out = self._run(first, before, again, entry[first], last.layer + 1)
+                out = self._run(first, before, again, at(entry, first), last.layer + 1)
         else:
-            out = out[first]
+            out = at(out, first)
         state = self._at_subject(written[0] if self.value_at == "module_out" else out, first)
-        return keys[0].double().unflatten(0, (-1, self.contexts)).mean(1).T, state.double().T
+        where = solve_device(site.module)
+        return exact(keys[0], where).unflatten(0, (-1, self.contexts)).mean(1).T, exact(state, where).T
 
     def _stem_states(self, start: int, stop: int, rows: int) -> Prefix | None:
         """KV cache of the stems in layers start..stop-1, one per row, or None where nothing is shared."""
@@ -82,4 +85,4 @@ class SubjectStates:
 
     def _at_subject(self, hidden: Tensor, rows: Tensor) -> Tensor:
         ends = self._mask[rows].sum(1) - 1
-        return hidden[torch.arange(len(rows), device=hidden.device), ends]  # (rows, d)
+        return at(hidden, torch.arange(len(rows), device=ends.device), ends)  # (rows, d)

@@ -10,7 +10,7 @@ import torch
 
 from patchkit.editing.gradients import TargetLoss
 from patchkit.editing.session import EditSession
-from patchkit.editing.state import storable
+from patchkit.editing.state import SiteHistory, storable
 from patchkit.editing.values import Values
 from patchkit.facts.requests import EditRequest
 from patchkit.maths.linalg import PriorKeys
@@ -34,7 +34,8 @@ class _LossEdits(ABC):
             for site, problem in self.problems(loss, prior):
                 session.solve(site, problem)
         with session.run.timed("gradients"):
-            after, none = loss.per_fact(), torch.zeros(session.plan.sites[-1].d_out, count)
+            after = loss.per_fact()
+            none = torch.zeros(session.plan.sites[-1].d_out, count, device=after.device)
         values = Values(none, none, after.float(), torch.full((count,), loss.passes))
         session.finish([r.fact for r in requests], values, session.plan.layers, self.columns(loss, count))
         advance(count)
@@ -71,7 +72,8 @@ class FittedEdits(_LossEdits):
     def problems(self, loss: TargetLoss, prior: Mapping[int, PriorKeys]) -> Iterator[tuple[Site, LayerProblem]]:
         """Each site's loss counts the sites below as they are by then."""
         for site in self.session.plan.sites:
-            keys, residual = torch.zeros(site.d_in, 0).double(), torch.zeros(site.d_out, 0).double()
+            none = SiteHistory.empty(site)
+            keys, residual = none.keys, none.residuals
             problem = self.session.problem(site, keys, residual, prior.get(site.layer))
             at_site = loss.at(site)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from patchkit import methods
@@ -19,9 +21,10 @@ from patchkit.facts.requests import EditRequest
 from patchkit.facts.schema import Fact
 from patchkit.maths.linalg import Covariance, PriorKeys
 from patchkit.maths.rotations import Rotation
-from patchkit.maths.updates import Update, delta_of, mapped, tensors_of
+from patchkit.maths.updates import Update, delta_of, mapped, moved, tensors_of
 from patchkit.methods import LayerProblem, Method, MethodConfig
 from patchkit.model.arch import Architecture
+from patchkit.model.devices import solve_device
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import LiveDelta
 from patchkit.model.weights import Site
@@ -97,6 +100,11 @@ class EditSession:
         """The method's own settings."""
         return self.config.method_config()
 
+    @cached_property
+    def _constants(self) -> dict[int, dict[Hashable, Any]]:
+        """By layer, what methods have computed of its base weight."""
+        return {}
+
     def prior_keys(self) -> dict[int, PriorKeys]:
         """By layer, the keys of all batches so far. All sweeps of a batch solve against those from before it began."""
         return {layer: history.prior for layer, history in self.run.state.sites.items()}
@@ -104,7 +112,8 @@ class EditSession:
     def problem(self, site: Site, keys: Tensor, residual: Tensor, prior: PriorKeys | None) -> LayerProblem:
         """What the method is shown at `site`: keys (d_in, n) and residual (d_out, n), beside keys of earlier edits."""
         history, covariance = self.run.state.sites.get(site.layer), self.covariances.get(site.layer)
-        return problem_at(site, keys, residual, covariance, history, prior, self.gradients.get(site.layer))
+        found = problem_at(site, keys, residual, covariance, history, prior, self.gradients.get(site.layer))
+        return found.replace(constants=self._constants.setdefault(site.layer, {}))
 
     def solve(self, site: Site, problem: LayerProblem) -> None:
         """Solve `problem`, and let the update act on the model from here on.
@@ -144,11 +153,13 @@ class EditSession:
             prior = self.prior_keys()
             for done in part.solves:
                 site = next(site for site in sites if site.layer == done.layer)
-                problem = self.problem(site, done.keys, done.residual, prior.get(site.layer))
+                where = solve_device(site.module)
+                keys, residual = done.keys.to(where), done.residual.to(where)
+                problem = self.problem(site, keys, residual, prior.get(site.layer))
                 if done.fitted is None:
                     self.solve(site, problem)
                 else:
-                    self._take(site, problem, done.fitted)
+                    self._take(site, problem, moved(done.fitted, where))
             self.finish([facts[name] for name in part.facts], part.values, part.layers, part.columns)
         self.journal.forget_batch()
         self.run.seconds.update(found.seconds)
@@ -164,16 +175,17 @@ def problem_at(
     prior: PriorKeys | None,
     gradient: Tensor | None = None,
 ) -> LayerProblem:
-    """A solve at `site`, in float64 on the CPU, after the edits in `history`; `prior` are the keys it has to spare."""
+    """A solve at `site`, with keys and residual as `solve_device` and `exact` place them, after the edits in `history`;
+    `prior` are the keys it has to spare. Statistics come from wherever they are, once."""
     count = 0 if prior is None else len(prior)
     return LayerProblem(
         keys,
         residual,
-        covariance,
+        covariance and covariance.on(keys.device),
         PriorKeys(keys[:, :0]) if prior is None else prior,
         lambda: base_weight(site),
         lambda: history.delta(lambda: base_weight(site)) if history else None,
-        gradient,
+        None if gradient is None else gradient.to(keys.device),
         gradient_columns=lambda: history.gradient_columns(count) if history and count else None,
     )
 
@@ -188,7 +200,8 @@ def solve_at(method: Method, settings: MethodConfig, site: Site, problem: LayerP
         InputError: the edit is not finite.
     """
     update = method.solve(problem, settings)
-    if not all(tensor.isfinite().all() for tensor in tensors_of(update).values()):
+    finite = [tensor.isfinite().all() for tensor in tensors_of(update).values() if tensor.is_floating_point()]
+    if not torch.stack(finite).all():
         raise InputError(
             f"{site.weight_name}: the edit is not finite; the model's activations overflow in this dtype, "
             "try --dtype float32 or bfloat16"

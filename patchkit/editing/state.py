@@ -21,6 +21,7 @@ from patchkit.maths.linalg import Delta, PriorKeys
 from patchkit.maths.rotations import Rotation
 from patchkit.maths.updates import Chain, Update, delta_of, folded, mapped
 from patchkit.model.arch import Architecture
+from patchkit.model.devices import exact, solve_device
 from patchkit.model.weights import Site, read_weight
 
 
@@ -40,7 +41,8 @@ class SiteHistory:
     @classmethod
     def empty(cls, site: Site) -> SiteHistory:
         """Of a site that has not been edited."""
-        return cls((), torch.zeros(site.d_in, 0).double(), torch.zeros(site.d_out, 0).double())
+        none = torch.zeros(0, dtype=torch.float64, device=solve_device(site.module))
+        return cls((), none.view(site.d_in, 0), none.view(site.d_out, 0))
 
     def add(self, update: Update, keys: Tensor, residual: Tensor, gradients: bool = False) -> None:
         """Append a solve; `gradients` says whether its residual (d_out, n) is made of gradients."""
@@ -175,8 +177,8 @@ class EditRun:
 
 
 def base_weight(site: Site) -> Tensor:
-    """W of the untouched base at `site`, (d_out, d_in), in float64 on the CPU, where all solves are done."""
-    return read_weight(site).double().cpu()
+    """W of the untouched base at `site`, (d_out, d_in), in float64, where solves there are made."""
+    return exact(read_weight(site), solve_device(site.module))
 
 
 def storable(tensor: Tensor) -> Tensor:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from patchkit.editing.buckets import Bucket, Index, Kept
 from patchkit.errors import InputError
 from patchkit.facts.requests import EditRequest, Row, pad
+from patchkit.model.devices import sent
 from patchkit.model.forward import LayerRunner, Prefix
 
 PADDING = 0.15
@@ -28,168 +30,11 @@ TOKENS = {"cpu": 256, "cuda": 1024}
 """Tokens in a bucket; beyond these, more are no faster and only take more memory."""
 ASKED, KEPT = 4, 2
 """Rows of a fact in one step where rows take turns: of those that ask for its target, and of kept texts."""
-TOP = 48
-"""Tokens whose probabilities in a kept text are remembered, of each prediction."""
-EXPECTED = 0.1
-"""From this probability on, the untouched model itself may go on with the target's first token."""
 LOGITS = 2**25
 """Most numbers in one bucket's logits."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Rows of similar suffix length, which run together.
-
-    Shapes: row (rows,) numbers them over all facts; fact_of (rows,); ids, mask, position_ids (rows, S); hidden (rows,
-    S, d), None where the model starts from tokens. Points are the positions whose logits count, the targets' before
-    the essence prompts' before the kept texts': point_row, point_at (points,); label, weight (target points,), the
-    weights of a fact adding up to 1; base (essence points, vocab), the untouched model's log-probabilities; kept, what
-    the untouched model predicts in the kept texts. `turn` = (i, n): the bucket's rows are looked at in every n-th step.
-    """
-
-    row: Tensor
-    fact_of: Tensor
-    ids: Tensor
-    mask: Tensor
-    position_ids: Tensor
-    prefix: Prefix
-    hidden: Tensor | None
-    point_row: Tensor
-    point_at: Tensor
-    label: Tensor
-    weight: Tensor
-    base: Tensor
-    kept: Kept
-    turn: tuple[int, int] = (0, 1)
-
-    def inputs(self) -> dict[str, Any]:
-        """Arguments of the model's forward over the suffixes."""
-        return {
-            "input_ids": self.ids,
-            "attention_mask": torch.cat([self.prefix.mask, self.mask], 1),
-            "position_ids": self.position_ids,
-            "past_key_values": self.prefix.cache(),
-            "use_cache": True,
-        }
-
-    def take(self, rows: Tensor) -> Bucket:
-        """The rows with these indices, in ascending order."""
-        new_row = torch.full_like(self.row, -1)
-        new_row[rows] = torch.arange(len(rows), device=rows.device)
-        points, targets, kept = new_row[self.point_row] >= 0, len(self.label), len(self.point_row) - len(self.kept)
-        return Bucket(
-            self.row[rows],
-            self.fact_of[rows],
-            self.ids[rows],
-            self.mask[rows],
-            self.position_ids[rows],
-            self.prefix.rows(rows),
-            None if self.hidden is None else self.hidden[rows],
-            new_row[self.point_row[points]],
-            self.point_at[points],
-            self.label[points[:targets]],
-            self.weight[points[:targets]],
-            self.base[points[targets:kept]] if len(self.base) else self.base,
-            self.kept.take(points[kept:]),
-            self.turn,
-        )
-
-    def of_facts(self, facts: Tensor) -> Iterator[Bucket]:
-        """Itself with the rows of the facts marked True (facts,), or nothing where there are none."""
-        rows = facts[self.fact_of].nonzero().squeeze(1)
-        if len(rows):
-            yield self if len(rows) == len(self.row) else self.take(rows)
-
-    def essence(self) -> Bucket:
-        """Its essence prompts."""
-        return self.take(self.point_row[len(self.label) : len(self.point_row) - len(self.kept)].sort().values)
-
-    def halves(self) -> list[Bucket]:
-        """Two of about half the rows, or itself where it has one."""
-        rows = torch.arange(len(self.row), device=self.row.device)
-        return [self.take(part) for part in rows.tensor_split(2)] if len(rows) > 1 else [self]
-
-    def beside(self, other: Bucket) -> Bucket:
-        """The rows of both, whose suffixes are of one length."""
-
-        def joined(name: str) -> Tensor:
-            return torch.cat([getattr(self, name), getattr(other, name)])
-
-        def points(name: str, shift: int) -> Tensor:
-            ours, theirs = ([*each.segments(getattr(each, name))] for each in (self, other))
-            pairs = zip(ours, theirs, strict=True)
-            return torch.cat([part for mine, its in pairs for part in (mine, its + shift)])
-
-        names = ("row", "fact_of", "ids", "mask", "position_ids", "label", "weight")
-        return Bucket(
-            **{name: joined(name) for name in names},
-            prefix=self.prefix.beside(other.prefix),
-            hidden=None if self.hidden is None else joined("hidden"),
-            point_row=points("point_row", len(self.row)),
-            point_at=points("point_at", 0),
-            base=joined("base") if len(self.base) and len(other.base) else max(self.base, other.base, key=len),
-            kept=self.kept.beside(other.kept),
-            turn=self.turn,
-        )
-
-    def segments(self, of_points: Tensor) -> tuple[Tensor, ...]:
-        """Numbers of all points in three parts: the targets', the essence prompts', the kept texts'."""
-        targets, kept = len(self.label), len(self.kept)
-        asked, essence, texts = of_points.split([targets, len(of_points) - targets - kept, kept])
-        return asked, essence, texts
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What the untouched model predicts at points (k,) of neutral texts: its likeliest tokens (k, TOP) with their
-    log-probabilities (k, TOP), empty until they are known; a point's weight (k,); the first token of the fact's target
-    (k,), and the weight of its probability there (k,)."""
-
-    weight: Tensor
-    target: Tensor
-    leak: Tensor
-    tokens: Tensor
-    log_probs: Tensor
-
-    def __len__(self) -> int:
-        return len(self.weight)
-
-    def take(self, points: Tensor) -> Kept:
-        """Those of some points."""
-        return Kept(*(each[points] if len(each) else each for each in self._tensors()))
-
-    def beside(self, other: Kept) -> Kept:
-        """The points of both."""
-        return Kept(*(torch.cat(pair) for pair in zip(self._tensors(), other._tensors(), strict=True)))
-
-    def known(self, logits: Tensor) -> Kept:
-        """With the predictions of the untouched model, from its logits (k, vocab)."""
-        log_probs = logits.log_softmax(-1)
-        likeliest = log_probs.topk(min(TOP, log_probs.shape[1]))
-        expected = log_probs.gather(1, self.target.unsqueeze(1)).squeeze(1).exp() >= EXPECTED
-        return Kept(self.weight, self.target, self.weight * ~expected, likeliest.indices, likeliest.values)
-
-    def drift(self, logits: Tensor, leak_weight: float, keep_weight: float) -> Tensor:
-        """The weighted loss at each point (k,) of an edited model's logits (k, vocab): KL(original ‖ edited) over the
-        original's likeliest tokens, all others counted as one, and -log(1 - P(target))."""
-        edited = logits.log_softmax(-1)
-        ours, theirs = edited.gather(1, self.tokens), self.log_probs
-        rest, other = (_remainder(each) for each in (theirs, ours))
-        divergence = (theirs.exp() * (theirs - ours)).sum(-1) + rest * (rest.log() - other.log())
-        target = edited.gather(1, self.target.unsqueeze(1)).squeeze(1).exp()
-        leak = -(1 - target).clamp_min(1e-4).log()
-        return keep_weight * self.weight * divergence + leak_weight * self.leak * leak
-
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return self.weight, self.target, self.leak, self.tokens, self.log_probs
-
-
-def _remainder(log_probs: Tensor) -> Tensor:
-    """The probability (k,) of all tokens that are not among these (k, TOP)."""
-    return (1 - log_probs.exp().sum(-1)).clamp_min(1e-6)
 
 
 class Suffixes:
@@ -277,25 +122,30 @@ class Suffixes:
 
     def _bucket(self, numbers: Sequence[int]) -> Bucket:
         device, rows = self.runner.device, [self._row(number) for number in numbers]
-        row = torch.tensor(numbers, device=device)
-        ids, mask = pad([_suffix(row) for row in rows], device)
-        offsets = torch.tensor([row.subject for row in rows], device=device).unsqueeze(1)  # (rows, 1)
+        row = torch.tensor(numbers)
         fact_of, stem = row // len(self._stems), row % len(self._stems)
+        ids, mask = pad([_suffix(row) for row in rows], device)
+        offsets = sent([row.subject for row in rows], device).unsqueeze(1)  # (rows, 1)
         positions = offsets + torch.arange(ids.shape[1], device=device)
         prefix = self._prefix(rows, stem)
         none, firsts = torch.empty(0, device=device), [self._targets[fact] for fact in fact_of.tolist()]
-        points, kept = (
-            _points(rows, self._asked, device),
-            _kept(rows, firsts, len(self._stems) - self._asked - 1, device),
+        points = _points(rows, self._asked, torch.promote_types(self.runner.dtype, torch.float32), device)
+        kept = _kept(rows, firsts, len(self._stems) - self._asked - 1, device)
+        bucket = Bucket(
+            Index(row, device),
+            Index(fact_of, device),
+            *(ids, mask, positions, prefix, None),
+            *points,
+            none,
+            kept,
+            self._turn(int(stem[0])),
         )
-        turn = self._turn(int(stem[0]))
-        bucket = Bucket(row, fact_of, ids, mask, positions, prefix, None, *points, none, kept, turn)
         if self.start > 0:
             bucket = replace(bucket, hidden=self.runner.run(bucket.inputs(), stop=self.start).hidden)
         return replace(bucket, prefix=prefix.from_layer(self.start))
 
     def _prefix(self, rows: Sequence[Row], stem: Tensor) -> Prefix:
-        known = self._states.rows(stem)
+        known = self._states.rows(sent(stem, self.runner.device))
         rest = [row.prefix[len(self._stems[i]) :] for row, i in zip(rows, stem.tolist(), strict=True)]
         return Prefix.read(self.runner, *pad(rest, self.runner.device), before=known) if any(rest) else known
 
@@ -312,7 +162,9 @@ def _suffix(row: Row) -> tuple[int, ...]:
     return row.ids[row.subject : max(row.subject + 1, len(row.ids) - unread)]
 
 
-def _points(rows: Sequence[Row], contexts: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _points(
+    rows: Sequence[Row], contexts: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Index, Tensor, Tensor, Tensor]:
     """Row and position of every point, label and weight of the targets'; a target's tokens weigh 1 / contexts."""
     asked = [(i, row) for i, row in enumerate(rows) if not row.kept]
     targets = [
@@ -322,10 +174,10 @@ def _points(rows: Sequence[Row], contexts: int, device: torch.device) -> tuple[T
     ]
     essence = [(i, len(row.ids) - 1 - row.subject) for i, row in asked if row.target == len(row.ids)]
     kept = [(i, t - 1 - row.subject) for i, row in enumerate(rows) for t in _kept_at(row)]
-    where = torch.tensor([point[:2] for point in targets] + essence + kept, device=device)  # (points, 2)
-    label = torch.tensor([point[2] for point in targets], dtype=torch.long, device=device)
-    weight = torch.tensor([point[3] for point in targets], dtype=torch.double, device=device)
-    return where[:, 0], where[:, 1], label, weight
+    where = torch.tensor([point[:2] for point in targets] + essence + kept)  # (points, 2)
+    label = sent([point[2] for point in targets], device, torch.long)
+    weight = sent([point[3] for point in targets], device, dtype)
+    return Index(where[:, 0], device), sent(where[:, 1], device), label, weight
 
 
 def _kept_at(row: Row) -> range:
@@ -340,8 +192,8 @@ def _kept(rows: Sequence[Row], targets: Sequence[int], texts: int, device: torch
         for row, target in zip(rows, targets, strict=True)
         for _ in _kept_at(row)
     ]
-    weight = torch.tensor([weight for weight, _ in points], device=device)
-    target = torch.tensor([target for _, target in points], dtype=torch.long, device=device)
+    weight = sent([weight for weight, _ in points], device, torch.float32)
+    target = sent([target for _, target in points], device, torch.long)
     none = torch.empty(0, device=device)
     return Kept(weight, target, none, none.long(), none)
 

@@ -15,6 +15,7 @@ from patchkit.editing.values import Values, optimize
 from patchkit.facts.requests import EditRequest
 from patchkit.maths.linalg import PriorKeys
 from patchkit.methods import LayerProblem
+from patchkit.model.devices import exact
 from patchkit.model.weights import Site
 
 
@@ -52,7 +53,7 @@ class ValueTargets:
         if method.constrain is None and method.penalty is None:
             return ValueTerms(attention=method.attention)
         with session.run.timed("keys"):
-            keys = SubjectStates(session.runner, requests, [site], session.plan.value_at).read(site)[0].cpu()
+            keys = SubjectStates(session.runner, requests, [site], session.plan.value_at).read(site)[0]
         problem = session.problem(
             site, keys, keys.new_zeros(site.d_out, len(requests)), session.prior_keys().get(site.layer)
         )
@@ -85,7 +86,7 @@ class ValueEdits:
         session = self.session
         for part in self._parts(requests, advance):
             prior = session.prior_keys()
-            chosen, targets = [requests[i] for i in part.members], part.values.targets.double().cpu()
+            chosen, targets = [requests[i] for i in part.members], part.values.targets
             for _ in range(session.config.sweeps):
                 self._sweep(chosen, part.sites, targets, prior)
             session.finish([request.fact for request in chosen], part.values, [site.layer for site in part.sites])
@@ -97,9 +98,9 @@ class ValueEdits:
         reader = SubjectStates(self.session.runner, requests, sites, self.session.plan.value_at)
         for i, site in enumerate(sites):
             with self.session.run.timed("keys"):
-                keys, current = (part.cpu() for part in reader.read(site))
+                keys, current = reader.read(site)
             # MEMIT eq. 20: each site takes an equal share of what is still missing.
-            residual = storable((targets - current) / (len(sites) - i))  # (d_out, n)
+            residual = storable((exact(targets, current.device) - current) / (len(sites) - i))  # (d_out, n)
             problem = self.session.problem(site, storable(keys), residual, prior.get(site.layer))
             self.session.solve(site, problem)
 
@@ -127,8 +128,8 @@ class ValueEdits:
         for site, values in zip(session.plan.sites, values_at, strict=True):
             with session.run.timed("keys"):
                 reader = SubjectStates(session.runner, requests, [site], session.plan.value_at)
-                keys, current = (part.cpu() for part in reader.read(site))
-            problems.append(session.problem(site, keys, values.targets.double().cpu() - current, None))
+                keys, current = reader.read(site)
+            problems.append(session.problem(site, keys, exact(values.targets, current.device) - current, None))
         return [
             choose([p.replace(keys=p.keys[:, [i]], residual=p.residual[:, [i]]) for p in problems], session.settings)
             for i in range(len(requests))

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from patchkit.editing.suffixes import Bucket
+from patchkit.editing.buckets import Bucket
 from patchkit.model.arch import attention_of
 from patchkit.model.forward import LayerRunner, watching_output, widen
 from patchkit.model.weights import Site
@@ -65,7 +65,7 @@ class ValueProblem:
             else:
                 assert hidden is not None
                 hidden = _add_first(hidden, rows[:, 0])
-            where = (bucket.point_row, bucket.point_at)
+            where = (bucket.point_row.there, bucket.point_at)
             logits = self.runner.run(bucket.inputs(), start=self.start, hidden=hidden, logits_at=where).logits
         assert logits is not None
         return widen(logits)
@@ -100,5 +100,5 @@ class ValueProblem:
 
 def _add_first(hidden: Tensor, rows: Tensor) -> Tensor:
     """Add rows (rows, d) at the first suffix position, the subject's last token, of hidden (rows, S, d)."""
-    first = hidden[:, :1] + rows.unsqueeze(1).to(hidden.dtype)  # (rows, 1, d)
+    first = hidden[:, :1] + rows.unsqueeze(1).to(hidden)  # (rows, 1, d)
     return torch.cat([first, hidden[:, 1:]], 1)

@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from patchkit.editing.suffixes import Bucket, Suffixes, in_parts
+from patchkit.editing.buckets import Bucket
+from patchkit.editing.suffixes import Suffixes, in_parts
 from patchkit.editing.value_log import ValueLog
 from patchkit.editing.value_problem import NO_TERMS, ValueAt, ValueProblem, ValueTerms
 from patchkit.facts.requests import EditRequest
+from patchkit.model.devices import sent
 from patchkit.model.forward import LayerRunner
 from patchkit.model.weights import Site
 
@@ -71,7 +73,7 @@ class ValueStates:
 
     def of(self, facts: Sequence[int]) -> ValueStates:
         """Those of the facts with these places."""
-        chosen = torch.tensor(facts, dtype=torch.long, device=self.targets.device)
+        chosen = sent(facts, self.targets.device, torch.long)
         return ValueStates(self.targets[:, chosen], self.start[:, chosen])
 
 
@@ -86,7 +88,7 @@ class Values:
 
     def of(self, facts: Sequence[int]) -> Values:
         """Those of the facts with these places."""
-        chosen = torch.tensor(facts, device=self.loss.device)
+        chosen = sent(facts, self.loss.device, torch.long)
         return Values(*(getattr(self, name)[..., chosen] for name in ("targets", "start", "loss", "steps")))
 
     def states(self) -> ValueStates:
@@ -161,7 +163,7 @@ class _Optimizer:
         self._resume(advance)
         while self.waiting or self.active:
             self._admit()
-            places = torch.tensor(self.active, device=self.start.device)
+            places = sent(self.active, self.start.device)
             free = self._free(places)
             loss, gradient = self._evaluate(free)
             self.seen[places, self.step % self.suffixes.turns] = loss
@@ -174,9 +176,9 @@ class _Optimizer:
             done = [self.group[fact] not in unfinished for fact in self.active]
             advance(sum(done))
             if any(done):
-                going = torch.tensor(done, device=places.device).logical_not()
+                going = sent([i for i, d in enumerate(done) if not d], places.device, torch.long)
                 places, gradient = places[going], gradient[going]
-                self._retire(places)
+                self._retire([fact for fact, d in zip(self.active, done, strict=True) if not d])
                 self.log.retired[self.step] = list(self.active)
             if self.active:
                 self._move(places, self._mean_over_groups(self.active, gradient))
@@ -184,7 +186,7 @@ class _Optimizer:
                 self._keep()
         deltas = self._free(torch.arange(len(self.start), device=self.start.device)).deltas(self.value)
         targets = self.start[:, 0] + deltas[:, 0]
-        return Values(targets.T, self.start[:, 0].T, self.loss, torch.tensor(self.steps, device=self.loss.device))
+        return Values(targets.T, self.start[:, 0].T, self.loss, sent(self.steps, self.loss.device))
 
     def _keep(self) -> None:
         """Write all that the next steps depend on but the buckets."""
@@ -206,7 +208,7 @@ class _Optimizer:
             self.step += 1
             if self.step in self.log.retired:
                 advance(len(self.active) - len(self.log.retired[self.step]))
-                self._retire(torch.tensor(self.log.retired[self.step], device=self.start.device, dtype=torch.long))
+                self._retire(list(self.log.retired[self.step]))
         for name, tensor in tensors.items():
             getattr(self, name).copy_(tensor)
         self.steps = notes["steps"]
@@ -224,12 +226,13 @@ class _Optimizer:
             room += 1  # a group is never split
         new, self.waiting = self.waiting[:room], self.waiting[room:]
         buckets = self.suffixes.buckets(new)
-        rows = torch.cat([self.problem.start_states(bucket) for bucket in buckets])  # (all rows, places, d)
-        order = torch.cat([bucket.row for bucket in buckets]).argsort()
+        rows = torch.cat([self.problem.start_states(bucket).to(self.start) for bucket in buckets])  # (rows, places, d)
+        order = sent(torch.cat([bucket.row.known for bucket in buckets]).argsort(), rows.device)
         states = rows[order].unflatten(0, (len(new), -1))  # (new, rows per fact, places, d)
-        self.start[new] = states[:, 0]
+        places = sent(new, rows.device)
+        self.start[places] = states[:, 0]
         # The median over contexts: at position 0 a model without BOS keeps an attention sink hundreds of times longer.
-        self.scale[new] = self._mean_over_groups(new, states.norm(dim=-1).median(1).values.unsqueeze(-1))
+        self.scale[places] = self._mean_over_groups(new, states.norm(dim=-1).median(1).values.unsqueeze(-1))
         self.active += new
         self.buckets = self.suffixes.merged([*self.buckets, *(self._with_base(bucket) for bucket in buckets)])
 
@@ -238,9 +241,10 @@ class _Optimizer:
         group = [self.group[fact] for fact in facts]
         if len(set(group)) == len(group):
             return numbers
-        place = torch.tensor([group.index(each) for each in group], device=numbers.device)
+        place = sent([group.index(each) for each in group], numbers.device)
+        count = sent([max(1, group.count(each)) for each in group], numbers.device)
         sums = torch.zeros_like(numbers).index_add(0, place, numbers)
-        return (sums / place.bincount(minlength=len(group)).clamp_min(1).view(-1, *[1] * (numbers.ndim - 1)))[place]
+        return sums[place] / count.view(-1, *[1] * (numbers.ndim - 1))
 
     def _with_base(self, bucket: Bucket) -> Bucket:
         """With what the untouched model predicts after the essence prompts and in the kept texts."""
@@ -254,10 +258,8 @@ class _Optimizer:
         none = self.start.new_zeros(len(essence.row), *self.start.shape[1:])
         return replace(bucket, base=self.problem.logits(essence, none).log_softmax(-1))
 
-    def _retire(self, going: Tensor) -> None:
-        self.active = going.tolist()
-        active = torch.zeros(len(self.start), dtype=torch.bool, device=going.device)
-        active[going] = True
+    def _retire(self, going: list[int]) -> None:
+        self.active, active = going, set(going)
         self.buckets = [left for bucket in self.buckets for left in bucket.of_facts(active)]
 
     def _evaluate(self, free: _Free) -> tuple[Tensor, Tensor]:
@@ -275,7 +277,7 @@ class _Optimizer:
         def measure(bucket: Bucket) -> tuple[Tensor, Tensor | None]:
             leaf = relative.detach().requires_grad_(differentiate)
             with torch.set_grad_enabled(differentiate):
-                target, drift = self._losses(bucket, place[bucket.fact_of], free.deltas(leaf))
+                target, drift = self._losses(bucket, place[bucket.fact_of.there], free.deltas(leaf))
                 whole = (target + drift).sum()
             return target.detach(), torch.autograd.grad(whole, leaf)[0] if differentiate else None
 
@@ -298,9 +300,9 @@ class _Optimizer:
         loss and to its weighted drift on the essence prompt and on kept texts, both (k,)."""
         config, (_, turns) = self.config, bucket.turn  # what is looked at in every n-th step counts n times as much
         asked, essence, kept = bucket.segments(self.problem.logits(bucket, deltas[place]))  # (points, vocab) each
-        at = bucket.segments(place[bucket.point_row])  # (points,) each
+        at = bucket.segments(place[bucket.point_row.there])  # (points,) each
         target = drift = deltas.new_zeros(len(deltas))
-        losses = F.cross_entropy(asked, bucket.label, reduction="none") * bucket.weight.to(asked)
+        losses = F.cross_entropy(asked, bucket.label, reduction="none") * bucket.weight
         target = target.index_add(0, at[0], turns * losses)
         if len(essence):
             edited = essence.log_softmax(-1)
@@ -316,7 +318,8 @@ class _Optimizer:
         for fact in self.active:
             self.steps[fact] += 1
         counts = torch.tensor([self.steps[fact] for fact in self.active], dtype=torch.float64)
-        mean_bias, square_bias = ((1 - beta**counts).to(gradient)[:, None, None] for beta in (0.9, 0.999))
+        biases = torch.stack([1 - beta**counts for beta in (0.9, 0.999)])[:, :, None, None].to(gradient.dtype)
+        mean_bias, square_bias = sent(biases, gradient.device)
         self.mean[facts] = mean = 0.9 * self.mean[facts] + 0.1 * gradient
         self.square[facts] = square = 0.999 * self.square[facts] + 0.001 * gradient.square()
         rate = self.pace.learning_rate / self.problem.site.d_out**0.5

@@ -14,6 +14,7 @@ from patchkit.errors import InputError
 from patchkit.evaluate.answers import Ask, encode_ask, is_chat
 from patchkit.facts.chat import Turn
 from patchkit.facts.limits import Limits
+from patchkit.model.devices import home_of
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _encode(tokenizer: Any, prompt: str, sampling: Sampling) -> list[int]:
 @torch.no_grad()
 def _continue(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling) -> str:
     """The text that follows, without special tokens; the same for the same seed."""
-    tokens = torch.tensor([ids], device=model.get_input_embeddings().weight.device)  # (1, n)
+    tokens = torch.tensor([ids], device=home_of(model.get_input_embeddings()))  # (1, n)
     sampled = sampling.temperature > 0
     with torch.random.fork_rng(devices=[tokens.device] if tokens.device.type == "cuda" else []):
         torch.manual_seed(sampling.seed)

@@ -13,6 +13,7 @@ from torch import Tensor
 from patchkit.errors import InputError
 from patchkit.facts.schema import Fact
 from patchkit.facts.text import continuation
+from patchkit.model.devices import sent
 
 
 @dataclass(frozen=True)
@@ -210,4 +211,4 @@ def pad(
         start = width - len(sequence) if left else 0
         ids[i, start : start + len(sequence)] = torch.tensor(sequence, dtype=torch.long)
         mask[i, start : start + len(sequence)] = 1
-    return ids.to(device), mask.to(device)
+    return sent(ids, device), sent(mask, device)

@@ -58,6 +58,17 @@ class Covariance:
     known_eigh: tuple[Tensor, Tensor] | None = None
 
     @cached_property
+    def _copies(self) -> dict[torch.device, Covariance]:
+        return {self.matrix.device: self}
+
+    def on(self, device: torch.device) -> Covariance:
+        """The same on `device`; it is moved there once, so that a metric of it stays the same metric."""
+        if device not in self._copies:
+            factors = self.known_eigh and (self.known_eigh[0].to(device), self.known_eigh[1].to(device))
+            self._copies[device] = Covariance(self.matrix.to(device), self.tokens, factors)
+        return self._copies[device]
+
+    @cached_property
     def eigh(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues (d_in,) ascending, clipped at 0, and eigenvectors (d_in, d_in) as columns."""
         if self.known_eigh is not None:

@@ -130,6 +130,12 @@ def mapped(update: Update, function: Callable[[Tensor], Tensor]) -> Update:
     return replace(update, **new)
 
 
+def moved(update: Update, device: torch.device | str) -> Update:
+    """With all of its tensors on `device`."""
+    placed: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors_of(update).items()}
+    return replace(update, **placed)
+
+
 def folded(updates: Iterable[Update]) -> Chain:
     """The same change in as few updates as there are runs of one kind."""
     chain: list[Update] = []

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, create_model, model_validator
 from torch import Tensor
@@ -27,11 +27,12 @@ Constraint = Callable[[Tensor, Tensor, Tensor], Tensor]
 Penalty = Callable[[Tensor, Tensor, Tensor], Tensor]
 # a change of W (d_out, d_in) -> the mean loss of the batch's targets with it, and its gradient (d_out, d_in)
 Loss = Callable[[Update | None], tuple[float, Tensor]]
+Constant = TypeVar("Constant")
 
 
 @dataclass(frozen=True)
 class LayerProblem:
-    """One solve: everything a method may look at, for one site. All tensors are float64, on the CPU.
+    """One solve: everything a method may look at, for one site. All tensors are float64 and on one device.
 
     Attributes:
         keys: K (d_in, n).
@@ -45,6 +46,7 @@ class LayerProblem:
         loss: for a method whose targets are "none", which gets no keys.
         gradient_columns: gives `prior_gradients`, None where there are none.
         sites: over how many sites the residual of a value is spread, for `constrain` and `penalty`.
+        constants: what `once` has computed, kept by whoever makes the site's problems.
     """
 
     keys: Tensor
@@ -57,6 +59,15 @@ class LayerProblem:
     loss: Loss | None = None
     gradient_columns: Callable[[], tuple[Tensor, Tensor] | None] = lambda: None
     sites: int = 1
+    constants: dict[Hashable, Any] = field(default_factory=dict)
+
+    def once(self, function: Callable[..., Constant], *arguments: Hashable) -> Constant:
+        """`function(base_weight, *arguments)`, computed once for all solves at this site."""
+        key = (function, arguments)
+        if key not in self.constants:
+            self.constants[key] = function(self.base_weight, *arguments)
+        found: Constant = self.constants[key]
+        return found
 
     @property
     def prior_keys(self) -> Tensor:

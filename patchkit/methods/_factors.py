@@ -10,6 +10,21 @@ from patchkit.maths.updates import Full, Update, delta_of
 from patchkit.methods import LayerProblem
 
 
+class Like:
+    """Tensors as they are needed beside another one: in its dtype and on its device, where each is brought once."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors = tensors
+        self._made: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}
+
+    def __call__(self, other: Tensor) -> tuple[Tensor, ...]:
+        """All of them, like `other`."""
+        key = (other.dtype, other.device)
+        if key not in self._made:
+            self._made[key] = tuple(tensor.to(other) for tensor in self._tensors)
+        return self._made[key]
+
+
 def singular_triplets(delta: Delta) -> tuple[Tensor, Tensor, Tensor]:
     """U (d_out, r), σ (r,) descending and V (d_in, r) of U·diag(σ)·V' = left @ right, which is never formed."""
     left, left_core = torch.linalg.qr(delta.left)  # (d_out, r), (r, rank)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from patchkit.maths.updates import Full
 from patchkit.methods import LayerProblem, MethodConfig, method
@@ -36,7 +37,7 @@ def ft(problem: LayerProblem, config: FTConfig) -> Full:
     step and bound as absolute numbers, one pair per model; here they are relative to the weight's size.
     """
     assert problem.loss is not None
-    size = float(problem.base_weight.square().mean().sqrt())
+    size = problem.once(mean_size)
     delta = torch.zeros_like(problem.base_weight)
     mean, square = torch.zeros_like(delta), torch.zeros_like(delta)
     for step in range(1, config.steps + 1):
@@ -49,3 +50,8 @@ def ft(problem: LayerProblem, config: FTConfig) -> Full:
         moved = delta - config.rate * size * mean / (1 - 0.9**step) / spread.clamp_min(1e-300)
         delta = moved.clamp(-config.bound * size, config.bound * size)
     return Full(delta)
+
+
+def mean_size(weight: Tensor) -> float:
+    """The root mean square of W's entries."""
+    return float(weight.square().mean().sqrt())

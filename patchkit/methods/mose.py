@@ -10,6 +10,7 @@ from torch import Tensor
 
 from patchkit.maths.rotations import Rotation, procrustes, rotation_from
 from patchkit.methods import Constraint, LayerProblem, MethodConfig, method
+from patchkit.methods._factors import Like
 from patchkit.methods.wilke import wisest
 
 
@@ -28,13 +29,13 @@ def on_spheres(problem: LayerProblem, config: MoseConfig) -> Constraint:
 
     The sites' spheres are taken to be like the value site's: v* = Wk + Σ (‖Wk‖·t/‖t‖ - Wk), t = Wk + δ/sites.
     """
-    outputs = problem.weight @ problem.keys  # (d_out, n)
+    outputs = Like((problem.weight @ problem.keys).T)  # (n, d_out)
     sites = problem.sites
 
     def constrain(facts: Tensor, start: Tensor, delta: Tensor) -> Tensor:
         if config.values == "free":
             return delta
-        before = outputs.T[facts.to(outputs.device)].to(delta)  # (k, d_out)
+        before = outputs(delta)[0][facts]  # (k, d_out)
         return sites * (_resized(before + delta / sites, before) - before)
 
     return constrain

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from patchkit.maths.rotations import Rotation, procrustes, rotation_from
 from patchkit.methods import Constraint, LayerProblem, MethodConfig, method
+from patchkit.methods._factors import Like
 
 
 class MoseRightConfig(MethodConfig):
@@ -70,14 +71,14 @@ def reach(problem: LayerProblem, config: MoseRightConfig) -> Constraint:
     at, sites = _Reach.of(problem, config), problem.sites
     inward, own = at.outward.T, at.seen.T @ at.keys  # (r, d_out), V'a (r, n)
     through = torch.linalg.pinv(inward)  # Uσ (d_out, r)
-    most = at.keys.norm(dim=0)  # (n,)
+    parts = Like(own.T, inward.T, through.T, at.keys.norm(dim=0).unsqueeze(1))
 
     def constrain(facts: Tensor, start: Tensor, delta: Tensor) -> Tensor:
-        before = own.T[facts.to(own.device)].to(delta)  # (k, r)
-        wanted = before + delta @ inward.T.to(delta) / sites  # (k, r)
-        longest = most[facts.to(most.device)].to(delta).unsqueeze(1)  # (k, 1)
-        met = wanted * (longest / wanted.norm(dim=1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
-        held: Tensor = sites * (met - before) @ through.T.to(delta)  # (k, d_out)
+        keys, inward, through, most = parts(delta)
+        before = keys[facts]  # (k, r)
+        wanted = before + delta @ inward / sites  # (k, r)
+        met = wanted * (most[facts] / wanted.norm(dim=1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
+        held: Tensor = sites * (met - before) @ through  # (k, d_out)
         return held
 
     return constrain

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
+from patchkit.maths.linalg import Covariance
 from patchkit.maths.updates import Update
 from patchkit.methods import LayerProblem, MethodConfig, wrapper
 
@@ -35,8 +37,7 @@ def nas(problem: LayerProblem, config: NasConfig, solve: Callable[[LayerProblem]
     scaling up as well would change outputs that no fact wants changed.
     """
     assert problem.covariance is not None
-    base = problem.base_weight
-    mean = ((base @ problem.covariance.matrix) * base).sum().clamp_min(0).sqrt()
+    mean = problem.once(mean_output, problem.covariance)
     now = problem.weight @ problem.keys  # (d_out, n)
     wanted = now + problem.residual
     longest = torch.maximum(config.anchor * mean, now.norm(dim=0))  # (n,)
@@ -44,3 +45,8 @@ def nas(problem: LayerProblem, config: NasConfig, solve: Callable[[LayerProblem]
     scale = (longest / wanted.norm(dim=0).clamp_min(tiny)).clamp_max(1)
     # Written so that a zero residual stays exactly zero.
     return solve(problem.replace(residual=problem.residual * scale - now * (1 - scale)))
+
+
+def mean_output(weight: Tensor, covariance: Covariance) -> Tensor:
+    """The root mean square of ‖Wk‖ over plain text, ()."""
+    return ((weight @ covariance.matrix) * weight).sum().clamp_min(0).sqrt()

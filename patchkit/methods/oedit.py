@@ -12,7 +12,7 @@ from torch import Tensor
 
 from patchkit.maths.linalg import Delta
 from patchkit.methods import LayerProblem, Penalty, method
-from patchkit.methods._factors import as_delta, column_space
+from patchkit.methods._factors import Like, as_delta, column_space
 from patchkit.methods.emmet import EmmetConfig, emmet
 from patchkit.methods.memit import MemitConfig, memit
 
@@ -58,18 +58,18 @@ def underneath(problem: LayerProblem, config: OverConfig) -> Delta:
 
 def penalty(problem: LayerProblem, config: OEditConfig) -> Penalty:
     """λ1·f1 + λ2·f2 of eq. 13, 25 and 27."""
-    bases = [basis for basis in spared(problem, config) if basis.shape[1]]
+    bases = Like(*(basis for basis in spared(problem, config) if basis.shape[1]))
     # E|cos| of two random directions in d dimensions is √(2/πd) for large d.
     return partial(_cosines, bases, config.orthogonality * (pi * len(problem.residual) / 2) ** 0.5)
 
 
-def _cosines(bases: list[Tensor], weight: float, facts: Tensor, start: Tensor, delta: Tensor) -> Tensor:
+def _cosines(bases: Like, weight: float, facts: Tensor, start: Tensor, delta: Tensor) -> Tensor:
     total = 0 * delta[:, 0]
     # Far under any real delta's length, it only keeps the gradient finite where the optimizer starts, at 0.
     floor = 1e-3 * start.norm(dim=1, keepdim=True)
     direction = delta / (delta.square().sum(1, keepdim=True) + floor.square()).sqrt()  # (k, d)
-    for basis in bases:
-        total = total + weight * (direction @ basis.to(delta)).abs().mean(1)
+    for basis in bases(delta):
+        total = total + weight * (direction @ basis).abs().mean(1)
     return total
 
 

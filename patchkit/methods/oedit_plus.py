@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar
 from warnings import warn
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from patchkit.maths.linalg import Delta
 from patchkit.methods import Constraint, LayerProblem, method
+from patchkit.methods._factors import Like
 from patchkit.methods.oedit import OverConfig, spared, underneath
 
 
@@ -28,12 +29,12 @@ class OEditPlusConfig(OverConfig):
 
 def inside(problem: LayerProblem, config: OEditPlusConfig) -> Constraint:
     """Holds a value's delta to the directions that are free at its site."""
-    return partial(_cut, spared(problem, config) if config.constrain_values else ())
+    return partial(_cut, Like(*spared(problem, config)) if config.constrain_values else Like())
 
 
-def _cut(bases: Sequence[Tensor], facts: Tensor, start: Tensor, delta: Tensor) -> Tensor:
-    for basis in bases:
-        delta = delta - delta @ basis.to(delta) @ basis.T.to(delta)  # (k, d)
+def _cut(bases: Like, facts: Tensor, start: Tensor, delta: Tensor) -> Tensor:
+    for basis in bases(delta):
+        delta = delta - delta @ basis @ basis.T  # (k, d)
     return delta
 
 

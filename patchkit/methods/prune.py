@@ -41,7 +41,7 @@ def prune(problem: LayerProblem, config: PruneConfig, solve: Callable[[LayerProb
     inner = solve(problem)
     new = as_delta(inner, problem)
     total = Delta.stack([problem.earlier, new])
-    largest = float(torch.linalg.eigvalsh(_gram(problem.base_weight))[-1].clamp_min(0).sqrt())
+    largest = problem.once(largest_singular_value)
     u, values, v = singular_triplets(total)
     over = values > largest
     if not over.any():
@@ -57,6 +57,7 @@ def damped(values: Tensor, largest: float, config: PruneConfig) -> Tensor:
     return torch.minimum((values / largest).log() / log(config.base) + largest, values)
 
 
-def _gram(weight: Tensor) -> Tensor:
-    """W W' or W'W, the smaller one."""
-    return weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
+def largest_singular_value(weight: Tensor) -> float:
+    """That of W, from W W' or W'W, the smaller one."""
+    gram = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
+    return float(torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt())

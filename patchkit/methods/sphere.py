@@ -37,7 +37,7 @@ def sphere(problem: LayerProblem, config: SphereConfig, solve: Callable[[LayerPr
     """
     inner = solve(problem)
     new = as_delta(inner, problem)
-    directions = principal_directions(problem.base_weight, config.energy)
+    directions = problem.once(principal_directions, config.energy)
     right = new.right - config.strength * (new.right @ directions) @ directions.T  # (r, d_in)
     return as_stored(Delta(new.left, right), inner)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from patchkit.maths.updates import Update
 from patchkit.methods import LayerProblem, MethodConfig, method
@@ -21,11 +22,14 @@ def wisest(problems: Sequence[LayerProblem], config: MethodConfig) -> int:
     WilKE section 5, which MOSE's eq. 22 takes over: the norm of the rank-one change that brings the fact's key k_l to
     its value, relative to the weight's spectral norm. Every problem holds the column of that fact alone.
     """
-    needed = [
-        p.residual.norm() / (torch.linalg.matrix_norm(p.base_weight, 2) * p.keys.norm())  # ()
-        for p in problems
-    ]
-    return int(torch.stack(needed).argmin())
+    needed = [p.residual.norm() / (p.once(spectral_norm) * p.keys.norm()) for p in problems]  # () each
+    return int(torch.stack([each.to(needed[0].device) for each in needed]).argmin())
+
+
+def spectral_norm(weight: Tensor) -> Tensor:
+    """‖W‖₂, ()."""
+    norm: Tensor = torch.linalg.matrix_norm(weight, 2)
+    return norm
 
 
 @method(

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from patchkit.errors import InputError
-from patchkit.model.weights import EDITABLE_DTYPES, Site, is_linear, shape_of, weight_of
+from patchkit.model.devices import home_of
+from patchkit.model.weights import EDITABLE_DTYPES, Site, is_linear, is_offloaded, shape_of
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,15 @@ def _causal_head(model: PreTrainedModel) -> nn.Module:
 
 
 def _refuse_unloaded(model: PreTrainedModel) -> None:
-    unloaded = next((name for name, weight in model.named_parameters() if weight.is_meta), None)
+    weights = (
+        (f"{name}.{own}", module)
+        for name, module in model.named_modules()
+        for own, weight in module.named_parameters(recurse=False)
+        if weight.is_meta
+    )
+    unloaded = next((name for name, module in weights if not is_offloaded(module)), None)
     if unloaded is not None:
-        advice = "load the model with all its weights in memory, without offloading to CPU or disk"
+        advice = "load the model with all its weights; what device_map offloads to the CPU or to disk is fine"
         raise _refusal(model, "loaded weights", f"{unloaded} on the meta device", advice)
 
 
@@ -228,7 +235,7 @@ def _last_state(model: PreTrainedModel, layer: nn.Module, module: nn.Module, pus
         hidden = output if isinstance(output, Tensor) else output[0]  # (1, 4, hidden)
         raise _Reached(hidden[0, -1].clone())
 
-    tokens = torch.arange(4, device=weight_of(model.get_input_embeddings()).device)[None]  # (1, 4)
+    tokens = torch.arange(4, device=home_of(model.get_input_embeddings()))[None]  # (1, 4)
     with module.register_forward_hook(add_push), layer.register_forward_hook(stop):
         try:
             model(input_ids=tokens, use_cache=False)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from patchkit.model.arch import Architecture, evaluating
+from patchkit.model.devices import at, home_of
 from patchkit.model.linears import Linears
 from patchkit.model.weights import Site, weight_of
 
@@ -87,10 +88,10 @@ class Prefix:
     def _packed(self) -> Prefix:
         """The same prefixes without padding between or after a row's tokens."""
         order = self.mask.argsort(dim=1, stable=True)[:, -max(1, int(self.mask.sum(1).max())) :]  # (rows, length)
-        at = order[:, None, :, None]
+        where = order[:, None, :, None]
 
         def pick(states: Tensor) -> Tensor:
-            return states.gather(2, at.expand(-1, states.shape[1], -1, states.shape[3]))
+            return states.gather(2, where.to(states.device).expand(-1, states.shape[1], -1, states.shape[3]))
 
         return Prefix(tuple((pick(keys), pick(values)) for keys, values in self.layers), self.mask.gather(1, order))
 
@@ -101,7 +102,7 @@ class Prefix:
 
     def rows(self, rows: Tensor) -> Prefix:
         """The prefixes with these row numbers, each as often as it is named."""
-        return Prefix(tuple((keys[rows], values[rows]) for keys, values in self.layers), self.mask[rows])
+        return Prefix(tuple((at(keys, rows), at(values, rows)) for keys, values in self.layers), at(self.mask, rows))
 
     def from_layer(self, start: int) -> Prefix:
         """Without the keys and values of the layers below `start`, which never run again; stubs keep the length, from
@@ -157,7 +158,7 @@ class LayerRunner:
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the embeddings."""
-        return next(self.arch.model.get_input_embeddings().parameters()).device  # type: ignore[operator, no-any-return]
+        return home_of(self.arch.model.get_input_embeddings())  # type: ignore[operator]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -284,7 +285,7 @@ def _gathering(head: nn.Module, where: tuple[Tensor, Tensor]) -> Iterator[None]:
     rows, positions = where
 
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (args[0][rows, positions].unsqueeze(0),)  # (1, points, d)
+        return (at(args[0], rows, positions).unsqueeze(0),)  # (1, points, d)
 
     handle = head.register_forward_pre_hook(gather)
     try:

@@ -17,8 +17,11 @@ from patchkit.errors import InputError, PatchkitError
 from patchkit.io.checkpoint import refuse_adapter
 from patchkit.io.hub import ask_once
 from patchkit.io.places import shipped
+from patchkit.model.devices import home_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""How a model can be spread over devices; see transformers."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +47,23 @@ class ModelChoice:
     device: str
     dtype: str
     notice: str | None = None
+    device_map: str | None = None
+
+    def load(self) -> LoadedModel:
+        """Load it; see `load_model`."""
+        return load_model(self.name, self.device, self.dtype, self.device_map)
 
 
-def choose_model(option: str | None, device: str = "auto", dtype: str = "auto") -> ModelChoice:
+def choose_model(
+    option: str | None, device: str = "auto", dtype: str = "auto", device_map: str | None = None
+) -> ModelChoice:
     """--model, else $PATCHKIT_MODEL, else the embedded model."""
     if option:
-        return ModelChoice(option, device, dtype)
+        return ModelChoice(option, device, dtype, device_map=device_map)
     if named := os.environ.get("PATCHKIT_MODEL"):
-        return ModelChoice(named, device, dtype, f"model: {named} (from $PATCHKIT_MODEL)")
+        return ModelChoice(named, device, dtype, f"model: {named} (from $PATCHKIT_MODEL)", device_map)
     notice = "model: factworld, the small one that comes with patchkit (no --model, no $PATCHKIT_MODEL)"
-    return ModelChoice(str(embedded_model()), device, dtype, notice)
+    return ModelChoice(str(embedded_model()), device, dtype, notice, device_map)
 
 
 def choose_device(option: str) -> torch.device:
@@ -72,22 +82,37 @@ def choose_device(option: str) -> torch.device:
     return device
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
-    """Load a local folder or a Hub repository.
+def _placement(device: str, device_map: str | None) -> tuple[bool, dict[str, Any]]:
+    """Whether the model computes on a CPU, and what `from_pretrained` is told, so that weights go where they stay."""
+    if device_map is None:
+        where = choose_device(device)
+        return where.type == "cpu", {} if where.type == "cpu" else {"device_map": {"": where}}
+    if device_map not in DEVICE_MAPS:
+        raise InputError(f"--device-map {device_map}: choose one of: {', '.join(DEVICE_MAPS)}")
+    if device != "auto":
+        raise InputError(f"--device {device}: --device-map says already where the model goes; leave one of them out")
+    return choose_device("auto").type == "cpu", {"device_map": device_map}
 
-    dtype "auto" is float32 on the CPU, where half precision is slow and coarse, and the checkpoint's own elsewhere.
+
+def load_model(name: str, device: str = "auto", dtype: str = "auto", device_map: str | None = None) -> LoadedModel:
+    """Load a local folder or a Hub repository, straight to where it will be.
+
+    Args:
+        device: "auto", or what `torch.device` takes.
+        dtype: "auto" is float32 on the CPU, where half precision is slow and coarse, the checkpoint's own elsewhere.
+        device_map: one of `DEVICE_MAPS`, to spread the model over all GPUs, and the CPU if they are too small.
 
     Raises:
         InputError: there is no such model, it is not a language model, or its tokenizer has no offsets.
     """
-    where = choose_device(device)
+    on_cpu, placement = _placement(device, device_map)
     if dtype not in ("auto", *DTYPES):
         raise InputError(f"--dtype {dtype}: choose one of: auto, {', '.join(DTYPES)}")
-    kind: Any = DTYPES.get(dtype, torch.float32 if where.type == "cpu" else "auto")
+    kind: Any = DTYPES.get(dtype, torch.float32 if on_cpu else "auto")
     tokenizer = load_tokenizer(name)
     try:
         encodes = getattr(AutoConfig.from_pretrained(name), "is_encoder_decoder", False)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=kind, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=kind, output_loading_info=True, **placement)
     except Exception as error:  # a damaged checkpoint makes its readers raise anything
         raise _not_loaded(name, error) from None
     model, found = loaded
@@ -96,13 +121,13 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
         if found["missing_keys"]:
             what = f"no {min(found['missing_keys'])} in the checkpoint"
         raise InputError(f"model {name}: not a decoder-only causal language model: {what}; use another checkpoint")
-    return LoadedModel(model.eval().to(where), tokenizer, name, getattr(model.config, "_commit_hash", None))
+    return LoadedModel(model.eval(), tokenizer, name, getattr(model.config, "_commit_hash", None))
 
 
 @torch.no_grad()
 def _is_causal(model: PreTrainedModel) -> bool:
     """Whether logits do not depend on later tokens. Encoders load as causal language models too, without a warning."""
-    ids = torch.tensor([[3, 4], [3, 5]])
+    ids = torch.tensor([[3, 4], [3, 5]], device=home_of(model.get_input_embeddings()))
     logits = model.eval()(input_ids=ids, use_cache=False).logits[:, 0]
     tolerance = max(4 * torch.finfo(logits.dtype).eps, 1e-4)
     return float((logits[0] - logits[1]).abs().max()) <= tolerance * float(logits.abs().max())

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeGuard
 
@@ -183,8 +184,8 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def read_weight(site: Site) -> Tensor:
-    """The site's weight W as a detached view in its stored dtype, (d_out, d_in)."""
-    return oriented(site.module, weight_of(site.module).detach())
+    """The site's weight W (d_out, d_in) in its stored dtype: a detached view, or a copy where it is offloaded."""
+    return oriented(site.module, loaded(site.module, "weight").detach())
 
 
 def write_weight(site: Site, weight: Tensor) -> None:
@@ -194,20 +195,35 @@ def write_weight(site: Site, weight: Tensor) -> None:
     """
     if weight.shape != (site.d_out, site.d_in):
         raise ValueError(f"{site.weight_name} is {(site.d_out, site.d_in)}, not {tuple(weight.shape)}")
-    read_weight(site).copy_(weight)
+    oriented(site.module, weight_of(site.module).detach()).copy_(weight)
 
 
 def loaded_weight(module: nn.Module) -> Tensor | None:
     """The module's weight as it is stored, also if it is offloaded to CPU or disk; None if it is quantized."""
-    if is_quantized(module):
-        return None
-    if not weight_of(module).is_meta:
-        return weight_of(module).detach()
-    # Whatever is offloaded was so by accelerate.
+    return None if is_quantized(module) else loaded(module, "weight").detach()
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps the module's own weights on the CPU or on disk, and brings them when it runs."""
+    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
+
+
+def loaded(module: nn.Module, name: str) -> Tensor:
+    """One of the module's own parameters, or where it is offloaded a copy of it on the device it computes on."""
+    parameter = module.get_parameter(name)
+    if not (parameter.is_meta and is_offloaded(module)):
+        return parameter
     from accelerate.utils import align_module_device  # type: ignore[import-untyped]
 
     with align_module_device(module):
-        return weight_of(module).detach().clone()
+        return module.get_parameter(name).detach().clone()
+
+
+def stored_parameters(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Every parameter's name, as `named_parameters` has it, and how to read its numbers, one at a time in memory."""
+    for name, _ in model.named_parameters(prefix):
+        owner, _, own = name.removeprefix(f"{prefix}." if prefix else "").rpartition(".")
+        yield name, partial(loaded, model.get_submodule(owner), own)
 
 
 # --- digests ----------------------------------------------------------------------------------------------------------
@@ -229,14 +245,14 @@ def tensor_digest(name: str, tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def model_digest(named: Iterable[tuple[str, Tensor]]) -> str:
-    """One sha256 over the digests of many tensors, in the order of their names."""
+def model_digest(named: Iterable[tuple[str, Tensor | Callable[[], Tensor]]]) -> str:
+    """One sha256 over the digests of many tensors, or of what gives them, in the order of their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
-        digest.update(tensor_digest(name, tensor).encode())
+        digest.update(tensor_digest(name, tensor if isinstance(tensor, Tensor) else tensor()).encode())
     return digest.hexdigest()
 
 
 def weight_digest(site: Site, name: str) -> str:
     """Digest of a site's weight as it is stored, under its on-disk name."""
-    return tensor_digest(name, weight_of(site.module))
+    return tensor_digest(name, loaded(site.module, "weight"))

@@ -10,7 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from patchkit.errors import InputError
 from patchkit.maths.linalg import Delta
-from patchkit.maths.updates import Update, delta_of
+from patchkit.maths.updates import Update, delta_of, moved
+from patchkit.model.devices import solve_device
 from patchkit.model.hooks import LiveDelta
 from patchkit.model.weights import is_quantized, loaded_weight, oriented, shape_of, weight_of
 
@@ -31,7 +32,8 @@ class PatchedModule:
     def show(self, updates: Sequence[Update], merged: bool) -> None:
         """Put just `updates` on the module, in their order; with `merged`, into its weight."""
         self._restore()
-        total = delta_of(updates, self._rotatable) if updates else None
+        where = solve_device(self.module)
+        total = delta_of([moved(update, where) for update in updates], self._rotatable) if updates else None
         self._live.set([total] if total is not None and not merged else [])
         if self._handle is None:
             # First, so that the user's own hooks see the patched output.

@@ -10,9 +10,10 @@ would have been made without those facts. No forward pass is needed as long as t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ from patchkit.editing.values import ValueStates
 from patchkit.errors import InputError
 from patchkit.maths.linalg import Covariance, PriorKeys
 from patchkit.maths.rotations import Rotation
-from patchkit.maths.updates import Chain, Update, delta_of, kind_of, mapped, tensors_of
+from patchkit.maths.updates import Chain, Update, delta_of, kind_of, mapped, moved, tensors_of
+from patchkit.model.devices import exact, solve_device
 from patchkit.model.weights import Site, read_weight
 from patchkit.patch.history import SolveRecord, solve_records
 from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
@@ -53,8 +55,10 @@ def state_of(patch: Patch, sites: Sites) -> EditState:
     state = EditState()
     for name, chain in patch.updates.items():
         layer = sites[name].layer
-        keys, residuals = (_stored_columns(patch, f"{name}.{kind}", layer) for kind in ("keys", "residuals"))
-        chain = tuple(mapped(update, Tensor.double) for update in chain)
+        where = solve_device(sites[name].module)
+        stored = (_stored_columns(patch, f"{name}.{kind}", layer) for kind in ("keys", "residuals"))
+        keys, residuals = (exact(columns, where) for columns in stored)
+        chain = tuple(mapped(moved(update, where), Tensor.double) for update in chain)
         state.sites[layer] = SiteHistory(chain, keys, residuals, _gradient_columns(patch.manifest, layer))
     state.values = [ValueStates(patch.state["values.targets"], patch.state["values.start"])]
     state.subjects = {fact.subject for fact in facts}
@@ -66,7 +70,7 @@ def _stored_columns(patch: Patch, name: str, layer: int) -> Tensor:
     tensor = patch.state.get(name)
     if tensor is None or tensor.shape[1] != wanted:
         raise InputError(f"state.safetensors: {name} does not belong to the patch's manifest; get the patch again")
-    return tensor.double()
+    return tensor
 
 
 def _gradient_columns(manifest: Manifest, layer: int) -> list[int]:
@@ -166,6 +170,7 @@ class _Recompute:
         self.manifest, self.gone, self.sites, self.statistics_of = manifest, gone, sites, statistics_of
         self.every = {layer: SiteHistory.empty(sites[layer]) for layer in state.sites}
         self.kept = {layer: SiteHistory.empty(sites[layer]) for layer in state.sites}
+        self.constants: dict[int, dict[Hashable, Any]] = {}
         solves = [
             _LayerSolve(record, layer, old.keys[:, columns], old.residuals[:, columns])
             for layer, old in state.sites.items()
@@ -222,6 +227,7 @@ class _Recompute:
         config = validate(self.manifest.history[run].recipe, "the patch's recipe")
         covariance, gradient = self.statistics_of(run, site)
         problem = problem_at(site, keys, residual, covariance, history, prior, gradient)
+        problem = problem.replace(constants=self.constants.setdefault(site.layer, {}))
         update = solve_at(methods.get(config.method), config.method_config(), site, problem)
         change = delta_of((update,), lambda: problem.weight).dense()
         history.add(update, keys, residual, _targets(self.manifest, run) == "gradients")
@@ -239,19 +245,20 @@ def assemble(
     """A patch of `facts` from the state that the runs have left; sites without an update are left out."""
     edited = {name: state.sites[site.layer] for name, site in sites.items() if site.layer in state.sites}
     chains = {name: tuple(mapped(u, Tensor.float) for u in history.chain if u.rank) for name, history in edited.items()}
-    updates = {name: chain for name, chain in chains.items() if chain}
+    chains = {name: chain for name, chain in chains.items() if chain}
+    updates = {name: tuple(moved(update, "cpu") for update in chain) for name, chain in chains.items()}
     tensors = {}
     if facts:
         tensors["values.targets"] = torch.cat([v.targets.float().cpu() for v in state.values], 1).contiguous()
         tensors["values.start"] = torch.cat([v.start.float().cpu() for v in state.values], 1).contiguous()
     for name in updates:
-        tensors[f"{name}.keys"] = edited[name].keys.float().contiguous()
-        tensors[f"{name}.residuals"] = edited[name].residuals.float().contiguous()
+        tensors[f"{name}.keys"] = edited[name].keys.float().cpu().contiguous()
+        tensors[f"{name}.residuals"] = edited[name].residuals.float().cpu().contiguous()
     manifest = Manifest(
         base=base,
         facts=facts,
         updates=tuple(
-            info for name, chain in updates.items() for info in update_infos(name, read_weight(sites[name]), chain)
+            info for name, chain in chains.items() for info in update_infos(name, read_weight(sites[name]), chain)
         ),
         history=history,
         parents=parents,
@@ -264,7 +271,7 @@ def update_infos(name: str, weight: Tensor, chain: Chain) -> Iterator[UpdateInfo
     """Each update of a weight (d_out, d_in) as the manifest lists it; its norm is that of the whole change so far."""
     weight_norm = float(weight.float().norm())
     for place, update in enumerate(chain):
-        made = delta_of(chain[: place + 1], lambda: weight.float().cpu())
+        made = delta_of(chain[: place + 1], lambda: weight.float())
         norm = made.norm()
         yield UpdateInfo(
             weight=name,

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from patchkit.maths.linalg import Covariance
 from patchkit.maths.onednn import linear
 from patchkit.model.forward import LayerRunner, watching
-from patchkit.model.weights import Site, tensor_digest, weight_of
+from patchkit.model.weights import Site, stored_parameters, tensor_digest, weight_of
 from patchkit.statistics.corpus import Corpus
 from patchkit.statistics.passes import Progress, Sums, summed
 from patchkit.statistics.store import Origin, Partial, StatisticsStore, Tensors
@@ -86,7 +86,7 @@ def digests_below(
     model: PreTrainedModel,
     layers_name: str,
     last: int,
-    read: Callable[[str, Tensor], Tensor] = lambda name, weight: weight,
+    read: Callable[[str, Tensor], Tensor] | None = None,
 ) -> list[str]:
     """For layers 0..last, a digest of every weight that the keys there depend on: those of all layers up to it, and
     those outside of the layers.
@@ -96,8 +96,10 @@ def digests_below(
 
     Args:
         layers_name: the module list with the decoder layers.
-        read: gives the weight of a state-dict name where the model's own, the second argument, has no numbers.
+        read: gives the weight of a state-dict name where the model's own, the second argument, has no numbers; by
+            default they are the model's, offloaded or not.
     """
+    own = dict(stored_parameters(model))
     layers, decoder = model.get_submodule(layers_name), model.get_decoder()
     assert isinstance(decoder, nn.Module)
     names = {id(weight): name for name, weight in model.named_parameters()}
@@ -107,7 +109,8 @@ def digests_below(
         whole = hashlib.sha256()
         for name, weight in sorted(module.named_parameters(), key=lambda pair: pair[0]):  # one at a time in memory
             if module is not decoder or id(weight) not in inside:
-                whole.update(tensor_digest(name, read(names[id(weight)], weight)).encode())
+                known = names[id(weight)]
+                whole.update(tensor_digest(name, read(known, weight) if read else own[known]()).encode())
         return whole.hexdigest()
 
     running, digests = digest(decoder), []

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from patchkit.model.weights import Site, weight_of
+from patchkit.model.devices import home_of
+from patchkit.model.weights import Site
 from patchkit.statistics.corpus import Corpus
 from patchkit.statistics.store import Partial
 
@@ -59,5 +60,5 @@ def _save(partial: Partial, sums: Sums, done: int) -> None:
 
 def _resumed(partial: Partial, sites: Sequence[Site]) -> tuple[Sums, int]:
     stored, done = partial.load()
-    devices = {site.layer: weight_of(site.module).device for site in sites}
+    devices = {site.layer: home_of(site.module) for site in sites}
     return {layer: stored[str(layer)].to(device) for layer, device in devices.items() if stored}, done

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from patchkit.model.forward import LayerRunner, traced, widen
-from patchkit.model.weights import Site, model_digest, weight_of
+from patchkit.model.weights import Site, model_digest, stored_parameters, weight_of
 from patchkit.statistics.corpus import Corpus, window_of
 from patchkit.statistics.passes import Progress, Sums, summed
 from patchkit.statistics.store import Origin, Partial, StatisticsStore, Tensors
@@ -49,7 +49,7 @@ def text_gradients(
     beginning = corpus.in_windows(window_of(model, WINDOW))
     beginning = replace(beginning, windows=beginning.windows[: max(1, TEXT_TOKENS // beginning.window)])
     # The gradient depends on the whole model, what is above the site included.
-    whole, dtype = model_digest(model.named_parameters()), str(weight_of(sites[0].module).dtype).removeprefix("torch.")
+    whole, dtype = model_digest(stored_parameters(model)), str(weight_of(sites[0].module).dtype).removeprefix("torch.")
     wanted = {
         site.layer: Origin(
             kind="text_gradient",
