@@ -43,6 +43,7 @@ def apply(
     progress: Progress = lambda phase, done, total: None,
     say: Callable[[str], None] = _log.warning,
     values: ValueCache | None = None,
+    allow_close_keys: bool = False,
 ) -> Patch:
     """Compute the patch that makes `model` predict every fact's target. The model is left bit for bit as it was.
 
@@ -64,6 +65,8 @@ def apply(
             they go as warnings to the standard library's logger "patchkit".
         values: an empty dict to begin with, given to every call for the same model: value targets of the first batch,
             which are sought on the untouched model, are then shared between methods that ask for the same.
+        allow_close_keys: write facts although their subjects' keys are all over plain text or the chat template, so
+            that their edits would show everywhere.
 
     Returns:
         A new patch with `onto`'s facts and history and this run, or `onto` itself if it has all the facts. Each edited
@@ -88,7 +91,7 @@ def apply(
     )
     for note in prepared.notes:
         say(note)
-    return run(prepared, Workspace.of(model, tokenizer, (text,), stats, progress), say, values)
+    return run(prepared, Workspace.of(model, tokenizer, (text,), stats, progress), say, values, allow_close_keys)
 
 
 def revert(

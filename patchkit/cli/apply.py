@@ -53,6 +53,11 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, help="Seed of the generated contexts [default: 0].")
 @zsre_option
 @click.option("--skip-bad", is_flag=True, help="Leave out bad facts, list them in rejected.jsonl beside the patch.")
+@click.option(
+    "--allow-close-keys",
+    is_flag=True,
+    help="Write facts although their subjects' keys are all over plain text or the chat template.",
+)
 @quick_option
 @click.option("--out", metavar="DIR", help="The patch's folder [default: that of --onto, else <name of FACTS>-patch].")
 @force_option
@@ -77,6 +82,7 @@ def command(
     seed: int | None,
     zsre_target: str,
     skip_bad: bool,
+    allow_close_keys: bool,
     quick: bool,
     out: str | None,
     force: bool,
@@ -114,6 +120,7 @@ def command(
             zsre_target=zsre_target,
             skip_bad=skip_bad,
             quick=quick,
+            allow_close_keys=allow_close_keys,
             progress=progress,
             say=note,
             check=after.check_base,

@@ -76,6 +76,7 @@ def apply_file(
     zsre_target: Any,
     skip_bad: bool,
     quick: bool,
+    allow_close_keys: bool,
     progress: Progress,
     say: Callable[[str], None],
     check: Callable[[LoadedModel], object] = lambda model: None,
@@ -103,7 +104,7 @@ def apply_file(
     loaded = chosen.load()
     check(loaded)
     workspace = Workspace.of(loaded.model, loaded.tokenizer, (text,), stats, progress)
-    patch = run(prepared, workspace, say, folder=folder)
+    patch = run(prepared, workspace, say, folder=folder, allow_close_keys=allow_close_keys)
     report = measure_in(workspace, patch, quick=quick)
     if known := _known_before(prepared, report):
         say(f"the base says the target already, so that an edit shows nothing there: {listed(known)}")

@@ -25,6 +25,7 @@ from patchkit.patch.manifest import BaseInfo, EditedFact, Run
 from patchkit.patch.patch import Patch
 from patchkit.patch.resolve import Sites, assemble, state_of, with_run
 from patchkit.runs.journals import journal_for
+from patchkit.runs.key_check import KeyCheck
 from patchkit.runs.prepare import Prepared
 from patchkit.runs.workspace import Workspace
 from patchkit.statistics.corpus import PACKAGE_TEXT, Corpus
@@ -39,6 +40,7 @@ def run(
     say: Callable[[str], None] = lambda note: None,
     values: ValueCache | None = None,
     folder: Path | None = None,
+    allow_close_keys: bool = False,
 ) -> Patch:
     """Edit the new facts of `prepared`. The model is left bit for bit as it was.
 
@@ -47,12 +49,14 @@ def run(
         values: value targets found on the untouched model, to share between methods.
         folder: where the patch will be written. Batches and values that are finished are then kept until `forget` is
             called for it, and the same run goes on from them.
+        allow_close_keys: write facts although their edits would show everywhere (`patchkit.editing.closeness`).
 
     Returns:
         A new patch with the earlier facts and history and this run, or `prepared.onto` itself if it has all the facts.
 
     Raises:
-        InputError: the text, the model or the earlier patch cannot be used, or the edit is not finite.
+        InputError: the text, the model or the earlier patch cannot be used, the edit of a fact would show everywhere,
+            or it is not finite.
     """
     runner, config, onto = workspace.runner, prepared.config, prepared.onto
     method = methods.get(config.method)
@@ -65,6 +69,10 @@ def run(
         for note in _about_text(workspace.texts[0], corpus, prepared):
             say(note)
         covariances, gradients = workspace.statistics(method, how.sites, corpus)
+        state = state_of(earlier, sites) if earlier else None
+        if method.targets == "values":
+            check = KeyCheck(workspace, config, how.sites[0], covariances[how.sites[0].layer])
+            check.run(prepared.incoming.new, earlier, state, say, allow_close_keys)
         edited = edit(
             runner,
             workspace.tokenizer,
@@ -72,7 +80,7 @@ def run(
             config,
             covariances,
             workspace.progress,
-            state_of(earlier, sites) if earlier else None,
+            state,
             gradients,
             values,
             _contexts(earlier, config) if earlier else (),
