@@ -91,7 +91,13 @@ def apply(
     )
     for note in prepared.notes:
         say(note)
-    return run(prepared, Workspace.of(model, tokenizer, (text,), stats, progress), say, values, allow_close_keys)
+    return run(
+        prepared,
+        Workspace.of(model, tokenizer, (text,), stats, progress),
+        say,
+        values,
+        allow_close_keys=allow_close_keys,
+    )
 
 
 def revert(
