@@ -19,6 +19,7 @@ from patchkit.facts.limits import GENERATED, Limits, fitting
 from patchkit.facts.reader import parse_facts
 from patchkit.facts.schema import Fact
 from patchkit.model.loading import check_tokenizer
+from patchkit.patch.failures import with_reasons
 from patchkit.patch.patch import Patch
 from patchkit.runs.execute import run, take_out
 from patchkit.runs.prepare import prepare
@@ -193,7 +194,7 @@ def measure_in(
         known = parse_facts(facts, check=check, needs_subject=False).facts
     source = text or default_text(str(model.config._name_or_path), "eval")
     with frozen(model):
-        return verify(
+        report = verify(
             workspace.runner,
             workspace.tokenizer,
             known,
@@ -202,3 +203,4 @@ def measure_in(
             lambda done, total: workspace.progress("measuring", done, total),
             quick=quick,
         )
+    return with_reasons(report, patch, patch.sites(workspace.runner.arch, force=True))

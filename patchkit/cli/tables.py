@@ -36,7 +36,20 @@ def apply_table(report: Report) -> RenderableType:
     parts: list[RenderableType] = [table]
     if len(report.per_fact) > MOST_ROWS:
         parts.append(Text(f"... and {len(report.per_fact) - MOST_ROWS} more (--json has all of them)", style="dim"))
-    return Group(*parts, Text(), metrics_table(report))
+    return Group(*parts, *_reasons(report), Text(), metrics_table(report))
+
+
+def _reasons(report: Report) -> list[RenderableType]:
+    """Why facts do not hold, by id, and what to try."""
+    failed = [fact for fact in report.per_fact if fact.why]
+    lines = [
+        Text.assemble((f"✗ {fact.id}", "red"), f": {fact.why.because}; {fact.why.advice}")
+        for fact in failed[:MOST_ROWS]
+        if fact.why
+    ]
+    if len(failed) > MOST_ROWS:
+        lines.append(Text(f"... and {len(failed) - MOST_ROWS} more (--json has all of them)", style="dim"))
+    return [Text(), *lines] if lines else []
 
 
 def metrics_table(found: Summary) -> RenderableType:

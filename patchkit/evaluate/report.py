@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -78,11 +78,21 @@ class Asked(BaseModel):
     holds: bool
 
 
+class Why(BaseModel):
+    """Why a fact does not hold, and what to try; `by` is the fact that broke it, where one did."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["never learned", "not in other words", "broken", "lost"]
+    because: str
+    advice: str
+    by: str | None = None
+
+
 class FactReport(BaseModel):
     """One fact: probabilities are geometric means over the target's tokens; `says` is the greedy continuation.
 
     more: what the groups of metrics with an instrument of their own found for it, by group and name; asked: what came
-    of asking for it, None where that was left out.
+    of asking for it, None where that was left out; why: why it does not hold, where it is one of the patch's own.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -100,6 +110,7 @@ class FactReport(BaseModel):
     counts: Counts = {}
     more: dict[str, dict[str, Any]] = {}
     asked: Asked | None = None
+    why: Why | None = None
 
     @property
     def holds(self) -> bool:
