@@ -33,7 +33,7 @@ FLOW = (
         "evaluate",
         "patch",
     ),
-    *("runs", "imports", "export", "api", "bench", "cli", "__main__"),
+    *("runs", "imports", "export", "api", "bench", "serve", "cli", "__main__"),
 )
 
 
@@ -133,7 +133,7 @@ for call in {calls}:
 
 
 def test_every_command_and_option_says_what_it_does() -> None:
-    for name in ("apply", "import", "export", "verify", "bench", "show", "log", "methods", "stats"):
+    for name in ("apply", "import", "export", "chat", "serve", "verify", "bench", "show", "log", "methods", "stats"):
         command = cli.get_command(click.Context(cli), name)
         assert command is not None
         assert command.name == name

@@ -17,6 +17,8 @@ COMMANDS = {
     "verify": "Measure a patch against the untouched base.",
     "generate": "What a patched model answers, and its base.",
     "import": "A LoRA or an edited checkpoint as a patch.",
+    "chat": "Talk to a patched model, and to its base beside it.",
+    "serve": "Try patches over OpenAI's API.",
     "merge": "Write a patched checkpoint that loads by itself.",
     "show": "What a patch holds.",
     "log": "The history of a patch.",

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from patchkit.cli.common import quiet_transformers, stdout
+from patchkit.cli.common import note, quiet_transformers, stdout
+from patchkit.errors import InputError
 
 
 def _show_formats(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
@@ -40,6 +41,7 @@ def _show_formats(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
 @click.option("--all-layers", is_flag=True, help="Zeros for the layers PATCH leaves alone, for servers that want all.")
 @click.option("--gguf-base", metavar="FILE", help="The base as GGUF: check the adapter against it, and name it.")
 @click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16, float16 or float64.")
+@click.option("--swap", metavar="URL", help="Also load it into a running vLLM server, in place of one of its name.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     patch: str,
@@ -50,6 +52,7 @@ def command(
     all_layers: bool,
     gguf_base: str | None,
     dtype: str,
+    swap: str | None,
     as_json: bool,
 ) -> None:
     """Write PATCH for another runtime: PEFT, vLLM and TGI, llama.cpp and Ollama, or MLX.
@@ -61,10 +64,15 @@ def command(
     from patchkit.patch.patch import Patch
 
     quiet_transformers()
+    _check_swap(swap, kind)
     folder = Path(out) if out else Path(f"{Path(patch).name}-{kind}")
     options = Options(rank, all_layers, gguf_base, dtype)
     done, form = export(Patch.load(patch), folder, kind, model, options=options), get(kind)
     commands = [line.format(title=folder, base=model or done.base.name) for line in form.commands(done)]
+    if swap:
+        from patchkit.export.swap import swap as load_into
+
+        note(f"{swap} serves it as model {load_into(swap, folder)}")
     if as_json:
         summary = done.model_dump(mode="json", exclude={"parents"})
         stdout.print_json(data={"adapter": str(folder), "commands": commands, **summary})
@@ -74,3 +82,14 @@ def command(
     stdout.print(f"{kind}: {folder} (rank {done.rank})")
     for line in commands:
         click.echo(line)
+
+
+def _check_swap(url: str | None, kind: str) -> None:
+    """Raises InputError where there is nothing that a vLLM server could load, before any work."""
+    if url is None:
+        return
+    from patchkit.export.swap import check_server
+
+    check_server(url)
+    if kind != "peft":
+        raise InputError(f"--swap: vLLM loads no {kind}; leave out --format or --swap")
