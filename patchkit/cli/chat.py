@@ -44,6 +44,7 @@ def command(
     model_name: str | None,
     device: str,
     dtype: str,
+    device_map: str | None,
     patches: tuple[str, ...],
     system: str,
     facts: str,
@@ -54,14 +55,13 @@ def command(
 
     Without --model: the base that the first patch names.
     """
-    from patchkit.model.loading import load_model
     from patchkit.patch.patch import Patch
     from patchkit.serve.session import Session
     from patchkit.serve.talker import Length, Talker
 
     read = [Patch.load(patch) for patch in patches]
-    chosen = choice(model_name or read[0].manifest.base.name, device, dtype)
-    loaded = load_model(chosen.name, chosen.device, chosen.dtype)
+    chosen = choice(model_name or read[0].manifest.base.name, device, dtype, device_map)
+    loaded = chosen.load()
     talker = Talker(loaded.model, loaded.tokenizer)
     names = [f"{number} {patch}" for number, patch in enumerate(patches, 1)]
     for name, patch in zip(names, read, strict=True):

@@ -23,7 +23,15 @@ from patchkit.errors import InputError
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-def command(model_name: str | None, device: str, dtype: str, patches: tuple[str, ...], host: str, port: int) -> None:
+def command(
+    model_name: str | None,
+    device: str,
+    dtype: str,
+    device_map: str | None,
+    patches: tuple[str, ...],
+    host: str,
+    port: int,
+) -> None:
     """Serve a model with patches as OpenAI's API does: chat and text completions, streamed or not.
 
     A request's model is BASE, BASE@PATCH or BASE@ONE+OTHER. One request is answered at a time. Patches are loaded and
@@ -31,15 +39,14 @@ def command(model_name: str | None, device: str, dtype: str, patches: tuple[str,
     """
     if importlib.util.find_spec("uvicorn") is None or importlib.util.find_spec("starlette") is None:
         raise InputError('serve: starlette and uvicorn are missing; pip install "patchkit-lm[serve]"')
-    from patchkit.model.loading import load_model
     from patchkit.patch.card import base_name
     from patchkit.patch.patch import Patch
     from patchkit.serve.server import Served, listen
     from patchkit.serve.talker import Talker
 
     named = {name: Patch.load(where) for name, where in map(_named, patches)}
-    chosen = choice(model_name or next(iter(named.values())).manifest.base.name, device, dtype)
-    loaded = load_model(chosen.name, chosen.device, chosen.dtype)
+    chosen = choice(model_name or next(iter(named.values())).manifest.base.name, device, dtype, device_map)
+    loaded = chosen.load()
     talker = Talker(loaded.model, loaded.tokenizer)
     for name, patch in named.items():
         talker.load(name, patch)
