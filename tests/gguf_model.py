@@ -1,17 +1,22 @@
-"""A Llama of transformers as a GGUF file that llama.cpp runs: float32, without a vocabulary."""
+"""A Llama of transformers as a GGUF file that llama.cpp runs, without a vocabulary."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import gguf
+import numpy as np
+from gguf import quants
 from transformers import PreTrainedModel
 
 from patchkit.export.gguf_names import in_gguf_order
 
 
-def write_gguf(model: PreTrainedModel, file: Path) -> Path:
-    """Write `model`, a LlamaForCausalLM, to `file`; tokens are given as ids."""
+def write_gguf(model: PreTrainedModel, file: Path, kind: str = "F32") -> Path:
+    """Write `model`, a LlamaForCausalLM, to `file`; tokens are given as ids.
+
+    kind: the type of the feed-forward's weights; of those that the package cannot write, tensors are all zeros.
+    """
     config, arch = model.config, "llama"
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     writer = gguf.GGUFWriter(file, arch)
@@ -29,11 +34,23 @@ def write_gguf(model: PreTrainedModel, file: Path) -> Path:
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        module, _, kind = name.rpartition(".")
-        stored = f"{names.get_name(module)}.{kind}"
-        writer.add_tensor(stored, in_gguf_order(arch, stored, tensor.float().contiguous(), config).contiguous().numpy())
+        module, _, part = name.rpartition(".")
+        stored = f"{names.get_name(module)}.{part}"
+        numbers = in_gguf_order(arch, stored, tensor.float().contiguous(), config).contiguous().numpy()
+        if "ffn_" in stored and "norm" not in stored:
+            written = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(stored, _packed(numbers, written), raw_dtype=written)
+        else:
+            writer.add_tensor(stored, numbers)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def _packed(numbers: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    if not kind.name.endswith("_K"):
+        return quants.quantize(numbers, kind)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    return np.zeros((numbers.shape[0], -(-numbers.shape[1] // block) * size), np.uint8)

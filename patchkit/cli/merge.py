@@ -8,16 +8,33 @@ from typing import TYPE_CHECKING
 import click
 
 from patchkit.cli.common import note, quiet_transformers, stdout
+from patchkit.errors import InputError
 from patchkit.words import listed
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from patchkit.export.record import Merged, Rounding
+    from patchkit.patch.patch import Patch
+
+LOSSY = 0.1
+"""An error of a merged GGUF tensor, relative to the change, from which on the adapter is recommended."""
 
 
 @click.command("merge")
 @click.argument("patches", nargs=-1, required=True, metavar="PATCH...")
 @click.option("--model", "base", metavar="BASE", help="Folder or cached Hub name [default: the base the patch names].")
-@click.option("--out", required=True, metavar="DIR", help="Folder of the merged checkpoint; new or empty.")
+@click.option(
+    "--out", required=True, metavar="DIR", help="Folder, new or empty, of the merged checkpoint; or GGUF file."
+)
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["safetensors", "gguf"]),
+    default="safetensors",
+    show_default=True,
+    help="gguf: BASE is a GGUF file, and --out the one to write.",
+)
 @click.option(
     "--rounding",
     type=click.Choice(["keys", "nearest"]),
@@ -32,6 +49,7 @@ def command(
     patches: tuple[str, ...],
     base: str | None,
     out: str,
+    kind: str,
     rounding: Rounding | None,
     stats: str | None,
     force: bool,
@@ -48,6 +66,11 @@ def command(
 
     quiet_transformers()
     loaded = [Patch.load(patch) for patch in patches]
+    if kind == "gguf":
+        if base is None or rounding or stats or force or link:
+            raise InputError("--format gguf: give --model BASE.gguf, and no --rounding, --stats, --force or --link")
+        _merge_gguf(loaded, base, out, as_json)
+        return
     merged = merge_patches(
         loaded,
         base or loaded[0].manifest.base.name,
@@ -63,6 +86,24 @@ def command(
         click.echo(merged.model_dump_json(indent=1))
     else:
         show_merged(merged, out)
+
+
+def _merge_gguf(patches: Sequence[Patch], base: str, out: str, as_json: bool) -> None:
+    from rich.table import Table
+
+    from patchkit.export.merge_gguf import merge_gguf
+
+    merged = merge_gguf(patches, base, out, note)
+    if as_json:
+        click.echo(merged.model_dump_json(indent=1))
+        return
+    table = Table("tensor", "type", "unchanged", "error", box=None, pad_edge=False, header_style="bold")
+    for t in merged.tensors:
+        table.add_row(t.tensor, t.kind, f"{t.unchanged:.1%}", f"{t.error:.1e} of the change")
+    stdout.print(table)
+    if (worst := max(t.error for t in merged.tensors)) > LOSSY:
+        note(f"rounding is {worst:.0%} of a change there: `patchkit export --format gguf` keeps all of it")
+    stdout.print(f"file: {out}; which facts hold there was not asked", soft_wrap=True)
 
 
 def show_merged(merged: Merged, out: str) -> None:
