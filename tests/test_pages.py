@@ -8,13 +8,14 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import unquote, urlsplit
 
 import click
 import pytest
 
 from patchkit.cli import cli
+from patchkit.evaluate.report import Why
 from patchkit.facts.schema import Fact
 from patchkit.maths.updates import KINDS
 from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
@@ -97,6 +98,13 @@ def fields_under(heading: str) -> list[str]:
 def test_the_page_on_the_format_has_every_field(heading: str, kind: type, inherited: tuple[str, ...]) -> None:
     wanted = [name for name in kind.model_fields if name not in inherited]
     assert fields_under(heading) == wanted, f"docs/patch_format.md, {heading}"
+
+
+def test_the_questions_have_every_reason_why_a_fact_does_not_hold() -> None:
+    page = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
+    kinds = get_args(Why.model_fields["kind"].annotation)
+    assert kinds
+    assert [kind for kind in kinds if f"- **{kind.capitalize()}**" not in page] == []
 
 
 def test_the_page_on_facts_has_every_field() -> None:
