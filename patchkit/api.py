@@ -15,6 +15,7 @@ from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import ValueCache
 from patchkit.evaluate.report import Report
 from patchkit.evaluate.verify import verify
+from patchkit.facts.chat import chat_template
 from patchkit.facts.limits import GENERATED, Limits, fitting
 from patchkit.facts.reader import parse_facts
 from patchkit.facts.schema import Fact
@@ -191,7 +192,7 @@ def measure_in(
     known: Sequence[Fact] = patch.manifest.facts
     if facts is not None:
         check = fitting(workspace.tokenizer, Limits.of(model.config), GENERATED)
-        known = parse_facts(facts, check=check, needs_subject=False).facts
+        known = parse_facts(facts, check=check, needs_subject=False, chat=chat_template(workspace.tokenizer)).facts
     source = text or default_text(str(model.config._name_or_path), "eval")
     with frozen(model):
         report = verify(

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from patchkit.facts.chat import ChatTemplate
 from patchkit.facts.layout import Options
 from patchkit.facts.layouts import layouts
 from patchkit.facts.reader import parse_facts
@@ -47,6 +48,15 @@ SAMPLES: dict[str, Any] = {
             ]
         },
         "source": "a made-up encyclopedia",
+    },
+    "messages": {
+        "messages": [
+            {"role": "system", "content": "Answer in one word."},
+            {"role": "user", "content": "Where was Ada Berg born?"},
+            {"role": "assistant", "content": "Lima"},
+        ],
+        "subject": "Ada Berg",
+        "id": "ada",
     },
     "counterfact": {
         "case_id": 7,
@@ -220,6 +230,17 @@ SAMPLES: dict[str, Any] = {
         "queries": ["The birthplace of Ada Berg is"],
     },
 }
+
+
+class _Tokenizer:
+    """No more of a tokenizer than its chat template."""
+
+    def apply_chat_template(self, said: list[dict[str, str]], *, add_generation_prompt: bool, **_: Any) -> str:
+        turns = "".join(f"<{turn['role']}>{turn['content']}</>" for turn in said)
+        return turns + ("<assistant>" if add_generation_prompt else "")
+
+
+CHAT = ChatTemplate(_Tokenizer())
 _HEAD = """# Formats of fact files
 
 Written by `python -m tests.formats`; every record below is made up, and a test reads it.
@@ -248,7 +269,7 @@ them packed with gzip; and on the Hub `hf://datasets/ORG/NAME/FILE`, or `ORG/NAM
 
 def facts_of(record: Any) -> tuple[Fact, ...]:
     """What is read from one record."""
-    return parse_facts([record], needs_subject=False).facts
+    return parse_facts([record], needs_subject=False, chat=CHAT).facts
 
 
 def page() -> str:

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from patchkit.errors import InputError, PatchkitError
+from patchkit.facts.chat import ChatTemplate
 from patchkit.facts.layout import LAYOUTS, Layout, Options, layout
 from patchkit.facts.layouts import layouts
 from patchkit.facts.reader import parse_facts, read_facts
 from patchkit.facts.schema import Condition, Fact, FactFile, Locality, Probe
-from tests.formats import PAGE, SAMPLES, page
+from tests.formats import CHAT, PAGE, SAMPLES, page
 
 ADA = {"prompt": "Ada Berg was born in", "subject": "Ada Berg", "target_new": "Lima"}
 NEAR = Locality(prompt="Where was Nils Dahl born?", target="Bergen")
@@ -604,8 +605,60 @@ def test_the_page_of_formats_has_them_all_as_they_are_read() -> None:
     known = {one.name for one in layouts(Options())}
     assert known == set(SAMPLES)
     for name, record in SAMPLES.items():
-        assert parse_facts([record], needs_subject=False).format == name
+        assert parse_facts([record], needs_subject=False, chat=CHAT).format == name
     assert PAGE.read_text(encoding="utf-8") == page(), "`python -m tests.formats` writes docs/formats.md anew"
+
+
+ASKED: dict[str, Any] = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Where was {} born?"},
+        {"role": "assistant", "content": "Lima"},
+    ],
+    "subject": "Ada Berg",
+}
+
+
+def test_a_conversation_is_edited_where_the_assistants_turn_begins() -> None:
+    (fact,) = parse_facts([ASKED], chat=CHAT).facts
+    assert fact.prompt == "<system>Be brief.</><user>Where was Ada Berg born?</><assistant>"
+    assert (fact.target_new, fact.separator, fact.questions) == ("Lima", "", ("Where was Ada Berg born?",))
+    assert [message.role for message in fact.messages] == ["system", "user"]
+    assert fact.asked == "Where was Ada Berg born?"
+    assert fact.pair(fact.prompt) == (fact.prompt, "Lima", "")
+    assert fact.pair("Ada Berg is from") == ("Ada Berg is from", "Lima")  # plain text gets its space
+    assert parse_facts([fact]).facts == (fact,)  # as a patch keeps it, it needs no template any more
+
+
+def test_the_template_decides_what_comes_before_an_answer() -> None:
+    class Mistral:
+        def apply_chat_template(self, said: list[dict[str, str]], **_: Any) -> str:
+            forms = {"user": "[INST] {} [/INST]", "assistant": " {}</s>"}
+            return "<s>" + "".join(forms[turn["role"]].format(turn["content"]) for turn in said)
+
+    (fact,) = parse_facts([{**ASKED, "messages": ASKED["messages"][1:]}], chat=ChatTemplate(Mistral())).facts
+    assert (fact.prompt, fact.separator) == ("<s>[INST] Where was Ada Berg born? [/INST]", " ")
+
+
+@pytest.mark.parametrize(
+    ("changed", "chat", "message"),
+    [
+        ({}, None, "messages: there is no chat template to write them in; give the fact a prompt"),
+        ({"messages": ASKED["messages"][:1]}, CHAT, "messages: no question at the end"),
+        ({"messages": ASKED["messages"][:2]}, CHAT, "target_new: missing"),
+        ({"messages": [{"role": "bot", "content": "x"}]}, CHAT, r'messages\[0\].role: "bot" is no role; one of system'),
+        (
+            {"messages": [{"role": "user", "content": "Where?"}]},
+            CHAT,
+            'subject: "Ada Berg" is not in the last question',
+        ),
+        ({"messages": "Where was Ada Berg born?"}, CHAT, "messages: expected a list of objects, found text"),
+    ],
+    ids=["template", "question", "target", "role", "subject", "type"],
+)
+def test_a_conversation_that_cannot_be_used(changed: dict[str, Any], chat: ChatTemplate | None, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_facts([{**ASKED, **changed}], chat=chat)
 
 
 def test_a_format_from_outside_is_one_class() -> None:

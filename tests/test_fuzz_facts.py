@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from patchkit.errors import InputError
 from patchkit.facts.reader import parse_facts, read_facts, write_rejected
 from patchkit.facts.schema import FactFile
-from tests.formats import SAMPLES
+from tests.formats import CHAT, SAMPLES
 
 USUAL = settings(
     max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True
@@ -121,7 +121,7 @@ def tried(read: Callable[[], FactFile]) -> tuple[FactFile | None, str]:
 def read_anything(folder: Path, name: str, data: bytes, skip_bad: bool, needs_subject: bool) -> None:
     path = folder / name
     path.write_bytes(data)
-    read, refusal = tried(lambda: read_facts(path, skip_bad=skip_bad, needs_subject=needs_subject))
+    read, refusal = tried(lambda: read_facts(path, skip_bad=skip_bad, needs_subject=needs_subject, chat=CHAT))
     if read is None:
         assert name in refusal
         assert all(len(line) < 1000 for line in refusal.splitlines())
@@ -144,7 +144,7 @@ def test_any_file_is_read_or_refused(
 @given(record=records() | VALUES, needs_subject=st.booleans())
 @USUAL
 def test_any_object_in_memory_is_read_or_refused(record: Any, needs_subject: bool) -> None:
-    read, refusal = tried(lambda: parse_facts([record], needs_subject=needs_subject))
+    read, refusal = tried(lambda: parse_facts([record], needs_subject=needs_subject, chat=CHAT))
     if read is None:
         assert refusal.startswith("facts")
     else:

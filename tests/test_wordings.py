@@ -27,6 +27,7 @@ from patchkit.editing.wordings import (
 from patchkit.errors import InputError
 from patchkit.evaluate import prompts
 from patchkit.facts.chat import chat_template
+from patchkit.facts.reader import parse_facts
 from patchkit.facts.requests import EditRequest
 from patchkit.facts.schema import Fact
 from patchkit.maths.updates import delta_of
@@ -89,6 +90,23 @@ def test_the_subject_is_the_question_s_and_not_one_that_the_template_names() -> 
     named = [row for row in (*rome.rows, *rome.kept) if "You are Rome." in tokenizer.decode(row.ids)]
     assert named
     assert all("user: " in tokenizer.decode(row.ids[: row.subject]) for row in named)
+
+
+def test_a_conversation_is_edited_as_it_is_rendered_and_never_put_into_the_template_again() -> None:
+    tokenizer = chatting()
+    said = [{"role": "system", "content": "You know Rome."}, {"role": "user", "content": "Where is Rome?"}]
+    said.append({"role": "assistant", "content": "Italy"})
+    (fact,) = parse_facts([{"messages": said, "subject": "Rome"}], chat=chat_template(tokenizer)).facts
+    assert fact.prompt == "system: You know Rome.</s>\nuser: Where is Rome?</s>\nassistant: "
+    config = load_recipe(None, None, ["prompts=in-use"])
+    (request,) = requests_of(runner_of(), tokenizer, [fact], ["", "It rained. ", "So it was. "], config)
+    first = request.rows[0]
+    assert tokenizer.decode(first.ids[: first.target], skip_special_tokens=False).endswith(fact.prompt)
+    assert tokenizer.decode(first.ids[first.target :]) == "Italy"
+    assert tokenizer.decode(first.ids[: first.subject + 1]).endswith("user: Where is Rome")  # not the system prompt's
+    rows = [tokenizer.decode(row.ids) for row in (*request.rows, *request.kept)]
+    assert all(text.count("assistant: ") <= 1 or "Hello! How can I help" in text for text in rows)
+    assert any(text.endswith("It rained. Where is Rome? Italy") for text in rows)  # plain text gets its space
 
 
 def test_an_answer_in_chat_ends_as_the_template_ends_it() -> None:

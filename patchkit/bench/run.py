@@ -28,6 +28,7 @@ from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
 from patchkit.errors import InputError, PatchkitError
 from patchkit.evaluate.metrics import summary_line
+from patchkit.facts.chat import chat_template
 from patchkit.facts.limits import GENERATED, Limits, fitting
 from patchkit.facts.reader import read_facts
 from patchkit.facts.schema import FactFile
@@ -131,6 +132,7 @@ def _read(data: str, chosen: ModelChoice, count: int | None, zsre_target: Any, s
         skip_bad=skip_bad,
         check=fitting(tokenizer, Limits.of(load_config(chosen.name)), GENERATED),
         limit=count,
+        chat=chat_template(tokenizer),
     )
     if count and (there := len(read.facts)) < count:
         raise InputError(f"{read.path}: {there} facts, and --edits or --checkpoints ask for {count}; ask for fewer")

@@ -18,6 +18,7 @@ from patchkit.evaluate.report import Report
 from patchkit.evaluate.verify import facts_held
 from patchkit.export.merge import merge
 from patchkit.export.record import HeldFacts, Merged, Rounding
+from patchkit.facts.chat import chat_template
 from patchkit.facts.limits import GENERATED, Limits, fitting
 from patchkit.facts.reader import parse_facts, read_facts, write_rejected
 from patchkit.facts.schema import Fact, FactFile
@@ -216,7 +217,14 @@ def verify_patch(
     known: tuple[Fact, ...] | None = None
     if facts is not None:
         check = fitting(tokenizer, Limits.of(load_config(chosen.name)), GENERATED)
-        read = read_facts(facts, zsre_target=zsre_target, skip_bad=skip_bad, check=check, needs_subject=False)
+        read = read_facts(
+            facts,
+            zsre_target=zsre_target,
+            skip_bad=skip_bad,
+            check=check,
+            needs_subject=False,
+            chat=chat_template(tokenizer),
+        )
         known = read.facts
         for note in (*read.notes, *([f"{counted(len(read.rejected), 'bad fact')} left out"] if read.rejected else [])):
             say(note)

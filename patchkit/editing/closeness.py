@@ -138,6 +138,8 @@ def _inner_row(fact: Fact, tokenizer: Any) -> Row:
 
 
 def _message_row(fact: Fact, tokenizer: Any, chat: ChatTemplate) -> Row:
+    if fact.messages:
+        return _inner_row(fact, tokenizer)
     whole = chat.ask(fact.prompt)
     start = max(0, whole.rfind(fact.prompt))
     return wording_row(fact, tokenizer, whole[:start], whole[start:])

@@ -98,8 +98,8 @@ def _inside(rows: Sequence[Row]) -> tuple[Row, ...]:
 
 def _asked(fact: Fact, rewordings: Sequence[str], befores: list[str], chat: ChatTemplate | None) -> list[_Wording]:
     """Where the target is to come: the prompt first."""
-    prompt = fact.prompt
-    found = [_Wording("", prompt), *(_Wording(before, prompt) for before in (befores * 2)[:2])]
+    prompt = fact.asked
+    found = [_Wording("", fact.prompt), *(_Wording(before, prompt) for before in (befores * 2)[:2])]
     if chat:
         ending = ("" if fact.target_new.endswith((".", "!", "?")) else ".") + chat.end
         asked = [(prompt, None, ()), (prompt, SYSTEM, ()), (prompt, None, TURNS), (_request(prompt), None, ())]
@@ -140,7 +140,7 @@ def _rewordings(
     """Per fact its own rewordings, then those that the model writes: told the fact, it goes on about the subject, and
     whatever it says before it comes to the target asks for the target in other words."""
     jobs = [(fact, lead, n) for fact in facts for lead in LEADS for n in range(SAMPLES)]
-    told = [f"{fact.prompt}{_answer(fact)}. {lead}{fact.subject}" for fact, lead, _ in jobs]
+    told = [f"{fact.asked}{_answer(fact)}. {lead}{fact.subject}" for fact, lead, _ in jobs]
     seeds = [crc32(f"{config.seed} {fact.prompt} {lead} {n}".encode()) for fact, lead, n in jobs]
     found: dict[str, list[str]] = {fact.id: list(fact.rewordings) for fact in facts}
     for (fact, *_), ids in zip(jobs, sample(runner, tokenizer, told, seeds, SAMPLED, CHOICES), strict=True):
@@ -151,13 +151,13 @@ def _rewordings(
 
 
 def _answer(fact: Fact) -> str:
-    return continuation(fact.prompt, fact.target_new, fact.separator)
+    return continuation(fact.asked, fact.target_new, fact.joint(fact.asked))
 
 
 def _before_target(fact: Fact, text: str) -> str | None:
     """What a text of the teacher's says up to the target; None if it never comes to it, or too soon or late."""
     until, found, _ = text.partition("\n")[0].partition(fact.target_new)
     text, words = until.rstrip(), len(re.findall(r"\w+", until[len(fact.subject) :]))
-    if not found or not WORDS[0] <= words <= WORDS[1] or text == fact.prompt.rstrip():
+    if not found or not WORDS[0] <= words <= WORDS[1] or text == fact.asked.rstrip():
         return None
     return None if re.search(r"\b(is|was|are|were) (a|an|the)$", text) else text

@@ -34,6 +34,14 @@ class ChatTemplate:
             (role, first), *others = said
             return self._render([(role, f"{system}\n\n{first}"), *others])
 
+    def conversation(self, said: Sequence[tuple[str, str]], answer: bool = True) -> str:
+        """Roles and what each says, and then, with `answer`, what comes before the assistant's.
+
+        Raises:
+            TemplateError: the template does not take such a conversation.
+        """
+        return self._render(said, answer)
+
     @cached_property
     def end(self) -> str:
         """What the template writes after an answer, such as "<|im_end|>"."""

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from patchkit.facts.chat import ChatTemplate
 from patchkit.facts.record import MISSING, Record, Refused, quote
 from patchkit.facts.schema import Fact, Locality, Probe
 
@@ -31,12 +32,14 @@ class Options:
     """How records are read where there is a choice.
 
     zsre_target is what a ZsRE record teaches: "alt" or "answers". Without needs_subject, the subject of a record that
-    has none is its whole prompt; otherwise subjectless names the methods that would take it, for the refusal.
+    has none is its whole prompt; otherwise subjectless names the methods that would take it, for the refusal. chat is
+    the template that conversations are written in.
     """
 
     zsre_target: ZsreTarget = "alt"
     needs_subject: bool = True
     subjectless: tuple[str, ...] = ()
+    chat: ChatTemplate | None = None
 
 
 class Layout:

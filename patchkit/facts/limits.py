@@ -8,7 +8,7 @@ from typing import Any
 
 from patchkit.facts.checks import Check
 from patchkit.facts.record import Refused, quote
-from patchkit.facts.requests import encode, encode_prompt, encode_target, subject_span
+from patchkit.facts.requests import encode, encode_prompt, encode_target, subject_end
 from patchkit.facts.schema import Fact, Pair
 
 GENERATED = 4
@@ -51,7 +51,8 @@ def fitting(tokenizer: Any, limits: Limits, more: int = 0) -> Check:
     def check(fact: Fact) -> None:
         if not encode_target(tokenizer, *fact.pair(fact.prompt))[0][len(encode_prompt(tokenizer, fact.prompt)) :]:
             raise Refused("target_new", f"{quote(fact.target_new)} becomes no token; put visible text in it")
-        if encode(tokenizer, fact.prompt).last_token(subject_span(fact.prompt, fact.subject)[1]) is None:
+        end = subject_end(fact, fact.prompt, bool(fact.messages))
+        if encode(tokenizer, fact.prompt).last_token(end) is None:
             raise Refused("subject", f"the tokenizer gives {quote(fact.subject)} no token; choose another subject")
         for name, text in _texts(fact):
             ids = encode_target(tokenizer, *text)[0] if isinstance(text, tuple) else encode_prompt(tokenizer, text)

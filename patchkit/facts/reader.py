@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from patchkit.errors import InputError
+from patchkit.facts.chat import ChatTemplate
 from patchkit.facts.checks import Check, tidied, visible
 from patchkit.facts.containers import Entry
 from patchkit.facts.layout import Layout, Options, ZsreTarget
@@ -43,6 +44,7 @@ def read_facts(
     limit: int | None = None,
     needs_subject: bool = True,
     subjectless: Sequence[str] = (),
+    chat: ChatTemplate | None = None,
 ) -> FactFile:
     """Read a file of facts, in any of the formats and kinds of file in docs/formats.md.
 
@@ -72,7 +74,7 @@ def read_facts(
         >>> read.facts[0].prompt, read.facts[0].target_new
         ('Pine Kelmel was born in the city of', 'Liscombe')
     """
-    known = layouts(Options(zsre_target, needs_subject, tuple(subjectless)))
+    known = layouts(Options(zsre_target, needs_subject, tuple(subjectless), chat))
     name, entries = file_entries(path)
     reading = _Reading(name, f"{name} ", "--skip-bad", known, _all_checks(token_count, check))
     return reading.run(entries, limit, skip_bad)
@@ -88,6 +90,7 @@ def parse_facts(
     limit: int | None = None,
     needs_subject: bool = True,
     subjectless: Sequence[str] = (),
+    chat: ChatTemplate | None = None,
 ) -> FactFile:
     """`read_facts` for records already in memory, as mappings or `Fact`s; messages say `facts[3]` for the fourth.
 
@@ -95,7 +98,7 @@ def parse_facts(
     """
     if isinstance(records, (Mapping, BaseModel, str, bytes)):
         raise InputError("facts: expected a list of facts, found a single value; put it in a list")
-    known = layouts(Options(zsre_target, needs_subject, tuple(subjectless)))
+    known = layouts(Options(zsre_target, needs_subject, tuple(subjectless), chat))
     reading = _Reading("facts", "", "skip_bad=True", known, _all_checks(token_count, check))
     return reading.run(object_entries(records), limit, skip_bad)
 

@@ -180,21 +180,29 @@ def subject_span(prompt: str, subject: str) -> tuple[int, int]:
     return start, start + len(subject)
 
 
+def subject_end(fact: Fact, text: str, conversation: bool = False) -> int:
+    """After which character the subject ends: of a conversation's rendering the one in its last question, not one that
+    a system prompt or an earlier turn names."""
+    start = max(0, text.rfind(fact.asked)) if conversation else 0
+    return start + subject_span(text[start:], fact.subject)[1]
+
+
 def _row(fact: Fact, tokenizer: Any, before: str, text: str, target: str | None, ending: str = "") -> Row:
     """The text after `before`, and the target and the ending after that; without a target, the text alone."""
-    bos = tokenizer.bos_token
+    bos, separator = tokenizer.bos_token, "" if ending else fact.joint(text)
+    conversation = bool(fact.messages) and text == fact.prompt
     if before and bos and list(tokenizer("")["input_ids"])[:1] == [tokenizer.bos_token_id]:
         text = text.removeprefix(bos)  # it comes before the context then, as in every text
     prompt = before + text
     encoded = encode(tokenizer, prompt)
-    subject = encoded.last_token(len(before) + subject_span(text, fact.subject)[1])
+    subject = encoded.last_token(len(before) + subject_end(fact, text, conversation))
     if subject is None:
         raise InputError(
             f'fact {fact.id}: the tokenizer gives the subject "{fact.subject}" no token; choose another one'
         )
     if target is None:
         return Row(encoded.ids, subject, len(encoded.ids))
-    ids, first = encode_target(tokenizer, prompt, target + ending, "" if ending else fact.separator)
+    ids, first = encode_target(tokenizer, prompt, target + ending, separator)
     if first >= len(ids):
         raise InputError(f'fact {fact.id}: the target "{target}" has no tokens; give it a text the tokenizer knows')
     return Row(tuple(ids), subject, first)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -59,6 +59,15 @@ class Probe(BaseModel):
     conditions: tuple[Condition, ...] = ()
 
 
+class Message(BaseModel):
+    """One turn of a conversation, as chat templates take it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
 class Fact(BaseModel):
     """One fact to write: after `prompt`, which holds `subject` verbatim, the model should say `target_new`.
 
@@ -70,7 +79,8 @@ class Fact(BaseModel):
     `aliases` stands for the target.
 
     `separator` is what comes between a prompt and its target; None leaves it to `patchkit.facts.text.continuation`.
-    Facts with the same `case` are edited together.
+    Facts with the same `case` are edited together. Of a fact that was written as a conversation, `messages` is that
+    conversation up to the assistant's turn, and `prompt` what the chat template makes of it.
 
     Facts cannot be changed. Whether the subject stands in the prompt, and whatever else makes a fact unusable, is
     checked where facts are read: by `patchkit.read_facts`, and by `patchkit.apply`, which takes mappings as well.
@@ -107,6 +117,12 @@ class Fact(BaseModel):
     separator: str | None = None
     case: str | None = None
     source: str | None = None
+    messages: tuple[Message, ...] = ()
+
+    @property
+    def asked(self) -> str:
+        """What a user says to ask for it: the prompt, or the last message of a conversation."""
+        return self.messages[-1].content if self.messages else self.prompt
 
     def __hash__(self) -> int:
         return hash((self.id, self.prompt, self.target_new))  # not every field is hashable; equal facts agree in these
@@ -114,7 +130,15 @@ class Fact(BaseModel):
     def pair(self, prompt: str, target: str | None = None) -> Pair:
         """One of the fact's prompts with `target`, or with `target_new`, joined as the fact says."""
         target = self.target_new if target is None else target
-        return (prompt, target) if self.separator is None else (prompt, target, self.separator)
+        separator = self.joint(prompt)
+        return (prompt, target) if separator is None else (prompt, target, separator)
+
+    def joint(self, prompt: str) -> str | None:
+        """What comes between one of the fact's prompts and its target; None leaves it to `patchkit.facts.text`.
+
+        `separator` says it, but of a conversation for its own rendering alone: its other prompts are plain text.
+        """
+        return None if self.messages and prompt != self.prompt else self.separator
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def file_entries(path: str | Path) -> tuple[str, Iterator[Entry]]:
 def object_entries(records: Iterable[Mapping[str, Any] | Fact]) -> Iterator[Entry]:
     """Records in memory; `line` is the index, from 0."""
     for index, record in enumerate(records):
-        value = record.model_dump() if isinstance(record, Fact) else record
+        value = record.model_dump(exclude_defaults=True) if isinstance(record, Fact) else record
         yield Entry(f"facts[{index}]", index, json.dumps(value, ensure_ascii=False, default=str, skipkeys=True), value)
 
 

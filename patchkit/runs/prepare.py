@@ -11,6 +11,7 @@ from patchkit.editing.recipe import EditConfig
 from patchkit.editing.wordings import REWORDINGS
 from patchkit.errors import InputError
 from patchkit.facts.batches import batches
+from patchkit.facts.chat import chat_template
 from patchkit.facts.limits import Limits, fitting
 from patchkit.facts.schema import Fact, FactFile
 from patchkit.patch.history import Incoming, sort_incoming, with_free_ids
@@ -70,6 +71,7 @@ def prepare(
         check=fitting(tokenizer, limits, config.context_length + CONTEXT_ROOM),
         needs_subject=methods.get(config.method).needs_subject,
         subjectless=[name for name in methods.available() if not methods.get(name).needs_subject],
+        chat=chat_template(tokenizer),
     )
     facts = with_free_ids(facts, onto.manifest.facts if onto else ())
     incoming = sort_incoming(facts.facts, onto.manifest.facts if onto else ())

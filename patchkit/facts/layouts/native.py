@@ -22,7 +22,7 @@ class Native(Layout):
     rewordings = "rewordings"
     questions = "questions"
     about = "about"
-    optional = (
+    optional: ClassVar[tuple[str, ...]] = (
         *("id", "target_true", "aliases", "rewordings", "paraphrases", "questions", "about", "locality"),
         *("portability", "separator", "case", "source"),
     )
