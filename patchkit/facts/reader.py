@@ -60,6 +60,7 @@ def read_facts(
         limit: stop after that many usable facts.
         needs_subject: False makes the whole prompt the subject of a record that has none.
         subjectless: names of the methods that take a fact without a subject, for the refusal.
+        chat: the template that facts with `messages` are written in.
 
     Returns:
         A `FactFile`: the facts, their lines, the format, what was rejected, and notes for the user.

@@ -77,5 +77,5 @@ def _refusal(refused: Sequence[Closeness], count: int) -> str:
     lines += [line for each in refused[:_SHOWN] for line in each.warnings()]
     if len(refused) > _SHOWN:
         lines.append(f"and {len(refused) - _SHOWN} more")
-    advice = "choose a subject that names one thing only, or write it all the same with --allow-close-keys"
+    advice = "choose a more specific subject, or write it all the same with --allow-close-keys and look at `unrelated`"
     return "\n".join([*lines, f"{advice} (in Python: allow_close_keys=True)"])
