@@ -6,11 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from patchkit.errors import GateError, InputError, PatchkitError
-from patchkit.facts.reader import read_facts
-from patchkit.facts.schema import Fact, Locality
 
 if TYPE_CHECKING:
     from patchkit.api import apply, measure, revert
+    from patchkit.facts.reader import read_facts
+    from patchkit.facts.schema import Fact, Locality
     from patchkit.patch.patch import Patch
     from patchkit.patch.stack import from_pretrained, load
 
@@ -29,8 +29,12 @@ __all__ = [
     "revert",
 ]
 
-# torch and transformers take seconds to import; `patchkit --help` and reading facts need neither.
+# torch and transformers take seconds to import; `patchkit --help` and reading facts need neither. What comes before
+# the program's own handling of Ctrl-C is to be next to nothing.
 _LAZY = {
+    "Fact": "patchkit.facts.schema",
+    "Locality": "patchkit.facts.schema",
+    "read_facts": "patchkit.facts.reader",
     "apply": "patchkit.api",
     "Patch": "patchkit.patch.patch",
     "measure": "patchkit.api",

@@ -44,3 +44,37 @@ class GateError(PatchkitError):
         ...     print(error)
         gate failed: perplexity ratio 1..., asked for at most 0.5
     """
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C at a point where more is to be said than that the same command goes on."""
+
+
+_NO_MEMORY = (
+    "could not create a primitive",  # oneDNN
+    "could not create a memory",
+    "DefaultCPUAllocator",
+    "allocate memory",
+    "out of memory",
+    "bad_alloc",
+    "ALLOC_FAILED",  # cuBLAS and its kin
+)
+_NO_DISK = ("No space left on device", "Disk quota exceeded", "File too large", "os error 28", "os error 122")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, whichever library noticed it, on the CPU or on a GPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(text in str(error) for text in _NO_MEMORY)
+
+
+def shortage(error: BaseException) -> str | None:
+    """One line where memory or the disk ran out, and what to do; None for any other error."""
+    if out_of_memory(error):
+        advice = "free some, use a machine with more, or take a smaller --dtype, value.parallel or batch_size"
+        return f"not enough memory: {advice}"
+    line = " ".join(str(error).split())
+    if any(text in line for text in _NO_DISK):
+        return f"the disk is full, or a limit of it is reached: {line[:300]}"
+    return None

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from patchkit import InputError, Patch
 from patchkit.io.files import write_folder
 from patchkit.patch.patch import OWN_FILES
 from tests import zoo
-from tests.helpers import Command, edited_fact, random_patch, tree, write_facts
+from tests.helpers import Command, Ended, edited_fact, random_patch, tree, write_facts
 
 QUICK = [part for setting in ("layers=1-2", "contexts=1", "value.steps=4") for part in ("--set", setting)]
 NAMES = ("Rome", "Florence", "Ada Lovelace", "Marie Curie")
@@ -206,3 +211,110 @@ def test_facts_that_were_left_out_are_written_with_the_patch(call: Command) -> N
     assert "no subject" in Path("p/rejected.jsonl").read_text()
     assert call("apply", "two.jsonl", "--onto", "p", "--quick").status == 0
     assert not Path("p/rejected.jsonl").exists()
+
+
+# --- Ctrl-C, and what runs out ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.3, 0.6])
+def test_ctrl_c_while_importing_is_one_line(seconds: float, call: Command, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", STARTED, "apply", "one.jsonl"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "there\n"
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    lines = [line for line in said.splitlines() if line and not line.startswith("model:")]
+    assert [line[:13] for line in lines] == ["interrupted; "], said
+    assert not list(tmp_path.glob("one-patch*"))
+
+
+STARTED = """
+import patchkit.__main__ as program
+print("there", flush=True)
+program.main()
+"""
+
+
+def told(ended: Ended) -> str:
+    """The one line that a command ended with, after notes and, where the terminal shows ^C, the end of its line."""
+    lines = [line for line in ended.err.splitlines() if line]
+    assert "Traceback" not in ended.err
+    assert [line for line in lines if line.startswith(("error: ", "interrupted; "))] == lines[-1:]
+    return lines[-1]
+
+
+def test_ctrl_c_in_an_edit_says_how_to_go_on(call: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as cut:
+        cut.setattr("patchkit.runs.execute.edit", interrupted)
+        ended = call("apply", "one.jsonl", *QUICK, "--quick", "--out", "p")
+    assert (ended.status, told(ended)) == (130, "interrupted; the same command goes on where it stopped")
+    with monkeypatch.context() as cut:
+        cut.setattr("patchkit.cli.jobs.merge_patches", interrupted)
+        cut.setattr("patchkit.evaluate.gates.Gates.check", lambda *_: None)
+        ended = call("apply", "one.jsonl", *QUICK, "--out", "p", "--merge", "m")
+    assert told(ended) == "interrupted; the patch is finished: p; go on with `patchkit merge`"
+    with monkeypatch.context() as cut:
+        cut.setattr("patchkit.cli.jobs.take_out", interrupted)
+        assert told(call("revert", "p", "--last", 1)) == "interrupted; run the same command again"
+
+
+def masked() -> ImportError:
+    """An interrupt of which a library has made another error."""
+    error = ImportError("numpy could not be imported")
+    error.__cause__ = KeyboardInterrupt()
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 1, "error: not enough memory: free"),
+        (RuntimeError("could not create a primitive"), 1, "error: not enough memory: free"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            1,
+            "error: not enough memory: free",
+        ),
+        (MemoryError(), 1, "error: not enough memory: free"),
+        (OSError(12, "Cannot allocate memory"), 1, "error: not enough memory: free"),
+        (OSError(28, "No space left on device", "p"), 1, "error: the disk is full, or a limit of it is reached: "),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 1, "error: the disk is full, or a limit"),
+        (masked(), 130, "interrupted; "),
+    ],
+)
+def test_what_runs_out_is_one_line_that_says_how_to_go_on(
+    error: Exception, status: int, line: str, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("patchkit.editing.editor.requests_of", fail)
+    ended = call("apply", "one.jsonl", *QUICK, "--out", "p")
+    assert ended.status == status
+    assert told(ended).startswith(line)
+    assert told(ended).endswith("the same command goes on where it stopped")
+
+
+@needs_fork
+@quiet_forks
+def test_a_full_disk_is_one_line_and_leaves_the_old_patch(call: Command) -> None:
+    """A limit on the size of files does what a full disk does: the writing fails in the middle."""
+    assert call("apply", "one.jsonl", *QUICK, "--quick", "--out", "p").status == 0
+    before = tree(Path("p"))
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+        ended = call("revert", "p", "--fact", "one")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        sys.exit(ended.status if told(ended).startswith("error: the disk is full") else 99)
+
+    assert status_of(forked(limited)) == 1
+    assert tree(Path("p")) == before
+    assert call("revert", "p", "--fact", "one").status == 0

@@ -44,7 +44,7 @@ def test_the_name_is_the_one_that_the_version_is_asked_for_by(unpacked: Path) ->
     assert metadata["Name"] == DISTRIBUTION
     # On the package index, `patchkit` belongs to another project.
     assert DISTRIBUTION != "patchkit"
-    assert "patchkit = patchkit.cli:main" in (folder / "entry_points.txt").read_text(encoding="utf-8")
+    assert "patchkit = patchkit.__main__:main" in (folder / "entry_points.txt").read_text(encoding="utf-8")
 
 
 def files_under(folder: Path) -> dict[str, bytes]:

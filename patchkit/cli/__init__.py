@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from typing import NoReturn
 
 import click
 
-from patchkit.errors import InputError, PatchkitError
+from patchkit.errors import InputError, Interrupted, PatchkitError, shortage
 from patchkit.version import DISTRIBUTION
 
 COMMANDS = {
@@ -69,25 +70,49 @@ def main() -> None:
     arguments, debug = [given for given in sys.argv[1:] if given != "--debug"], "--debug" in sys.argv[1:]
     try:
         cli(arguments, prog_name="patchkit", standalone_mode=False)
-    except PatchkitError as error:
-        _fail(str(error), error.exit_status)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except click.exceptions.Exit as ended:
         sys.exit(ended.exit_code)
-    except OSError as error:  # a full disk, a folder that may not be written
-        _fail(str(error), InputError.exit_status)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
-        sys.exit(130)
-    except Exception as error:
-        if debug:
+    except (Exception, KeyboardInterrupt) as error:
+        if (interrupt := _interrupt_behind(error)) or isinstance(error, click.Abort):
+            more = str(interrupt) if isinstance(interrupt, Interrupted) else _how_to_go_on(arguments)
+            click.echo(f"interrupted; {more}", err=True)
+            sys.exit(130)
+        if debug and not isinstance(error, PatchkitError):
             raise
-        _fail(unforeseen(error), UNFORESEEN)
+        _fail(*_told(error, arguments))
 
 
-def unforeseen(error: Exception) -> str:
+def _told(error: BaseException, arguments: Sequence[str]) -> tuple[str, int]:
+    """One line about an error, and the exit status."""
+    if isinstance(error, PatchkitError):
+        return str(error), error.exit_status
+    if line := shortage(error):
+        return f"{line}; {_how_to_go_on(arguments)}", PatchkitError.exit_status
+    if isinstance(error, OSError):  # a folder that may not be written
+        return str(error), InputError.exit_status
+    return unforeseen(error), UNFORESEEN
+
+
+_GO_ON = ("apply", "stats", "bench")
+"""The commands that keep what is finished of them."""
+
+
+def _how_to_go_on(arguments: Sequence[str]) -> str:
+    goes_on = bool(set(_GO_ON) & set(arguments[:1]))
+    return "the same command goes on where it stopped" if goes_on else "run the same command again"
+
+
+def _interrupt_behind(error: BaseException | None) -> BaseException | None:
+    """The Ctrl-C that it is or came of: some libraries make another error of one while they are imported."""
+    if error is None or isinstance(error, KeyboardInterrupt):
+        return error
+    return _interrupt_behind(error.__cause__ or error.__context__)
+
+
+def unforeseen(error: BaseException) -> str:
     """One line about an error that is none of the user's, and how to report it."""
     what = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     what = f"{type(error).__name__}{f': {what[:200]}' if what else ''}"

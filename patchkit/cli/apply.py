@@ -24,7 +24,7 @@ from patchkit.cli.common import (
 )
 from patchkit.cli.merge import show_merged
 from patchkit.cli.push import packed, show_pushed
-from patchkit.errors import GateError, InputError, PatchkitError
+from patchkit.errors import GateError, InputError, Interrupted, PatchkitError
 from patchkit.evaluate.gates import Gates
 from patchkit.facts.typed import FORM
 
@@ -200,6 +200,9 @@ class _After:
             raise GateError(f"{error}; the patch is kept: {done.folder}{nothing}") from None
         except PatchkitError as error:
             raise type(error)(f"{error}; the patch is finished all the same: {done.folder}") from None
+        except KeyboardInterrupt:
+            what = "`patchkit merge`" if self.merged else "`patchkit push`"
+            raise Interrupted(f"the patch is finished: {done.folder}; go on with {what}") from None
         finally:
             if self.as_json:
                 click.echo(done.as_json(more))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from patchkit.editing.buckets import Bucket, Index, Kept
-from patchkit.errors import InputError
+from patchkit.errors import InputError, out_of_memory
 from patchkit.facts.requests import EditRequest, Row, pad
 from patchkit.model.devices import sent
 from patchkit.model.forward import LayerRunner, Prefix
@@ -223,8 +223,8 @@ def in_parts(
     """
     try:
         return [(item, work(item))]
-    except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error)):
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
             raise
     # Outside of the handler, whose error keeps everything that the attempt had computed.
     parts = halves(item)

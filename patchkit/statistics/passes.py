@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from torch import Tensor
 
@@ -46,9 +47,10 @@ def summed(
             if time.monotonic() - saved > SAVE_EVERY:
                 _save(partial, sums, done)
                 saved = time.monotonic()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception):
         if done:
-            _save(partial, sums, done)
+            with suppress(OSError):  # where the disk is full, that is what is raised
+                _save(partial, sums, done)
         raise
     progress(corpus.tokens, corpus.tokens)
     return sums
