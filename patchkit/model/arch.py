@@ -7,7 +7,6 @@ like the known ones works without being added here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from patchkit.errors import InputError
 from patchkit.model.devices import home_of
+from patchkit.model.twin import twin_of
 from patchkit.model.weights import EDITABLE_DTYPES, Site, is_linear, is_offloaded, shape_of
 
 
@@ -190,29 +190,31 @@ def _refuse_quantized(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _sites(model: PreTrainedModel, layers: Sequence[nn.Module], names: Sequence[str]) -> tuple[Site, ...]:
-    sites = []
+    sites, twin = [], twin_of(model)
     known: dict[tuple[object, ...], bool] = {}  # layers built alike are probed once
     for index, (layer, name) in enumerate(zip(layers, names, strict=True)):
-        module = model.get_submodule(name)
         structure = (type(layer), tuple(child for child, _ in layer.named_modules()))
         if structure not in known:
-            known[structure] = _is_direct(model, layer, module, name)
+            known[structure] = _is_direct(twin, index, name)
+        module = model.get_submodule(name)
         d_in, d_out = _widths(module)
         sites.append(Site(index, f"{name}.weight", name, module, d_in, d_out, known[structure]))
     return tuple(sites)
 
 
-def _is_direct(model: PreTrainedModel, layer: nn.Module, module: nn.Module, name: str) -> bool:
-    """Push the module's output and see whether the layer's output moves by just as much."""
-    with evaluating(model), torch.no_grad():
-        before = _last_state(model, layer, module, None)
+def _is_direct(twin: PreTrainedModel, index: int, name: str) -> bool:
+    """Push the module's output and see whether the layer's output moves by just as much, on a model that nobody else
+    runs."""
+    layer, module = decoder_layers(twin)[1][index], twin.get_submodule(name)
+    with torch.no_grad():
+        before = _last_state(twin, layer, module, None)
         push = torch.randn(before.shape, generator=torch.Generator().manual_seed(0)).to(before)
         # As large as the state itself, so that rounding in 16 bits stays small beside it.
         push *= before.norm().clamp(min=1e-3) / push.norm()
-        moved = _last_state(model, layer, module, push).double() - before.double()
+        moved = _last_state(twin, layer, module, push).double() - before.double()
     if not moved.any():
         advice = "this layout is not supported; if a custom kernel replaces the module's forward, load without it"
-        raise _refusal(model, f"an effect of {name} on its layer's output", "none", advice)
+        raise _refusal(twin, f"an effect of {name} on its layer's output", "none", advice)
     tolerance = max(8 * torch.finfo(before.dtype).eps, 1e-4)
     return bool((moved - push.double()).norm() <= tolerance * push.double().norm())
 
@@ -243,16 +245,3 @@ def _last_state(model: PreTrainedModel, layer: nn.Module, module: nn.Module, pus
             return reached.state
     advice = "this layout is not supported"
     raise _refusal(model, f"a forward through {type(layer).__name__}", "a forward that does not call it", advice)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block: no dropout, so no random number is drawn."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        # Module by module: train() would also switch what the caller had frozen in eval mode.
-        for module, mode in training:
-            module.training = mode

@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from patchkit.model.arch import Architecture, evaluating
+from patchkit.model.arch import Architecture
 from patchkit.model.devices import at, home_of
 from patchkit.model.linears import Linears
+from patchkit.model.threads import forward_in_this_thread, in_this_thread
+from patchkit.model.twin import twin_of
 from patchkit.model.weights import Site, weight_of
 
 
@@ -219,7 +221,7 @@ class LayerRunner:
         saved = [layer.__dict__.get("forward") for layer in layers]
         try:
             for layer, arity in zip(layers, self._arity, strict=False):
-                layer.forward = _pass_through(arity)
+                layer.forward = forward_in_this_thread(layer, _pass_through(arity))
             yield
         finally:
             for layer, forward in zip(layers, saved, strict=True):
@@ -235,13 +237,11 @@ class LayerRunner:
         def note(module: nn.Module, args: Any, output: Any) -> None:
             seen.append(len(output) if isinstance(output, tuple) else 0)
 
-        handles = [layer.register_forward_hook(note) for layer in self.arch.layers]
-        try:
-            with evaluating(self.arch.model), torch.no_grad():
-                self.arch.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+        twin = twin_of(self.arch.model)
+        for layer in twin.get_submodule(self.arch.layers_name).children():
+            layer.register_forward_hook(note)
+        with torch.no_grad():
+            twin(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
         return seen
 
 
@@ -259,7 +259,7 @@ def _feeding(layer: nn.Module, hidden: Tensor) -> Iterator[None]:
             return args, {**kwargs, "hidden_states": hidden}
         return (hidden, *args[1:]), kwargs
 
-    handle = layer.register_forward_pre_hook(swap, with_kwargs=True)
+    handle = layer.register_forward_pre_hook(in_this_thread(swap), with_kwargs=True)
     try:
         yield
     finally:
@@ -272,7 +272,7 @@ def _ending_after(layer: nn.Module, found: list[Tensor]) -> Iterator[None]:
         found.append(output[0] if isinstance(output, tuple) else output)
         raise _EndOfSpan
 
-    handle = layer.register_forward_hook(end)
+    handle = layer.register_forward_hook(in_this_thread(end))
     try:
         yield
     finally:
@@ -287,7 +287,7 @@ def _gathering(head: nn.Module, where: tuple[Tensor, Tensor]) -> Iterator[None]:
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (at(args[0], rows, positions).unsqueeze(0),)  # (1, points, d)
 
-    handle = head.register_forward_pre_hook(gather)
+    handle = head.register_forward_pre_hook(in_this_thread(gather))
     try:
         yield
     finally:
@@ -306,7 +306,7 @@ def watching(module: nn.Module, rows: int, see: Callable[[Tensor, Tensor], Tenso
         seen = see(args[0].view(rows, -1, args[0].shape[-1]), output.view(rows, -1, output.shape[-1]))
         return None if seen is None else seen.view_as(output)
 
-    handle = module.register_forward_hook(hook)
+    handle = module.register_forward_hook(in_this_thread(hook))
     try:
         yield
     finally:
@@ -324,7 +324,7 @@ def watching_output(module: nn.Module, rows: int, see: Callable[[Tensor], Tensor
             return None
         return (seen.view_as(first), *output[1:]) if isinstance(output, tuple) else seen.view_as(first)
 
-    handle = module.register_forward_hook(hook)
+    handle = module.register_forward_hook(in_this_thread(hook))
     try:
         yield
     finally:
@@ -338,7 +338,7 @@ def watching_input(layer: nn.Module, see: Callable[[Tensor], None]) -> Iterator[
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         see(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
-    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = layer.register_forward_pre_hook(in_this_thread(hook), with_kwargs=True)
     try:
         yield
     finally:

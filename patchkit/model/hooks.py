@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from patchkit.maths.linalg import Delta
 from patchkit.model.arch import Architecture
+from patchkit.model.threads import in_this_thread
 
 
 class LiveDelta:
@@ -24,6 +25,13 @@ class LiveDelta:
         self._parts: list[Delta] = []
         self._matrix: Tensor | None = None
         self._factors: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def of(cls, delta: Delta) -> LiveDelta:
+        """Of a single delta."""
+        live = cls()
+        live.add(delta)
+        return live
 
     def add(self, delta: Delta) -> None:
         """Add one more delta."""
@@ -47,15 +55,16 @@ class LiveDelta:
         """Forward hook of the module."""
         if not self._parts and self._matrix is None:
             return output
-        if not self._factors or self._factors[0].dtype != output.dtype or self._factors[0].device != output.device:
-            self._cast(output)
+        factors = self._factors  # looked at once: another thread may be running the model in another dtype
+        if not factors or factors[0].dtype != output.dtype or factors[0].device != output.device:
+            factors = self._factors = self._cast(output)
         # A module that is quantized or offloaded may take its input on another device, or in another dtype.
         change = args[0].to(output)
-        for factor in self._factors:
+        for factor in factors:
             change = linear(change, factor)  # (..., r), then (..., d_out)
         return output + change
 
-    def _cast(self, output: Tensor) -> None:
+    def _cast(self, output: Tensor) -> tuple[Tensor, ...]:
         # Made under inference_mode, they could not be used by a later call that computes gradients.
         with torch.inference_mode(False):
             if self._matrix is None:
@@ -63,12 +72,13 @@ class LiveDelta:
                 factors: tuple[Tensor, ...] = (total.right, total.left)
             else:
                 factors = (self._matrix,)
-            self._factors = tuple(factor.detach().to(output).contiguous() for factor in factors)
+            return tuple(factor.detach().to(output).contiguous() for factor in factors)
 
 
 @contextmanager
 def live_deltas(arch: Architecture, layers: Mapping[int, Delta | None]) -> Iterator[dict[int, LiveDelta]]:
-    """Attach a `LiveDelta` at each layer in `layers`, starting from the given delta; all are gone afterward."""
+    """Attach a `LiveDelta` at each layer in `layers`, starting from the given delta; all are gone afterward. They act
+    on this thread's passes."""
     live: dict[int, LiveDelta] = {}
     handles = []
     try:
@@ -76,7 +86,8 @@ def live_deltas(arch: Architecture, layers: Mapping[int, Delta | None]) -> Itera
             live[layer] = LiveDelta()
             if delta is not None:
                 live[layer].add(delta)
-            handles.append(arch.sites[layer].module.register_forward_hook(live[layer].hook, prepend=True))
+            hook = in_this_thread(live[layer].hook)
+            handles.append(arch.sites[layer].module.register_forward_hook(hook, prepend=True))
         yield live
     finally:
         for handle in handles:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from patchkit.maths.onednn import available, linear
+from patchkit.model.threads import forward_in_this_thread
 from patchkit.model.weights import LINEAR, is_transposed
 
 
@@ -27,7 +28,8 @@ class Linears:
         nested, self._nested = self._nested, True
         try:
             for module in chosen:
-                module.forward = partial(_transposed if is_transposed(module) else _forward, module)
+                by_onednn = partial(_transposed if is_transposed(module) else _forward, module)
+                module.forward = forward_in_this_thread(module, by_onednn)
             yield
         finally:
             self._nested = nested

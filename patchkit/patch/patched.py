@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,44 +14,67 @@ from patchkit.errors import InputError
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import Update, delta_of, moved
 from patchkit.model.devices import solve_device
-from patchkit.model.hooks import LiveDelta
-from patchkit.model.weights import is_quantized, loaded_weight, oriented, shape_of, weight_of
+from patchkit.model.weights import is_quantized, loaded_weight, oriented, shape_of, tensor_digest, weight_of
+from patchkit.patch.passes import NOTHING, Passes
+from patchkit.patch.patch import Patch
 
 
 class PatchedModule:
-    """A module with the updates of the active patches on it, by a hook or written into its weight."""
+    """A module with the updates of the active patches on it, by a hook or written into its weight.
 
-    def __init__(self, name: str, module: nn.Module) -> None:
-        self.name, self.module = name, module
-        self._live = LiveDelta()
+    Its hook adds what `passes` says that the pass in its thread sees under the module's name.
+    """
+
+    def __init__(self, name: str, module: nn.Module, passes: Passes) -> None:
+        self.name, self.module, self.passes = name, module, passes
         self._handle: RemovableHandle | None = None
         self._original: Tensor | None = None
+        self.written: Delta | None = None
+        """The change that is in the weight."""
 
-    @property
-    def hooked(self) -> bool:
-        return self._handle is not None
+    def hook(self) -> bool:
+        """Put the hook on the module; whether it was not there."""
+        if self._handle is not None:
+            return False
+        # First, so that the user's own hooks see the patched output.
+        self._handle = self.module.register_forward_hook(self._add, prepend=True)
+        return True
 
-    def show(self, updates: Sequence[Update], merged: bool) -> None:
-        """Put just `updates` on the module, in their order; with `merged`, into its weight."""
-        self._restore()
-        where = solve_device(self.module)
-        total = delta_of([moved(update, where) for update in updates], self._rotatable) if updates else None
-        self._live.set([total] if total is not None and not merged else [])
-        if self._handle is None:
-            # First, so that the user's own hooks see the patched output.
-            self._handle = self.module.register_forward_hook(self._live.hook, prepend=True)
-        if merged and total is not None:
-            self._write(total)
-
-    def release(self) -> None:
-        """Leave the module as it was found."""
-        self._restore()
+    def unhook(self) -> None:
+        """Take the hook off."""
         if self._handle is not None:
             self._handle.remove()
+            self._handle = None
+
+    def _add(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        live = self.passes.acting().get(self.name)
+        return output if live is None else live.hook(module, args, output)
+
+    def total(self, updates: Sequence[Update]) -> Delta | None:
+        """Just these updates, in their order, as one change of the weight without patches."""
+        where = solve_device(self.module)
+        return delta_of([moved(update, where) for update in updates], self._rotatable) if updates else None
+
+    @torch.no_grad()
+    def write(self, total: Delta | None) -> None:
+        """Put the original weight back, and on top of it write `total`."""
+        if self._original is None and total is None:
+            return
+        weight = weight_of(self.module)
+        if self._original is None:
+            self._original = weight.detach().to("cpu", copy=True)
+        if total is None:
+            weight.copy_(self._original)
+            self._original = self.written = None
+            return
+        self.written = total
+        change = oriented(self.module, total.to(device=weight.device).dense())  # as the weight lies
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight.copy_(self._original.to(device=weight.device, dtype=wide) + change)
 
     def keep(self) -> None:
         """Make what was written permanent: forget the original weight."""
-        self._original = None
+        self._original = self.written = None
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -80,20 +105,37 @@ class PatchedModule:
         shape = shape_of(self.module)
         assert shape is not None
         eye = torch.eye(shape[1], device=next(self.module.buffers(), torch.empty(0)).device)  # (d_in, d_in)
-        self._live.set([])
-        output = self.module(torch.cat([eye, 0 * eye[:1]]))  # (d_in + 1, d_out), the last row being the bias
+        with self.passes.seeing(NOTHING):
+            output = self.module(torch.cat([eye, 0 * eye[:1]]))  # (d_in + 1, d_out), the last row being the bias
         assert isinstance(output, Tensor)
         return (output[:-1] - output[-1:]).T.float()
 
-    @torch.no_grad()
-    def _write(self, total: Delta) -> None:
-        weight = weight_of(self.module)
-        self._original = weight.detach().to("cpu", copy=True)
-        change = oriented(self.module, total.to(device=weight.device).dense())  # as the weight lies
-        weight.copy_(weight.to(torch.promote_types(weight.dtype, torch.float32)) + change)
 
-    @torch.no_grad()
-    def _restore(self) -> None:
-        if self._original is not None:
-            weight_of(self.module).copy_(self._original)
-            self._original = None
+def check_base(patch: Patch, modules: Mapping[str, PatchedModule], numbers: bool) -> None:
+    """Raises InputError where a module's weight has not the shape, or with `numbers` the digest, that is the base's.
+
+    What is quantized cannot be compared by its numbers, which a warning says.
+    """
+    base, unknown = patch.manifest.base, []
+    for weight, module in modules.items():
+        if weight in patch.shapes and module.shape != patch.shapes[weight]:
+            raise base.wrong_shape(weight, module.described)
+        stored = module.base_weight() if numbers else None
+        if stored is None:
+            unknown.append(weight)
+        elif tensor_digest(weight, stored) != base.weights.get(weight):
+            raise base.wrong_numbers(weight)
+    if numbers and unknown:
+        warnings.warn(
+            f"{len(unknown)} of {len(modules)} touched weights are quantized ({unknown[0]}): compared with {base.name} "
+            "by name and shape, not by their numbers",
+            stacklevel=_callers_level(),
+        )
+
+
+def _callers_level() -> int:
+    """The `stacklevel` of a warning by which it names the line that called patchkit, through whatever it was called."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in ("patchkit", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from patchkit.errors import InputError
 from patchkit.io.hub import is_repo_name
-from patchkit.maths.updates import Chain
-from patchkit.model.weights import find_module, tensor_digest
+from patchkit.maths.linalg import Delta
+from patchkit.maths.updates import Chain, Update
+from patchkit.model.hooks import LiveDelta
+from patchkit.model.weights import find_module
+from patchkit.patch.locks import lock_of, uninterrupted
 from patchkit.patch.manifest import Manifest
+from patchkit.patch.passes import Passes, Version, reset_compiled
 from patchkit.patch.patch import Patch
-from patchkit.patch.patched import PatchedModule
+from patchkit.patch.patched import PatchedModule, check_base
 
 _ATTRIBUTE = "patchkit"
 
@@ -115,22 +118,42 @@ def from_pretrained(
 
 @dataclass(frozen=True)
 class _Attached:
-    """A patch on the model: its chains of updates by module name."""
+    """A patch on the model: its chains of updates by module name, and who attached it."""
 
     manifest: Manifest
     chains: Mapping[str, Chain]
+    by: object = None
+
+
+@dataclass(frozen=True)
+class _State:
+    """Everything that decides how the patches act; it is replaced as a whole."""
+
+    attached: Mapping[str, _Attached] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    merged: bool = False
+    disabled: frozenset[object] = frozenset()
+
+    def updates(self, module: str) -> list[Update]:
+        """What acts on a module, in order."""
+        acting = () if self.disabled else self.active
+        return [update for name in acting for update in self.attached[name].chains.get(module, ())]
 
 
 class PatchStack:
-    """The patches on one model. Several of them act as if merged one after the other, in the order of `active`."""
+    """The patches on one model. Several of them act as if merged one after the other, in the order of `active`.
+
+    Patches may be attached, switched and taken off while other threads run the model: each pass, and each `generate`,
+    is wholly of one version (`patchkit.patch.passes`; docs/trust.md says what is not safe). Whatever raises, an
+    interrupt included, leaves all as it was.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._attached: dict[str, _Attached] = {}
+        self._lock = lock_of(model)
+        self._passes = Passes(model, self._lock)
         self._touched: dict[str, PatchedModule] = {}
-        self._active: tuple[str, ...] = ()
-        self._merged = False
-        self._disabled = 0
+        self._state = _State()
 
     @classmethod
     def of(cls, model: nn.Module) -> PatchStack:
@@ -144,62 +167,86 @@ class PatchStack:
     @property
     def manifests(self) -> dict[str, Manifest]:
         """The manifest of every patch on the model, by the patch's name."""
-        return {name: attached.manifest for name, attached in self._attached.items()}
+        return {name: attached.manifest for name, attached in self._state.attached.items()}
 
     @property
     def active(self) -> tuple[str, ...]:
         """Names of the active patches, in the order in which they act."""
-        return self._active
+        return self._state.active
 
     @property
     def merged(self) -> bool:
         """Whether the active patches are written into the weights."""
-        return self._merged
+        return self._state.merged
 
     def __repr__(self) -> str:
-        mode = "merged" if self._merged else "attached"
-        return f"PatchStack({', '.join(self._attached)}; active: {', '.join(self._active) or 'none'}; {mode})"
+        state = self._state
+        mode = "merged" if state.merged else "attached"
+        return f"PatchStack({', '.join(state.attached)}; active: {', '.join(state.active) or 'none'}; {mode})"
 
     def load(
-        self, patch: str | Path | Patch, name: str | None = None, *, merged: bool = False, force: bool = False
+        self,
+        patch: str | Path | Patch,
+        name: str | None = None,
+        *,
+        merged: bool = False,
+        force: bool = False,
+        by: object = None,
     ) -> None:
-        """Add a patch on top of the active ones; arguments and errors as in `patchkit.load`."""
+        """Add a patch on top of the active ones; arguments and errors as in `patchkit.load`.
+
+        Args:
+            by: noted with the patch, for who attaches it to know it by.
+        """
         name, read = name or _name_of(patch), _read(patch)
-        for other, attached in self._attached.items():
-            if attached.manifest.digest == read.manifest.digest:
-                raise InputError(f'patch "{name}": the model has it already, as "{other}"; it can act only once')
-        if name in self._attached:
-            raise InputError(f'patch "{name}": the model has one of that name; give this one another, name="..."')
-        base = read.manifest.base
-        found = {weight: find_module(self._model, weight, base.advice) for weight in {**base.weights, **read.updates}}
-        modules = {weight: self._touched.get(key) or PatchedModule(key, each) for weight, (key, each) in found.items()}
-        _check(read, modules, numbers=not force)
-        touched = {modules[weight].name: modules[weight] for weight in read.updates}
-        chains = {modules[weight].name: chain for weight, chain in read.updates.items()}
-        if merged or self._merged:
-            for place in touched.values():
-                place.check_writable()
-        self._attached[name] = _Attached(read.manifest, chains)
-        self._touched |= touched
-        self._active, self._merged = (*self._active, name), merged or self._merged
-        self._update()
+        with self._lock:
+            if (there := self._there()) is not self:
+                return there.load(read, name, merged=merged, force=force, by=by)
+            state, merged = self._state, merged or self._state.merged
+            for other, attached in state.attached.items():
+                if attached.manifest.digest == read.manifest.digest:
+                    raise InputError(f'patch "{name}": the model has it already, as "{other}"; it can act only once')
+            if name in state.attached:
+                raise InputError(f'patch "{name}": the model has one of that name; give this one another, name="..."')
+            modules = self._modules(read)
+            check_base(read, modules, numbers=not force)
+            touched = {modules[weight].name: modules[weight] for weight in read.updates}
+            chains = {modules[weight].name: chain for weight, chain in read.updates.items()}
+            all_attached = {**state.attached, name: _Attached(read.manifest, chains, by)}
+            self._become(replace(state, attached=all_attached, active=(*state.active, name), merged=merged), touched)
+
+    def _there(self) -> PatchStack:
+        """The stack with the model's patches: another one than this where another thread was first to attach any."""
+        found = self._model.__dict__.get(_ATTRIBUTE, self)
+        assert isinstance(found, PatchStack)
+        return found
+
+    def _modules(self, patch: Patch) -> dict[str, PatchedModule]:
+        """The module of every weight of the patch's base, by the weight's name on disk."""
+        base, found = patch.manifest.base, dict[str, PatchedModule]()
+        for weight in {**base.weights, **patch.updates}:
+            name, module = find_module(self._model, weight, base.advice)
+            found[weight] = self._touched.get(name) or PatchedModule(name, module, self._passes)
+        return found
 
     @contextmanager
     def attached(self, patch: Patch) -> Iterator[nn.Module]:
-        """Inside the block, `patch` acts on top of the active ones.
+        """Inside the block, `patch` acts on top of the active ones, for all threads.
 
         Raises:
             InputError: as in `patchkit.load`, or inside `disable`, where it would not act.
         """
-        if self._disabled:
+        if self._state.disabled:
             raise InputError("the model's patches are disabled, and one attached now would be, too; attach it before")
-        name = f"attached {patch.manifest.digest[:12]}"
-        self.load(patch, name)
+        name, mine = f"attached {patch.manifest.digest[:12]}", object()
         try:
+            self.load(patch, name, by=mine)
             yield self._model
         finally:
-            if name in self._attached:  # unless the block took all patches off
-                self.delete(name)
+            with self._lock:  # the block may have taken all patches off, and others attached it since
+                stack = self._there()
+                if (there := stack._state.attached.get(name)) and there.by is mine:
+                    stack.delete(name)
 
     def set_active(self, names: str | Iterable[str]) -> None:
         """Activate just these patches, in this order; the others stay attached but inactive.
@@ -208,23 +255,24 @@ class PatchStack:
             InputError: there is no such patch on the model, or one is named twice.
         """
         chosen = (names,) if isinstance(names, str) else tuple(names)
-        for name in chosen:
-            self._require(name)
-        if len(set(chosen)) < len(chosen):
-            raise InputError(f"{', '.join(chosen)}: a patch is named twice; it can act only once")
-        self._active = chosen
-        self._update()
+        with self._lock:
+            for name in chosen:
+                self._require(name)
+            if len(set(chosen)) < len(chosen):
+                raise InputError(f"{', '.join(chosen)}: a patch is named twice; it can act only once")
+            self._become(replace(self._state, active=chosen))
 
     @contextmanager
     def disable(self) -> Iterator[nn.Module]:
-        """Inside the block, the model is its base again."""
-        self._disabled += 1
+        """Inside the block, the model is its base again, for all threads."""
+        mine = object()
         try:
-            self._update()
+            with self._lock:
+                self._become(replace(self._state, disabled=self._state.disabled | {mine}))
             yield self._model
         finally:
-            self._disabled -= 1
-            self._update()
+            with self._lock:
+                self._become(replace(self._state, disabled=self._state.disabled - {mine}))
 
     def delete(self, name: str) -> None:
         """Take one patch off the model.
@@ -232,34 +280,34 @@ class PatchStack:
         Raises:
             InputError: it is not there.
         """
-        self._require(name)
-        del self._attached[name]
-        self._active = tuple(other for other in self._active if other != name)
-        self._update()
+        with self._lock:
+            self._require(name)
+            left = {other: attached for other, attached in self._state.attached.items() if other != name}
+            active = tuple(other for other in self._state.active if other != name)
+            self._become(replace(self._state, attached=left, active=active))
 
     def merge(self) -> None:
         """Write the active patches into the weights, and keep the originals in memory on the CPU.
 
         There is no overhead then. Each weight is rounded to nearest in its dtype: in 16 bits that loses part of a
-        small delta, which attached patches keep; so does `patchkit merge`, which rounds with error feedback.
+        small delta, which attached patches keep; so does `patchkit merge`, which rounds with error feedback. Not for a
+        model that other threads run meanwhile: weights are written one after the other.
 
         Raises:
             InputError: a weight is quantized or offloaded.
         """
-        for place in self._touched.values():
-            place.check_writable()
-        self._merged = True
-        self._update()
+        with self._lock:
+            self._become(replace(self._state, merged=True))
 
     def unmerge(self) -> None:
         """Put the original weights back, bit for bit, and let the active patches act by hooks again."""
-        self._merged = False
-        self._update()
+        with self._lock:
+            self._become(replace(self._state, merged=False))
 
     def unload(self) -> nn.Module:
         """Take all patches off: weights bit for bit as they were, no hooks. Returns the model."""
-        self._attached, self._active, self._merged = {}, (), False
-        self._update()
+        with self._lock:
+            self._become(replace(self._state, attached={}, active=(), merged=False))
         return self._model
 
     def merge_and_unload(self) -> nn.Module:
@@ -268,32 +316,81 @@ class PatchStack:
         Raises:
             InputError: a weight is quantized or offloaded.
         """
-        self.merge()
-        for place in self._touched.values():
-            place.keep()
-        return self.unload()
+        with self._lock, uninterrupted():
+            self.merge()
+            for place in self._touched.values():
+                place.keep()
+            return self.unload()
 
     def _require(self, name: str) -> None:
-        if name not in self._attached:
-            known = ", ".join(self._attached) or "none at all"
+        if name not in self._state.attached:
+            known = ", ".join(self._state.attached) or "none at all"
             raise InputError(f'patch "{name}": not on this model; it has {known}')
 
-    def _update(self) -> None:
-        """Bring hooks and weights in line with the attached and the active patches."""
-        acting = () if self._disabled else self._active
-        hooks = {key for key, place in self._touched.items() if place.hooked}
-        for key, place in list(self._touched.items()):
-            if any(key in attached.chains for attached in self._attached.values()):
-                stacked = [self._attached[name].chains.get(key, ()) for name in acting]
-                place.show([update for chain in stacked for update in chain], self._merged)
-            else:
-                self._touched.pop(key).release()
-        if self._attached:
-            setattr(self._model, _ATTRIBUTE, self)
-        elif hasattr(self._model, _ATTRIBUTE):
-            delattr(self._model, _ATTRIBUTE)
-        if hooks != self._touched.keys() and "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # compiled code does not notice hooks that come and go; what they add, it does
+    # --- from one state to another ------------------------------------------------------------------------------------
+
+    def _become(self, state: _State, more: Mapping[str, PatchedModule] = MappingProxyType({})) -> None:
+        """Let the patches act as `state` says, or leave all as it was. `more` are modules not touched before.
+
+        Raises:
+            InputError: weights are to be written that cannot be.
+        """
+        touched, before = {**self._touched, **more}, self._state
+        if state.merged:
+            for place in touched.values():
+                place.check_writable()
+        totals = {name: place.total(state.updates(name)) for name, place in touched.items()}
+        acting = (
+            {} if state.merged else {name: LiveDelta.of(total) for name, total in totals.items() if total is not None}
+        )
+        written = {name: place.written for name, place in touched.items()}
+        version = self._passes.current
+        try:
+            self._put(state, touched, acting, totals if state.merged else {})
+        except BaseException:
+            with uninterrupted():
+                self._put(before, touched, version, written)
+            raise
+
+    def _put(
+        self,
+        state: _State,
+        touched: Mapping[str, PatchedModule],
+        acting: Version,
+        written: Mapping[str, Delta | None],
+    ) -> None:
+        """Bring hooks, weights and notes in line with a state, when all that it takes has been computed."""
+        with uninterrupted():
+            used = {name for attached in state.attached.values() for name in attached.chains}
+            self._touched = dict(touched)
+            if state.attached:
+                self._passes.watch(used)
+                setattr(self._model, _ATTRIBUTE, self)
+            hooked = [name for name in used if touched[name].hook()]
+            for name, place in touched.items():
+                place.write(written.get(name))
+            self._passes.current, self._state = acting, state
+            if not state.attached and self._model.__dict__.get(_ATTRIBUTE) is self:
+                delattr(self._model, _ATTRIBUTE)
+            self._passes.leave(
+                {name: partial(self._unhook, name) for name in touched.keys() - used}, not state.attached
+            )
+            if hooked:
+                reset_compiled()
+
+    def _unhook(self, name: str) -> None:
+        """Forget a module."""
+        self._touched.pop(name).unhook()
+        reset_compiled()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies of the model, which no thread runs yet; they have a lock of their own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = lock_of(self._model)
+        self._passes.take(self._lock)
 
 
 def _read(patch: str | Path | Patch) -> Patch:
@@ -302,33 +399,3 @@ def _read(patch: str | Path | Patch) -> Patch:
 
 def _name_of(patch: str | Path | Patch) -> str:
     return "patch" if isinstance(patch, Patch) else Path(patch).absolute().name
-
-
-def _check(patch: Patch, modules: Mapping[str, PatchedModule], numbers: bool) -> None:
-    """Raises InputError where a module's weight has not the shape, or with `numbers` the digest, that is the base's.
-
-    What is quantized cannot be compared by its numbers, which a warning says.
-    """
-    base, unknown = patch.manifest.base, []
-    for weight, module in modules.items():
-        if weight in patch.shapes and module.shape != patch.shapes[weight]:
-            raise base.wrong_shape(weight, module.described)
-        stored = module.base_weight() if numbers else None
-        if stored is None:
-            unknown.append(weight)
-        elif tensor_digest(weight, stored) != base.weights.get(weight):
-            raise base.wrong_numbers(weight)
-    if numbers and unknown:
-        warnings.warn(
-            f"{len(unknown)} of {len(modules)} touched weights are quantized ({unknown[0]}): compared with {base.name} "
-            "by name and shape, not by their numbers",
-            stacklevel=_callers_level(),
-        )
-
-
-def _callers_level() -> int:
-    """The `stacklevel` of a warning by which it names the line that called patchkit, through whatever it was called."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in ("patchkit", "contextlib"):
-        frame, level = frame.f_back, level + 1
-    return level
