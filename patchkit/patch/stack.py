@@ -336,9 +336,8 @@ class PatchStack:
             InputError: weights are to be written that cannot be.
         """
         touched, before = {**self._touched, **more}, self._state
-        if state.merged:
-            for place in touched.values():
-                place.check_writable()
+        for place in touched.values() if state.merged else ():
+            place.check_writable()
         totals = {name: place.total(state.updates(name)) for name, place in touched.items()}
         acting = (
             {} if state.merged else {name: LiveDelta.of(total) for name, total in totals.items() if total is not None}
