@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from patchkit.model.hooks import LiveDelta
 
@@ -57,7 +56,6 @@ class Passes:
         self.current = NOTHING
         self._model, self._lock = model, lock
         self._pins = dict[int, _Pin]()  # by thread, each of which touches none but its own
-        self._gate: list[RemovableHandle] = []
         self._unhook = dict[str, Callable[[], None]]()  # what is still to be called, by module
         self._closing = False
         self._generating = set[int]()  # threads that were in a `generate` when the gate was put up
@@ -106,12 +104,11 @@ class Passes:
         """Keep the hooks on these modules, and put up the gate, if it is not there."""
         self._unhook = {name: unhook for name, unhook in self._unhook.items() if name not in set(modules)}
         self._closing = False
-        if self._gate:
+        if self._enter in self._model._forward_pre_hooks.values() and self._exit in self._model._forward_hooks.values():
             return
-        self._gate = [
-            self._model.register_forward_pre_hook(self._enter, prepend=True),
-            self._model.register_forward_hook(self._exit, always_call=True),
-        ]
+        self._open()
+        self._model.register_forward_pre_hook(self._enter, prepend=True)
+        self._model.register_forward_hook(self._exit, always_call=True)
         if callable(getattr(self._model, "generate", None)) and "generate" not in self._model.__dict__:
             self._model.__dict__["generate"] = functools.partial(_generate, self)
         self._generating = _threads_in("generate")
@@ -133,12 +130,15 @@ class Passes:
             if not any(name in version for version in versions):
                 self._unhook.pop(name)()
         if self._closing and not any(versions):
+            self._open()
             self._closing = False
-            for handle in self._gate:
-                handle.remove()
-            self._gate = []
-            if isinstance(self._model.__dict__.get("generate"), functools.partial):
-                del self._model.__dict__["generate"]
+
+    def _open(self) -> None:
+        """Take the gate down."""
+        remove_hook(self._model, self._enter)
+        remove_hook(self._model, self._exit)
+        if getattr(self._model.__dict__.get("generate"), "func", None) is _generate:
+            del self._model.__dict__["generate"]
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
@@ -207,6 +207,14 @@ def _is_on_stack(wanted: FrameType) -> bool:
     while frame is not None and frame is not wanted:
         frame = frame.f_back
     return frame is not None
+
+
+def remove_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
+    """Take a forward hook off a module, if it is on it; done half, it can be done again."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for number in [number for number, there in hooks.items() if there == hook]:
+            hooks.pop(number, None)
+            module._forward_hooks_always_called.pop(number, None)
 
 
 def reset_compiled() -> None:

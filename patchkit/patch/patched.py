@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from patchkit.errors import InputError
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import Update, delta_of, moved
 from patchkit.model.devices import solve_device
 from patchkit.model.weights import is_quantized, loaded_weight, oriented, shape_of, tensor_digest, weight_of
-from patchkit.patch.passes import NOTHING, Passes
+from patchkit.patch.passes import NOTHING, Passes, remove_hook
 from patchkit.patch.patch import Patch
 
 
@@ -27,24 +26,21 @@ class PatchedModule:
 
     def __init__(self, name: str, module: nn.Module, passes: Passes) -> None:
         self.name, self.module, self.passes = name, module, passes
-        self._handle: RemovableHandle | None = None
         self._original: Tensor | None = None
         self.written: Delta | None = None
         """The change that is in the weight."""
 
     def hook(self) -> bool:
         """Put the hook on the module; whether it was not there."""
-        if self._handle is not None:
+        if self._add in self.module._forward_hooks.values():
             return False
         # First, so that the user's own hooks see the patched output.
-        self._handle = self.module.register_forward_hook(self._add, prepend=True)
+        self.module.register_forward_hook(self._add, prepend=True)
         return True
 
     def unhook(self) -> None:
         """Take the hook off."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        remove_hook(self.module, self._add)
 
     def _add(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         live = self.passes.acting().get(self.name)
