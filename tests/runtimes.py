@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from patchkit import InputError, Patch
 from patchkit.export.formats import export
 from patchkit.export.merge import merge
+from patchkit.export.merge_gguf import merge_gguf
 from patchkit.maths.updates import delta_of
 from patchkit.model.arch import inspect_model
 from patchkit.model.weights import oriented, read_weight
@@ -79,22 +80,25 @@ def shira(base: Path, patch: Patch, folder: Path) -> Tensor:
 
 
 def llama_cpp(base: Path, patch: Patch, folder: Path) -> Tensor:
+    export(patch, folder, "gguf")
+    return ask_llama(write_gguf(load(base), folder / "base.gguf"), folder / "adapter.gguf")
+
+
+def llama_cpp_merged(base: Path, patch: Patch, folder: Path) -> Tensor:
+    folder.mkdir()
+    merge_gguf([patch], write_gguf(load(base), folder / "base.gguf"), folder / "merged.gguf")
+    return ask_llama(folder / "merged.gguf")
+
+
+def ask_llama(model: Path, adapter: Path | None = None) -> Tensor:
+    """The logits of llama.cpp itself."""
     from llama_cpp import Llama
 
-    export(patch, folder, "gguf")
-    gguf = write_gguf(load(base), folder / "base.gguf")
+    options = {"logits_all": True, "n_ctx": 64, "n_threads": 1, "verbose": False}
     float32 = {"type_k": 0, "type_v": 0}  # of the KV cache, which is float16 by default
-    model = Llama(
-        str(gguf),
-        lora_path=str(folder / "adapter.gguf"),
-        logits_all=True,
-        n_ctx=64,
-        n_threads=1,
-        verbose=False,
-        **float32,
-    )
-    model.eval(TOKENS)
-    return torch.from_numpy(model._scores.copy())
+    loaded = Llama(str(model), lora_path=adapter and str(adapter), **options, **float32)
+    loaded.eval(TOKENS)
+    return torch.from_numpy(loaded._scores.copy())
 
 
 def mlx(base: Path, patch: Patch, folder: Path) -> Tensor:
@@ -136,6 +140,7 @@ RUNTIMES: dict[str, Callable[[Path, Patch, Path], Tensor]] = {
     "PEFT": peft,
     "PEFT, SHiRA": shira,
     "llama.cpp": llama_cpp,
+    "llama.cpp, merged": llama_cpp_merged,
     "MLX layout": mlx,
 }
 
