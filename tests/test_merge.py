@@ -438,3 +438,27 @@ def test_memory_stays_below_two_tensors_and_a_constant(tmp_path: Path) -> None:
     measured = benchmark.memory(tmp_path, 240_000_000, touched=1)
     assert measured["checkpoint_bytes"] > 6 * measured["tensor_bytes"]
     assert 0 < measured["peak_bytes"] < measured["peak_bound_bytes"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_quantized_checkpoint_is_refused_with_the_reason(tmp_path: Path, packed: bool) -> None:
+    """As fp8 leaves a weight (its name, other numbers, a scale beside it), and as gptq does (another name)."""
+    base = checkpoint(tmp_path / "base")
+    patch = patch_for(base)
+    file, name = base / "model.safetensors", next(iter(patch.updates))
+    tensors = load_file(file)
+    weight = tensors.pop(name)
+    if packed:
+        tensors[f"{name.removesuffix('.weight')}.qweight"] = weight.to(torch.int32)
+    else:
+        tensors |= {name: weight.to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)}
+    save_file(tensors, file, {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq" if packed else "fp8"}
+    (base / "config.json").write_text(json.dumps(config))
+    how = (
+        r"no such weight .* the checkpoint is quantized \(gptq\)" if packed else "stored as F8_E4M3, quantized with fp8"
+    )
+    with pytest.raises(InputError, match=f"{how}; merge into the full-precision checkpoint and quantize that"):
+        merge([patch], base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

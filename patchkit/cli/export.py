@@ -68,7 +68,8 @@ def command(
     folder = Path(out) if out else Path(f"{Path(patch).name}-{kind}")
     options = Options(rank, all_layers, gguf_base, dtype)
     done, form = export(Patch.load(patch), folder, kind, model, options=options), get(kind)
-    commands = [line.format(title=folder, base=model or done.base.name) for line in form.commands(done)]
+    lines = [*form.commands(done), *form.python.splitlines()[-1:]]  # the last one of Python loads the adapter
+    commands = [line.format(title=folder, base=model or done.base.name) for line in lines]
     if swap:
         from patchkit.export.swap import swap as load_into
 

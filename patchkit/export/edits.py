@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,9 @@ from patchkit.model.weights import find_module, find_weight, is_transposed, skel
 from patchkit.patch.patch import Patch
 
 _OTHER_MODEL = "the patch was made for another model"
+_FULL_PRECISION = (
+    "merge into the full-precision checkpoint and quantize that, or attach the patch (patchkit.load, patchkit serve)"
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def collect_edits(patches: Sequence[Patch], checkpoint: Mapping[str, StoredTenso
     for patch in patches:
         shapes = {info.weight: info.shape for info in patch.manifest.updates}
         for weight, chain in patch.updates.items():
-            name = find_weight(weight, checkpoint, str(source), _OTHER_MODEL)
+            name = _find(weight, checkpoint, source)
             stored = checkpoint[name]
             lies = _lies_transposed(name, stored, shapes[weight], source)
             delta = delta_of(chain, partial(_oriented, stored, lies))
@@ -76,14 +80,39 @@ def collect_edits(patches: Sequence[Patch], checkpoint: Mapping[str, StoredTenso
     return list(edits.values())
 
 
+def _find(weight: str, checkpoint: Mapping[str, StoredTensor], source: Path) -> str:
+    """The tensor's name in the checkpoint.
+
+    Raises:
+        InputError: it is not there, or quantized: a delta is never left out, nor added to packed numbers.
+    """
+    method = quantized_with(source)
+    advice = _OTHER_MODEL if method is None else f"the checkpoint is quantized ({method}); {_FULL_PRECISION}"
+    name = find_weight(weight, checkpoint, str(source), advice)
+    if checkpoint[name].dtype not in DTYPES:
+        raise InputError(
+            f"{checkpoint[name].file}: {name} is stored as {checkpoint[name].dtype}"
+            f"{f', quantized with {method}' if method else ''}; {_FULL_PRECISION}"
+        )
+    return name
+
+
+def quantized_with(source: Path) -> str | None:
+    """The method that a checkpoint says it is quantized with."""
+    try:
+        config = json.loads((source / "config.json").read_bytes()).get("quantization_config") or {}
+        method = config.get("quant_method")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return str(method) if method else None
+
+
 def _oriented(stored: StoredTensor, transposed: bool) -> Tensor:
     return stored.read().T if transposed else stored.read()
 
 
 def _lies_transposed(name: str, stored: StoredTensor, shape: tuple[int, int], source: Path) -> bool:
     """Whether the tensor lies as (d_in, d_out). Its shape tells, unless it is square; then its module's class does."""
-    if stored.dtype not in DTYPES:
-        raise InputError(f"{stored.file}: {name} is stored as {stored.dtype}; merge into a model not quantized")
     if stored.shape not in (shape, shape[::-1]):
         raise InputError(f"{stored.file}: {name} is {stored.shape}, the patch is for {shape}: it is another model's")
     if shape[0] != shape[1]:
