@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner, Result
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +23,7 @@ from patchkit.export.merge import merge
 from patchkit.export.publish import Pushed, pack, push
 from patchkit.io.hub import patch_folder
 from patchkit.patch.card import FACT_ROWS, Card, model_card
+from patchkit.statistics.sharing import pull_statistics, push_statistics
 from tests import zoo
 from tests.hub_server import TOKEN, Hub, reachable
 from tests.test_export import make_patch
@@ -427,3 +430,85 @@ def test_no_hub_at_all(hub: Hub, folder: Path) -> None:
     with pytest.raises(PatchkitError, match=r"the Hub cannot be reached: .*; try again later") as caught:
         send(folder)
     assert caught.value.exit_status == 1
+
+
+# --- adapters beside patches, patches in folders, statistics ----------------------------------------------------------
+
+
+def test_peft_loads_a_patchs_repository_as_it_is(hub: Hub, folder: Path, base: Path) -> None:
+    ended = CliRunner().invoke(cli, ["push", str(folder), NAME, "--base", "org/tiny"], catch_exceptions=False)
+    assert ended.exit_code == 0, ended.output
+    files = hub.repos[NAME].files()
+    assert {"adapter_config.json", "adapter_model.safetensors", "manifest.json", "patch.safetensors"} <= set(files)
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "org/tiny"
+    card = files["README.md"].decode()
+    assert front_matter(card)["library_name"] == "peft"
+    assert f'PeftModel.from_pretrained(model, "{NAME}")' in card
+    assert f"--lora-modules facts={NAME}" in card
+    model, tokens = AutoModelForCausalLM.from_pretrained(base), torch.arange(3, 15)[None]
+    with torch.no_grad(), Patch.load(folder).attached(model):
+        wanted = model(tokens).logits
+    with torch.no_grad():
+        assert (PeftModel.from_pretrained(model, snapshot_download(NAME))(tokens).logits - wanted).abs().max() < 1e-4
+    assert Patch.load(NAME).manifest.digest == Patch.load(folder).manifest.digest
+
+
+def test_a_patch_whose_base_is_not_at_hand_goes_without_an_adapter(hub: Hub, folder: Path) -> None:
+    patch = Patch.load(folder)
+    named = patch.manifest.base.model_copy(update={"name": "org/gone"})
+    Patch(patch.manifest.model_copy(update={"base": named}), patch.updates).save(folder)
+    ended = CliRunner().invoke(cli, ["push", str(folder), NAME], catch_exceptions=False)
+    assert ended.exit_code == 0, ended.output
+    assert "without an adapter for PEFT and vLLM: base org/gone: its config.json is needed" in ended.stderr
+    assert "adapter_config.json" not in hub.repos[NAME].files()
+
+
+def test_pull_puts_a_patch_into_a_folder(
+    hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send(folder, tag="v1")
+    monkeypatch.chdir(tmp_path)
+    ended = CliRunner().invoke(cli, ["pull", f"{NAME}@v1"], catch_exceptions=False)
+    assert ended.exit_code == 0, ended.output
+    assert Patch.load("facts").manifest == Patch.load(folder).manifest
+    assert "it came without the state" in ended.output
+    again = CliRunner().invoke(cli, ["pull", NAME])
+    assert isinstance(again.exception, InputError)
+    assert CliRunner().invoke(cli, ["pull", NAME, "--force"]).exit_code == 0
+    assert "a folder on this machine" in str(CliRunner().invoke(cli, ["pull", str(folder)]).exception)
+
+
+def test_statistics_go_to_the_hub_and_are_found_from_there(hub: Hub, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The capital of France is Paris. " * 40)
+    computing = ["stats", "--model", str(base), "--layers", "1", "--text", str(tmp_path / "text.txt")]
+    there, here = tmp_path / "there", tmp_path / "here"
+    ended = CliRunner().invoke(cli, [*computing, "--out", str(there), "--push", NAME], catch_exceptions=False)
+    assert ended.exit_code == 0, ended.output
+    assert f"pushed: 1 file to {hub.url}" in ended.stdout
+    assert f"patchkit stats --pull {NAME}" in hub.repos[NAME].files()["README.md"].decode()
+    ended = CliRunner().invoke(cli, ["stats", "--pull", NAME, "--out", str(here)], catch_exceptions=False)
+    assert "second moments of model.layers.1.mlp.down_proj.weight" in ended.stdout
+    (made,), (fetched,) = there.rglob("*.safetensors"), here.rglob("*.safetensors")
+    assert made.relative_to(there) == fetched.relative_to(here)
+    written = fetched.stat().st_mtime_ns
+    assert CliRunner().invoke(cli, [*computing, "--out", str(here)]).exit_code == 0
+    assert fetched.stat().st_mtime_ns == written  # found, not computed again
+
+
+def test_damaged_or_missing_statistics_are_refused(hub: Hub, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there are no statistics in"):
+        push_statistics(tmp_path, NAME)
+    (tmp_path / "text.txt").write_text("The capital of France is Paris. " * 40)
+    computing = ["stats", "--model", str(base), "--layers", "1", "--text", str(tmp_path / "text.txt")]
+    CliRunner().invoke(cli, [*computing, "--out", str(tmp_path / "s"), "--push", NAME], catch_exceptions=False)
+    (file,) = (tmp_path / "s").rglob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    hub.create("eve/stats", files={file.relative_to(tmp_path / "s").as_posix(): bytes(content)})
+    hub.create("eve/empty", files={"README.md": b"nothing"})
+    for repo, why in (("eve/stats", "eve/stats: .*compute it again"), ("eve/empty", "holds no statistics")):
+        with pytest.raises(InputError, match=why):
+            pull_statistics(repo, tmp_path / "other")
+    assert not list((tmp_path / "other").rglob("*.safetensors"))
+    with pytest.raises(InputError, match="give --out DIR"):
+        CliRunner().invoke(cli, [*computing, "--push", NAME], catch_exceptions=False)

@@ -27,6 +27,7 @@ COMMANDS = {
     "revert": "Take facts out of a patch.",
     "methods": "The editing methods, with their papers.",
     "export": "A patch for other runtimes: PEFT, vLLM, llama.cpp, MLX.",
+    "pull": "Fetch a patch from the Hub into a folder.",
     "push": "Publish a patch, an adapter or a merged model on the Hub.",
     "bench": "Compare methods in a long sequence of edits.",
     "stats": "Compute a model's key statistics ahead of time.",

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from patchkit.cli.common import note, stderr, stdout
+from patchkit.cli.common import note, quiet_transformers, stderr, stdout
+from patchkit.errors import InputError
 
 if TYPE_CHECKING:
     from patchkit.export.publish import Package, Pushed
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 @click.option("--message", metavar="M", help="The commit's message.")
 @click.option("--base", metavar="NAME", help="The base's name on the Hub, if the patch was made from a local folder.")
 @click.option("--card", metavar="F", help="This file as README.md, instead of the card made from the manifest.")
+@click.option(
+    "--adapter/--no-adapter",
+    default=True,
+    help="To a patch, add its adapter for PEFT and vLLM [default: if it can be made].",
+)
 @click.option("--dry-run", is_flag=True, help="Print the files, their sizes and the card; touch no network.")
 def command(
     folder: str,
@@ -33,6 +39,7 @@ def command(
     message: str | None,
     base: str | None,
     card: str | None,
+    adapter: bool,
     dry_run: bool,
 ) -> None:
     """Publish FOLDER (a patch, an adapter or a merged model) as the Hub repository REPO (user/name), in one commit.
@@ -42,7 +49,7 @@ def command(
     """
     from patchkit.export.publish import push
 
-    package = packed(folder, repo, base=base, card=card, online=not dry_run)
+    package = packed(folder, repo, base=base, card=card, online=not dry_run, adapter=adapter)
     if dry_run:
         for name, size in package.sizes().items():
             click.echo(f"{size:>14,}  {name}")
@@ -52,8 +59,16 @@ def command(
     show_pushed(done, usable=package.kind == "patch" and not pr, revision=tag or branch)
 
 
-def packed(folder: str, repo: str, *, base: str | None = None, card: str | None = None, online: bool = True) -> Package:
-    """What a push would publish; says so where the base's name means nothing to others."""
+def packed(
+    folder: str,
+    repo: str,
+    *,
+    base: str | None = None,
+    card: str | None = None,
+    online: bool = True,
+    adapter: bool = True,
+) -> Package:
+    """What a push would publish; says so where the base's name means nothing to others, or no adapter comes along."""
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     from patchkit.export.publish import pack
@@ -61,7 +76,12 @@ def packed(folder: str, repo: str, *, base: str | None = None, card: str | None 
 
     if not stderr.is_terminal:
         disable_progress_bars()
-    package = pack(folder, repo, base=base, card=card, online=online)
+    quiet_transformers()
+    try:
+        package = pack(folder, repo, base=base, card=card, online=online, adapter=adapter)
+    except InputError as error:
+        package = pack(folder, repo, base=base, card=card, online=online)  # raises where it is not about the adapter
+        note(f"note: without an adapter for PEFT and vLLM: {error}")
     named = package.manifests[0].base.name
     if base is None and base_name(named) != named:
         note(f"note: the base is {named} on this machine; `patchkit push --base NAME` tells others its name on the Hub")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import click
 
 from patchkit.cli.common import choice, model_options, note, progress_bars, stdout
+from patchkit.errors import InputError
+from patchkit.words import counted
 
 
 @click.command("stats")
@@ -16,6 +18,8 @@ from patchkit.cli.common import choice, model_options, note, progress_bars, stdo
 @click.option(
     "--tokens", type=click.IntRange(2), default=100_000, show_default=True, help="Tokens of the text at most."
 )
+@click.option("--push", "push_to", metavar="REPO", help="Publish what is in --out on the Hub, once it is computed.")
+@click.option("--pull", "pull_from", metavar="REPO", help="Compute nothing: fetch what others published there.")
 @click.option("--gradients", is_flag=True, help="Also the gradient of the text's loss, which O-Edit and O-Edit+ use.")
 def command(
     model_name: str | None,
@@ -27,6 +31,8 @@ def command(
     layers: str | None,
     method: str | None,
     tokens: int,
+    push_to: str | None,
+    pull_from: str | None,
     gradients: bool,
 ) -> None:
     """Compute the second moments of the keys at every edited layer, in one pass over the text.
@@ -35,6 +41,11 @@ def command(
     """
     from patchkit.cli.jobs import compute_statistics
 
+    if push_to and (out is None or pull_from):
+        raise InputError("--push: publishes what is in a folder of its own; give --out DIR, and no --pull")
+    if pull_from:
+        _pull(pull_from, out)
+        return
     with progress_bars() as progress:
         computed = compute_statistics(
             choice(model_name, device, dtype, device_map),
@@ -50,3 +61,18 @@ def command(
     for weight, tokens_seen, width, rank in computed:
         gradient = "" if rank is None else f", gradient of rank {rank}"
         stdout.print(f"{weight}: {width} x {width} from {tokens_seen:,} tokens{gradient}", soft_wrap=True)
+    if push_to:
+        from patchkit.statistics.sharing import push_statistics
+
+        assert out is not None
+        count, url = push_statistics(out, push_to)
+        stdout.print(f"pushed: {counted(count, 'file')} to {url}", soft_wrap=True)
+
+
+def _pull(repo: str, out: str | None) -> None:
+    from patchkit.statistics.sharing import pull_statistics
+
+    for entry in pull_statistics(repo, out):
+        origin = entry.origin
+        what = f"{origin.kind.replace('_', ' ')} of {origin.weight} from {origin.text.tokens:,} tokens"
+        stdout.print(f"{what}, model {origin.model[:12]}", soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from patchkit.errors import InputError, PatchkitError
 from patchkit.export import formats
+from patchkit.export.beside import adapter_beside, renamed_base
 from patchkit.export.job import Exported
 from patchkit.export.record import MANIFEST, Merged
 from patchkit.io.files import finish_folder
@@ -69,7 +69,13 @@ class Pushed:
 
 
 def pack(
-    folder: str | Path, repo: str, *, base: str | None = None, card: str | Path | None = None, online: bool = False
+    folder: str | Path,
+    repo: str,
+    *,
+    base: str | None = None,
+    card: str | Path | None = None,
+    online: bool = False,
+    adapter: bool = False,
 ) -> Package:
     """Collect what a push would publish; reads the folder, and the base's license where it is at hand.
 
@@ -77,9 +83,11 @@ def pack(
         base: the base's name on the Hub, where the patch was made from a local folder.
         card: a README.md to take instead of the generated one.
         online: ask the Hub for the base's card if it is not in the cache.
+        adapter: to a patch, add its adapter for PEFT and vLLM.
 
     Raises:
-        InputError: the folder holds no patch, adapter or merged checkpoint, or what it holds is damaged.
+        InputError: the folder holds no patch, adapter or merged checkpoint, or what it holds is damaged; or there is to
+            be an adapter, and the base's config.json is not at hand.
     """
     folder = Path(folder)
     _check_name(repo)
@@ -93,8 +101,12 @@ def pack(
     files: dict[str, Path | bytes] = {**terms, **_files(folder, content.kind)}
     if base is not None:
         files |= content.naming(base, folder)
+    also = ""
+    if adapter and content.kind == "patch":
+        beside, also = adapter_beside(Patch.load(folder), base)
+        files |= beside
     try:
-        readme = Path(card).read_bytes() if card else content.card(repo, base, license).encode()
+        readme = Path(card).read_bytes() if card else content.card(repo, base, license, also).encode()
     except OSError as error:
         raise InputError(f"--card {card}: cannot be read: {error.strerror}") from None
     return Package(content.kind, content.manifests, {**files, "README.md": readme})
@@ -197,9 +209,11 @@ class _Content:
     def manifests(self) -> tuple[Manifest, ...]:
         return (self.record,) if isinstance(self.record, Manifest) else self.record.parents
 
-    def card(self, repo: str, base: str | None, license: Mapping[str, Any]) -> str:
+    def card(self, repo: str, base: str | None, license: Mapping[str, Any], also: str = "") -> str:
         if isinstance(self.record, Manifest):
-            return Card(self.manifests, repo, self.kind, base=base, license=license).markdown()
+            library = "peft" if also else None  # whose loads the Hub counts as downloads
+            card = Card(self.manifests, repo, self.kind, base=base, license=license, library=library, also=also)
+            return card.markdown()
         if isinstance(self.record, Exported):
             return formats.get(self.record.format).card(self.record, repo, base=base, license=license)
         return self.record.card(repo, base=base, license=license)
@@ -217,18 +231,8 @@ class _Content:
         if isinstance(self.record, Merged):
             return {MANIFEST: _json(self.record.model_copy(update={"parents": parents, "base": base, "commit": None}))}
         texts = (name for name in formats.get(self.record.format).files if not name.endswith(_WEIGHTS))
-        renamed_texts = {name: _renamed(folder / name, self.record.base.name, base) for name in texts}
+        renamed_texts = {name: renamed_base(folder / name, self.record.base.name, base) for name in texts}
         return {MANIFEST: _json(self.record.model_copy(update={"parents": parents})), **renamed_texts}
-
-
-def _renamed(file: Path, old: str, new: str) -> bytes:
-    """An adapter's text file with another name for the base, which has other commits."""
-    text = file.read_text(encoding="utf-8")
-    if file.suffix != ".json":
-        return text.replace(old, new).encode()
-    config = {key: new if value == old else value for key, value in json.loads(text).items()}
-    config |= {"revision": None} if "revision" in config else {}
-    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _json(record: BaseModel) -> bytes:

@@ -99,6 +99,7 @@ class Card:
         base: the base's name on the Hub, where the patch was made from a local folder.
         license: the front matter's license, license_name and license_link as the base's card has them.
         use: how an adapter is used, with {title}, {base} and {load} in it; library: what reads it. Exporters say both.
+        also: what is said after `use`, in the same form.
     """
 
     manifests: Sequence[Manifest]
@@ -110,6 +111,7 @@ class Card:
     license: Mapping[str, Any] = field(default_factory=dict)
     use: str | None = None
     library: str | None = None
+    also: str = ""
 
     def markdown(self) -> str:
         """The card, with front matter as the Hub reads it."""
@@ -167,7 +169,7 @@ class Card:
     def _use(self, base: str, commit: str | None) -> str:
         revision = f', revision="{commit}"' if commit else ""
         load = _BASE.format(base=base, revision=revision)
-        return (self.use or _USES[self.kind]).format(load=load, title=self.title, base=base)
+        return ((self.use or _USES[self.kind]) + self.also).format(load=load, title=self.title, base=base)
 
     def _front_matter(self) -> str:
         named = self.base or self.manifests[0].base.name
