@@ -31,6 +31,7 @@ from patchkit.facts.typed import FORM
 if TYPE_CHECKING:
     from patchkit.cli.jobs import Applied
     from patchkit.model.loading import LoadedModel
+    from patchkit.runs.dry_run import PlannedRun
 
 
 @click.command("apply", cls=GatedCommand)
@@ -63,6 +64,9 @@ if TYPE_CHECKING:
 @force_option
 @click.option("--merge", "merged", metavar="DIR", help="If the gates hold: write the base with the patch merged, too.")
 @click.option("--push", "repo", metavar="REPO", help="If the gates hold: publish the patch as REPO (user/name), too.")
+@click.option(
+    "--dry-run", "dry", is_flag=True, help="Show what would be edited, in what time and memory; edit nothing."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def command(
     facts: str | None,
@@ -89,6 +93,7 @@ def command(
     merged: str | None,
     repo: str | None,
     gates: Gates,
+    dry: bool,
     as_json: bool,
 ) -> None:
     """Write FACTS (a file, "-" for standard input, or hf://datasets/ORG/NAME/FILE) into a model, as a patch.
@@ -99,26 +104,25 @@ def command(
     A gate that does not hold makes the exit status 1, and nothing is merged or published; the patch is written all the
     same. --merge and --push ask for what the gates below say "to publish", unless told otherwise.
     """
-    from patchkit.cli.jobs import apply_file
+    from patchkit.cli.jobs import ApplyRequest, apply_file, dry_run
 
-    source, folder = _source(facts, typed), _folder(out, onto, facts)
+    overrides = (*overrides, *_settings(layers=layers, batch_size=batch_size, seed=seed))
+    request = ApplyRequest(_source(facts, typed), onto, method, recipe, overrides, zsre_target, skip_bad)
+    choose, folder = lambda base: choice(model_name or base, device, dtype, device_map), _folder(out, onto, facts)
+    if dry:
+        show_planned(dry_run(request, choose, text=text, stats=stats, quick=quick, say=note), as_json)
+        return
     gates = gates.within(Gates.published()) if merged or repo else gates
     refuse_quick(quick, gates)
     after = _After(merged, repo, gates, stats, as_json)
     after.check(folder)
     with place_of_its_own(folder, onto, force), progress_bars() as progress:
         done = apply_file(
-            source,
-            lambda base: choice(model_name or base, device, dtype, device_map),
+            request,
+            choose,
             folder,
-            onto=onto,
-            method=method,
-            recipe=recipe,
-            overrides=(*overrides, *_settings(layers=layers, batch_size=batch_size, seed=seed)),
             text=text,
             stats=stats,
-            zsre_target=zsre_target,
-            skip_bad=skip_bad,
             quick=quick,
             allow_close_keys=allow_close_keys,
             progress=progress,
@@ -126,6 +130,16 @@ def command(
             check=after.check_base,
         )
     after.run(done)
+
+
+def show_planned(found: PlannedRun, as_json: bool) -> None:
+    """What a run would do."""
+    from patchkit.cli.tables import planned_table
+
+    if as_json:
+        click.echo(found.model_dump_json())
+    else:
+        stdout.print(planned_table(found))
 
 
 def _source(facts: str | None, typed: tuple[str, ...]) -> str | tuple[str, ...]:

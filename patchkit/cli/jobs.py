@@ -29,6 +29,7 @@ from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import LoadedModel, ModelChoice, load_config, load_model, load_tokenizer
 from patchkit.patch.history import Incoming, choose_facts, import_chosen
 from patchkit.patch.patch import OWN_FILES, Patch
+from patchkit.runs.dry_run import PlannedRun, planned
 from patchkit.runs.execute import SMALL_TEXT, run, take_out
 from patchkit.runs.journals import forget
 from patchkit.runs.prepare import Prepared, prepare
@@ -63,43 +64,81 @@ class Applied:
         return json.dumps({**made, **self.report.model_dump(mode="json"), **more})
 
 
+@dataclass(frozen=True)
+class ApplyRequest:
+    """What `patchkit apply` is asked to write, and how: facts in a file, or typed as `FORM`."""
+
+    facts: str | Sequence[str]
+    onto: str | None
+    method: str | None
+    recipe: str | None
+    overrides: tuple[str, ...]
+    zsre_target: Any
+    skip_bad: bool
+
+    def prepared(self, choose: Callable[[str | None], ModelChoice]) -> tuple[Prepared, ModelChoice]:
+        """The run that can start, and the model that it is for; `choose` is told the base of `onto`, if any.
+
+        Raises:
+            InputError: anything about the input.
+        """
+        earlier = Patch.load(self.onto) if self.onto else None
+        # A bad recipe or fact file should not wait for a model to load.
+        recipe = earlier.manifest.history[-1].recipe if earlier else None
+        config = load_recipe(self.method, self.recipe, self.overrides, recipe)
+        chosen = choose(earlier.manifest.base.name if earlier else None)
+        read = (
+            partial(read_facts, self.facts, zsre_target=self.zsre_target, skip_bad=self.skip_bad)
+            if isinstance(self.facts, str)
+            else partial(parse_facts, typed_facts(self.facts), skip_bad=self.skip_bad)
+        )
+        limits = Limits.of(load_config(chosen.name))
+        return prepare(read, load_tokenizer(chosen.name), config, earlier, limits=limits), chosen
+
+
+def dry_run(
+    request: ApplyRequest,
+    choose: Callable[[str | None], ModelChoice],
+    *,
+    text: str | None,
+    stats: str | None,
+    quick: bool,
+    say: Callable[[str], None],
+) -> PlannedRun:
+    """What `apply_file` would do with the same.
+
+    Raises:
+        InputError: anything about the input.
+    """
+    prepared, chosen = request.prepared(choose)
+    for note in prepared.notes:
+        say(note)
+    loaded = chosen.load()
+    workspace = Workspace.of(loaded.model, loaded.tokenizer, (text,), stats)
+    return planned(prepared, workspace, quick)
+
+
 def apply_file(
-    facts: str | Sequence[str],
+    request: ApplyRequest,
     choose: Callable[[str | None], ModelChoice],
     folder: Path,
     *,
-    onto: str | None,
-    method: str | None,
-    recipe: str | None,
-    overrides: tuple[str, ...],
     text: str | None,
     stats: str | None,
-    zsre_target: Any,
-    skip_bad: bool,
     quick: bool,
     allow_close_keys: bool,
     progress: Progress,
     say: Callable[[str], None],
     check: Callable[[LoadedModel], object] = lambda model: None,
 ) -> Applied:
-    """Read a fact file, or facts in `FORM`, edit, measure, write the patch's folder.
+    """Read the facts, edit, measure, write the patch's folder.
 
-    `choose` is told the base of `onto`, if any. `check` may refuse the model before any work is done with it.
+    `check` may refuse the model before any work is done with it.
 
     Raises:
         InputError: anything about the input; nothing has been written then.
     """
-    earlier = Patch.load(onto) if onto else None
-    # A bad recipe or fact file should not wait for a model to load.
-    config = load_recipe(method, recipe, overrides, earlier.manifest.history[-1].recipe if earlier else None)
-    chosen = choose(earlier.manifest.base.name if earlier else None)
-    read = (
-        partial(read_facts, facts, zsre_target=zsre_target, skip_bad=skip_bad)
-        if isinstance(facts, str)
-        else partial(parse_facts, typed_facts(facts), skip_bad=skip_bad)
-    )
-    limits = Limits.of(load_config(chosen.name))
-    prepared = prepare(read, load_tokenizer(chosen.name), config, earlier, limits=limits)
+    prepared, chosen = request.prepared(choose)
     for note in prepared.notes:
         say(note)
     loaded = chosen.load()
@@ -110,7 +149,7 @@ def apply_file(
     if known := _known_before(prepared, report):
         say(f"the base says the target already, so that an edit shows nothing there: {listed(known)}")
     patch = patch.with_metrics(report.summary(), report.outcomes())
-    _save(patch, folder, _in_place(earlier, onto, folder), prepared.read, say)
+    _save(patch, folder, _in_place(prepared.onto, request.onto, folder), prepared.read, say)
     return Applied(patch, report, folder, prepared.incoming, loaded.name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -15,6 +16,9 @@ from patchkit.methods import Method, Wrapper
 from patchkit.patch.history import Difference, fact_changes
 from patchkit.patch.manifest import EditedFact, Manifest
 from patchkit.words import counted, listed
+
+if TYPE_CHECKING:
+    from patchkit.runs.dry_run import PlannedFact, PlannedRun
 
 MOST_ROWS = 40
 
@@ -109,6 +113,36 @@ def _facts_table(manifest: Manifest) -> Table:
         mark = _mark(outcome.holds) if outcome else Text()
         facts.add_row(fact.id, fact.prompt, fact.target_new, says, mark, fact.target_true or "", str(fact.run + 1))
     return facts
+
+
+def planned_table(found: PlannedRun) -> RenderableType:
+    """What `patchkit apply --dry-run` prints: each fact with its tokens, the weights, time and memory."""
+    facts = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("line", "id", "tokens: [subject's last] > target"):
+        facts.add_column(heading, overflow="fold")
+    for fact in found.facts[:MOST_ROWS]:
+        facts.add_row(str(fact.line), fact.id, _spans(fact))
+    parts: list[RenderableType] = [facts]
+    if len(found.facts) > MOST_ROWS:
+        parts.append(Text(f"... and {len(found.facts) - MOST_ROWS} more (--json has all of them)", style="dim"))
+    layers = ", ".join(str(weight.layer) for weight in found.weights)
+    spent = ", ".join(f"{phase} {seconds:,.0f} s" for phase, seconds in found.seconds.items())
+    stored = " (statistics are stored)" if found.statistics_stored else ""
+    lines = [
+        f"would edit {counted(len(found.facts), 'fact')} in {counted(len(found.batches), 'solve')} with "
+        f"{found.method}, layers {layers}: {listed([weight.weight for weight in found.weights])}",
+        f"about {sum(found.seconds.values()):,.0f} s on {found.device}{stored}: {spent}",
+        f"about {found.memory / 1e9:.1f} GB of memory; nothing was edited and nothing written",
+    ]
+    if found.skipped:
+        lines.append(f"already in the patch: {listed(found.skipped)}")
+    return Group(*parts, Text(), Text("\n".join(lines)))
+
+
+def _spans(fact: PlannedFact) -> str:
+    first, end = fact.target_tokens
+    marked = [f"[{token}]" if i == fact.subject_token else token for i, token in enumerate(fact.tokens[:first])]
+    return f"{' '.join(marked)} > {' '.join(fact.tokens[first:end])}"
 
 
 def log_table(manifest: Manifest) -> RenderableType:

@@ -42,16 +42,26 @@ def statistics(
     Returns:
         layer -> Covariance, float64 on the CPU, eigendecomposition included.
     """
-    model = runner.arch.model
-    assert isinstance(model, PreTrainedModel)
-    below = digests_below(model, runner.arch.layers_name, max(site.layer for site in sites))
-    wanted = {site.layer: origin_of(site, corpus, below[site.layer]) for site in sites}
+    wanted = _origins(runner, sites, corpus)
 
     def compute(missing: Sequence[int], resumable: Partial) -> Iterator[tuple[int, Tensors]]:
         return _computed(runner, [runner.arch.sites[layer] for layer in missing], corpus, resumable, progress)
 
     found = StatisticsStore(folder).get(wanted, compute)
     return {layer: _covariance(tensors, corpus.tokens) for layer, tensors in found.items()}
+
+
+def are_stored(runner: LayerRunner, sites: Sequence[Site], corpus: Corpus, folder: Path | None = None) -> bool:
+    """Whether `statistics` would find all of them in the folder."""
+    store = StatisticsStore(folder)
+    return all(store.has(origin) for origin in _origins(runner, sites, corpus).values())
+
+
+def _origins(runner: LayerRunner, sites: Sequence[Site], corpus: Corpus) -> dict[int, Origin]:
+    model = runner.arch.model
+    assert isinstance(model, PreTrainedModel)
+    below = digests_below(model, runner.arch.layers_name, max(site.layer for site in sites))
+    return {site.layer: origin_of(site, corpus, below[site.layer]) for site in sites}
 
 
 def origin_of(site: Site, corpus: Corpus, below: str) -> Origin:

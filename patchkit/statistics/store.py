@@ -126,6 +126,10 @@ class StatisticsStore:
             if origin is not None:
                 yield Entry(file, origin)
 
+    def has(self, origin: Origin) -> bool:
+        """Whether there is a file of the statistics that `origin` made; it is not read."""
+        return (self.root / origin.file).is_file()
+
     def load(self, origin: Origin) -> dict[str, Tensor] | None:
         """The statistics that `origin` made; None where they are not there, or damaged, which a warning says."""
         file = self.root / origin.file
