@@ -135,7 +135,7 @@ def test_a_fact_may_be_typed(run: Command, model: Path) -> None:
     assert told.status == 0
     written = json.loads(Path("facts-patch/manifest.json").read_text())["facts"]
     assert [(fact["prompt"], fact["target_new"]) for fact in written] == [("the city of Rome", "capital")]
-    for bad in (("--fact", "Rome | capital"), ("--fact", "a | b | c | d")):
+    for bad in (("--fact", "Rome is the capital"), ("--fact", "a | b | c | d")):
         assert (
             'not 3; write it as "prompt | subject | target"' in run("apply", *bad, "--model", model, "--out", "x").err
         )

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, help="Seed of the generated contexts [default: 0].")
 @zsre_option
 @click.option("--skip-bad", is_flag=True, help="Leave out bad facts, list them in rejected.jsonl beside the patch.")
+@click.option("--yes", is_flag=True, help="Take the subjects that are proposed for facts without one.")
 @click.option(
     "--allow-close-keys",
     is_flag=True,
@@ -86,6 +87,7 @@ def command(
     seed: int | None,
     zsre_target: str,
     skip_bad: bool,
+    yes: bool,
     allow_close_keys: bool,
     quick: bool,
     out: str | None,
@@ -107,7 +109,7 @@ def command(
     from patchkit.cli.jobs import ApplyRequest, apply_file, dry_run
 
     overrides = (*overrides, *_settings(layers=layers, batch_size=batch_size, seed=seed))
-    request = ApplyRequest(_source(facts, typed), onto, method, recipe, overrides, zsre_target, skip_bad)
+    request = ApplyRequest(_source(facts, typed), onto, method, recipe, overrides, zsre_target, skip_bad, yes)
     choose, folder = lambda base: choice(model_name or base, device, dtype, device_map), _folder(out, onto, facts)
     if dry:
         show_planned(dry_run(request, choose, text=text, stats=stats, quick=quick, say=note), as_json)

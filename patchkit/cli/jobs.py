@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from patchkit import methods
 from patchkit.api import measure, measure_in
 from patchkit.editing.editor import Progress, frozen
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
+from patchkit.errors import InputError
 from patchkit.evaluate.metrics import Trial
 from patchkit.evaluate.report import Report
 from patchkit.evaluate.verify import facts_held
@@ -33,11 +35,12 @@ from patchkit.runs.dry_run import PlannedRun, planned
 from patchkit.runs.execute import SMALL_TEXT, run, take_out
 from patchkit.runs.journals import forget
 from patchkit.runs.prepare import Prepared, prepare
+from patchkit.runs.subjects import SubjectFinder
 from patchkit.runs.workspace import Workspace
 from patchkit.statistics.corpus import PACKAGE_TEXT, default_text, read_corpus, window_of
 from patchkit.statistics.moments import statistics
 from patchkit.statistics.text_gradients import text_gradients
-from patchkit.words import counted, listed
+from patchkit.words import beginning, counted, listed
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,10 @@ class Applied:
         return json.dumps({**made, **self.report.model_dump(mode="json"), **more})
 
 
+_SHOWN = 20
+"""Proposed subjects printed before "and N more"."""
+
+
 @dataclass(frozen=True)
 class ApplyRequest:
     """What `patchkit apply` is asked to write, and how: facts in a file, or typed as `FORM`."""
@@ -75,9 +82,12 @@ class ApplyRequest:
     overrides: tuple[str, ...]
     zsre_target: Any
     skip_bad: bool
+    yes: bool = False
 
-    def prepared(self, choose: Callable[[str | None], ModelChoice]) -> tuple[Prepared, ModelChoice]:
-        """The run that can start, and the model that it is for; `choose` is told the base of `onto`, if any.
+    def prepared(
+        self, choose: Callable[[str | None], ModelChoice], say: Callable[[str], None]
+    ) -> tuple[Prepared, Callable[[], LoadedModel]]:
+        """The run that can start, and what loads the model that it is for; `choose` is told the base of `onto`, if any.
 
         Raises:
             InputError: anything about the input.
@@ -92,8 +102,27 @@ class ApplyRequest:
             if isinstance(self.facts, str)
             else partial(parse_facts, typed_facts(self.facts), skip_bad=self.skip_bad)
         )
-        limits = Limits.of(load_config(chosen.name))
-        return prepare(read, load_tokenizer(chosen.name), config, earlier, limits=limits), chosen
+        limits, load = Limits.of(load_config(chosen.name)), cache(chosen.load)
+        finder = SubjectFinder(load)
+        tokenizer = load_tokenizer(chosen.name)
+        prepared = prepare(read, tokenizer, config, earlier, limits=limits, find_subject=finder)
+        self._confirm(finder.proposed, say)
+        for note in prepared.notes:
+            say(note)
+        return prepared, load
+
+    def _confirm(self, proposed: Mapping[str, str], say: Callable[[str], None]) -> None:
+        """Show the subjects that were proposed for facts without one; raises InputError unless they are taken."""
+        lines = [f'no subject in "{beginning(prompt)}"; proposed: "{subject}"' for prompt, subject in proposed.items()]
+        lines[_SHOWN:] = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+        if lines and not self.yes:
+            free = listed([name for name in methods.available() if not methods.get(name).needs_subject])
+            lines.append(
+                f"name these subjects, take the proposed ones with --yes, or use a method without any ({free})"
+            )
+            raise InputError("\n".join(lines))
+        for line in lines:
+            say(line)
 
 
 def dry_run(
@@ -110,10 +139,8 @@ def dry_run(
     Raises:
         InputError: anything about the input.
     """
-    prepared, chosen = request.prepared(choose)
-    for note in prepared.notes:
-        say(note)
-    loaded = chosen.load()
+    prepared, load = request.prepared(choose, say)
+    loaded = load()
     workspace = Workspace.of(loaded.model, loaded.tokenizer, (text,), stats)
     return planned(prepared, workspace, quick)
 
@@ -138,10 +165,8 @@ def apply_file(
     Raises:
         InputError: anything about the input; nothing has been written then.
     """
-    prepared, chosen = request.prepared(choose)
-    for note in prepared.notes:
-        say(note)
-    loaded = chosen.load()
+    prepared, load = request.prepared(choose, say)
+    loaded = load()
     check(loaded)
     workspace = Workspace.of(loaded.model, loaded.tokenizer, (text,), stats, progress)
     patch = run(prepared, workspace, say, folder=folder, allow_close_keys=allow_close_keys)

@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -33,13 +33,14 @@ class Options:
 
     zsre_target is what a ZsRE record teaches: "alt" or "answers". Without needs_subject, the subject of a record that
     has none is its whole prompt; otherwise subjectless names the methods that would take it, for the refusal. chat is
-    the template that conversations are written in.
+    the template that conversations are written in, and find_subject proposes a subject where a prompt is left without.
     """
 
     zsre_target: ZsreTarget = "alt"
     needs_subject: bool = True
     subjectless: tuple[str, ...] = ()
     chat: ChatTemplate | None = None
+    find_subject: Callable[[str], str | None] | None = None
 
 
 class Layout:
@@ -155,11 +156,18 @@ class Layout:
     def _subject(self, record: Record, prompt: str) -> str:
         if not self.options.needs_subject and record.get(self.subject) in (None, MISSING):
             return prompt.strip()
+        if self.options.find_subject and record.get(self.subject) in (None, MISSING):
+            found = self.options.find_subject(prompt)
+            if found is None:
+                raise Refused(
+                    record.named(self.subject), f"missing, and no words in {quote(prompt)} look like one; name it"
+                )
+            return found
         return record.text(self.subject).strip()
 
     def _refuse_missing(self, record: Record) -> None:
         missing = [name for name in self.required() if record.get(name) is MISSING]
-        if not self.options.needs_subject:
+        if not self.options.needs_subject or self.options.find_subject:
             missing = [name for name in missing if name != self.subject]
         if not missing:
             return

@@ -45,6 +45,7 @@ def read_facts(
     needs_subject: bool = True,
     subjectless: Sequence[str] = (),
     chat: ChatTemplate | None = None,
+    find_subject: Callable[[str], str | None] | None = None,
 ) -> FactFile:
     """Read a file of facts, in any of the formats and kinds of file in docs/formats.md.
 
@@ -61,6 +62,7 @@ def read_facts(
         needs_subject: False makes the whole prompt the subject of a record that has none.
         subjectless: names of the methods that take a fact without a subject, for the refusal.
         chat: the template that facts with `messages` are written in.
+        find_subject: proposes a subject for the prompt of a record that has none, or None.
 
     Returns:
         A `FactFile`: the facts, their lines, the format, what was rejected, and notes for the user.
@@ -75,7 +77,7 @@ def read_facts(
         >>> read.facts[0].prompt, read.facts[0].target_new
         ('Pine Kelmel was born in the city of', 'Liscombe')
     """
-    known = layouts(Options(zsre_target, needs_subject, tuple(subjectless), chat))
+    known = layouts(Options(zsre_target, needs_subject, tuple(subjectless), chat, find_subject))
     name, entries = file_entries(path)
     reading = _Reading(name, f"{name} ", "--skip-bad", known, _all_checks(token_count, check))
     return reading.run(entries, limit, skip_bad)
@@ -92,6 +94,7 @@ def parse_facts(
     needs_subject: bool = True,
     subjectless: Sequence[str] = (),
     chat: ChatTemplate | None = None,
+    find_subject: Callable[[str], str | None] | None = None,
 ) -> FactFile:
     """`read_facts` for records already in memory, as mappings or `Fact`s; messages say `facts[3]` for the fourth.
 
@@ -99,7 +102,7 @@ def parse_facts(
     """
     if isinstance(records, (Mapping, BaseModel, str, bytes)):
         raise InputError("facts: expected a list of facts, found a single value; put it in a list")
-    known = layouts(Options(zsre_target, needs_subject, tuple(subjectless), chat))
+    known = layouts(Options(zsre_target, needs_subject, tuple(subjectless), chat, find_subject))
     reading = _Reading("facts", "", "skip_bad=True", known, _all_checks(token_count, check))
     return reading.run(object_entries(records), limit, skip_bad)
 

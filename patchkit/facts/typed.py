@@ -10,7 +10,8 @@ FORM = "prompt | subject | target"
 
 
 def typed_facts(texts: Iterable[str]) -> list[dict[str, str]]:
-    """Records of facts in the form "prompt | subject | target"; the prompt may have `{}` for the subject.
+    """Records of facts in the form "prompt | subject | target"; the prompt may have `{}` for the subject, which may be
+    left out.
 
     Raises:
         InputError: a text is not of this form.
@@ -20,6 +21,7 @@ def typed_facts(texts: Iterable[str]) -> list[dict[str, str]]:
 
 def _typed(text: str) -> dict[str, str]:
     parts = [part.strip() for part in text.split("|")]
-    if len(parts) != 3:
+    if len(parts) not in (2, 3):
         raise InputError(f'--fact "{text}": has {len(parts)} parts, not 3; write it as "{FORM}"')
-    return dict(zip(("prompt", "subject", "target_new"), parts, strict=True))
+    prompt, *subject, target = parts
+    return {"prompt": prompt, **({"subject": subject[0]} if subject and subject[0] else {}), "target_new": target}

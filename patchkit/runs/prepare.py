@@ -49,6 +49,7 @@ def prepare(
     *,
     limits: Limits,
     unit: str = "lines",
+    find_subject: Callable[[str], str | None] | None = None,
 ) -> Prepared:
     """Read the facts and sort them against the patch that is continued.
 
@@ -58,6 +59,7 @@ def prepare(
         read: `read_facts` or `parse_facts` with everything but what the tokenizer, the model and the method decide.
         limits: what the model can take.
         unit: what `FactFile.lines` counts, for the notes.
+        find_subject: proposes a subject for the prompt of a fact that names none.
 
     Raises:
         InputError: a fact cannot be used, or has the id of another one in `onto`; or `onto` was imported.
@@ -72,6 +74,7 @@ def prepare(
         needs_subject=methods.get(config.method).needs_subject,
         subjectless=[name for name in methods.available() if not methods.get(name).needs_subject],
         chat=chat_template(tokenizer),
+        find_subject=find_subject,
     )
     facts = with_free_ids(facts, onto.manifest.facts if onto else ())
     incoming = sort_incoming(facts.facts, onto.manifest.facts if onto else ())

@@ -10,7 +10,7 @@ from jinja2.exceptions import TemplateError
 
 from patchkit.facts.layout import layout
 from patchkit.facts.layouts.native import Native
-from patchkit.facts.record import Record, Refused, quote
+from patchkit.facts.record import MISSING, Record, Refused, quote
 from patchkit.facts.schema import Fact, Message
 
 _ROLES = get_args(Message.model_fields["role"].annotation)
@@ -42,6 +42,8 @@ class Messages(Native):
         if not said or said[-1][0] != "user":
             raise Refused(record.named("messages"), "no question at the end; write a user's turn, and then its answer")
         subject = record.get("subject")
+        if subject in (None, MISSING) and self.options.needs_subject and self.options.find_subject:
+            subject = made["subject"] = self.options.find_subject(said[-1][1]) or ""
         said = [(role, self.filled(text, subject) if isinstance(subject, str) else text) for role, text in said]
         if isinstance(subject, str) and subject not in said[-1][1]:
             message = f"{quote(subject)} is not in the last question {quote(said[-1][1])}; put it there verbatim"
