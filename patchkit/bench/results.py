@@ -14,6 +14,7 @@ from patchkit.bench.tables import csv_table, markdown_table
 from patchkit.errors import InputError
 from patchkit.evaluate.report import Report
 from patchkit.io.files import write_atomically
+from patchkit.words import counted
 
 
 class Results:
@@ -62,7 +63,7 @@ class Results:
     def write_tables(self, facts: int) -> None:
         """Write table.md and table.csv of `facts` edits."""
         rows = self.table(facts)
-        markdown = f"{self._title}, {facts} facts.\n\n{markdown_table(rows)}"
+        markdown = f"{self._title}, {counted(facts, 'fact')}.\n\n{markdown_table(rows)}"
         write_atomically(self.folder / "table.md", lambda path: _write(path, markdown))
         write_atomically(self.folder / "table.csv", lambda path: _write(path, csv_table(rows)))
 

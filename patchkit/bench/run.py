@@ -118,7 +118,9 @@ def _checkpoints(given: Sequence[int], edits: int | None, batch_size: int) -> li
         if mark < 1:
             raise InputError(f"--checkpoints {mark}: a checkpoint is a number of edits, 1 or more")
         if edits and mark > edits:
-            raise InputError(f"--checkpoints {mark}: beyond the {edits} facts of --edits; raise it, or leave that out")
+            raise InputError(
+                f"--checkpoints {mark}: beyond the {counted(edits, 'fact')} of --edits; raise it, or leave that out"
+            )
         if mark % batch_size and mark != marks[-1]:
             raise InputError(f"--checkpoints {mark}: in the middle of a batch; give a multiple of {batch_size}")
     return marks
@@ -135,7 +137,9 @@ def _read(data: str, chosen: ModelChoice, count: int | None, zsre_target: Any, s
         chat=chat_template(tokenizer),
     )
     if count and (there := len(read.facts)) < count:
-        raise InputError(f"{read.path}: {there} facts, and --edits or --checkpoints ask for {count}; ask for fewer")
+        raise InputError(
+            f"{read.path}: {counted(there, 'fact')}, and --edits or --checkpoints ask for {count}; ask for fewer"
+        )
     return read
 
 
