@@ -22,6 +22,7 @@ from patchkit.io.files import is_folder_with, is_free, write_folder
 from patchkit.model.loading import DTYPES
 from patchkit.patch.card import Card
 from patchkit.patch.patch import Patch
+from patchkit.words import counted
 
 ENTRY_POINTS = "patchkit.exporters"
 Write = Callable[[Job, Path], Exported]
