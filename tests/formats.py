@@ -259,8 +259,8 @@ them packed with gzip; and on the Hub `hf://datasets/ORG/NAME/FILE`, or `ORG/NAM
 - A `target_true` that is a special token or the target itself is left out, and said.
 - A field of another tool is read where its meaning is clear: `target_old` as `target_true`, `rephrase` as
   `paraphrases`, `question` and `queries` as `questions`, `answer` and `ground_truth` in `locality` and `portability`.
-- Facts without a subject are for methods that need none (`patchkit methods`); for others `apply` proposes a subject, and
-  takes it with `--yes`.
+- Facts without a subject are for methods that need none (`patchkit methods`); for others `apply` proposes a subject,
+  and takes it with `--yes`.
 - `portability` is what follows from a fact, in groups. Each prompt's answer has to have every item of `answers`, in any
   of its forms; of `alternatives` to the prompt one is enough; and it counts where the base answers its `conditions`.
 - A new format is one class in `patchkit/facts/layouts`.

@@ -59,8 +59,9 @@ class Exporter:
     def card(self, exported: Exported, title: str, **published: Any) -> str:
         """The README.md; `published` is what else `patchkit.patch.card.Card` should say."""
         worst = max((weight.error for weight in exported.weights), default=0.0)
+        weights = counted(len(exported.weights), "weight")
         details = (
-            f"It is an adapter of rank {exported.rank} on {len(exported.weights)} weights in {exported.dtype}, and "
+            f"It is an adapter of rank {exported.rank} on {weights} in {exported.dtype}, and "
             f"differs from the patch by at most {worst:.2g} of each weight's change (Frobenius norm)."
         )
         python = f"```python\n{self.python}\n```\n" if self.python else ""
