@@ -21,7 +21,7 @@ from patchkit.maths.linalg import Delta, PriorKeys
 from patchkit.maths.rotations import Rotation
 from patchkit.maths.updates import Chain, Update, delta_of, folded, mapped
 from patchkit.model.arch import Architecture
-from patchkit.model.devices import exact, solve_device
+from patchkit.model.devices import exact, sent, solve_device
 from patchkit.model.weights import Site, read_weight
 
 
@@ -80,7 +80,8 @@ class SiteHistory:
 
     def gradient_columns(self, before: int) -> tuple[Tensor, Tensor]:
         """Keys (d_in, m) and residuals (d_out, m) of those of the first `before` columns that hold gradients."""
-        columns = [column for column in self._gradient_columns if column < before]
+        known = [column for column in self._gradient_columns if column < before]
+        columns = sent(known, self.keys.device, torch.long)
         return self.keys[:, columns], self.residuals[:, columns]
 
     def copy(self) -> SiteHistory:

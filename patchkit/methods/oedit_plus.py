@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import ClassVar
 from warnings import warn
@@ -57,10 +57,10 @@ def oedit_plus(problem: LayerProblem, config: OEditPlusConfig) -> Delta:
     inside the free directions (`constrain_values`).
     """
     delta = underneath(problem, config)
-    left = delta.left
-    for basis in spared(problem, config):
+    left, bases = delta.left, spared(problem, config)
+    for basis in bases:
         left = left - basis @ (basis.T @ left)
-    free = rank_left(problem, config)
+    free = _rank_left(problem, bases)
     if free < config.warn_below * len(left):
         warn(
             f"O-Edit+ has {free} of {len(left)} directions left for new facts; "
@@ -72,5 +72,9 @@ def oedit_plus(problem: LayerProblem, config: OEditPlusConfig) -> Delta:
 
 def rank_left(problem: LayerProblem, config: OEditPlusConfig) -> int:
     """How many output directions the next edit may still use: d_out - r - q, less those of this batch."""
-    taken = sum(basis.shape[1] for basis in spared(problem, config))
+    return _rank_left(problem, spared(problem, config))
+
+
+def _rank_left(problem: LayerProblem, bases: Sequence[Tensor]) -> int:
+    taken = sum(basis.shape[1] for basis in bases)
     return max(0, len(problem.residual) - taken - problem.keys.shape[1])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from patchkit.errors import InputError
-from patchkit.model.devices import home_of
+from patchkit.model.devices import exact, home_of
 from patchkit.model.twin import twin_of
 from patchkit.model.weights import EDITABLE_DTYPES, Site, is_linear, is_offloaded, shape_of
 
@@ -211,12 +211,12 @@ def _is_direct(twin: PreTrainedModel, index: int, name: str) -> bool:
         push = torch.randn(before.shape, generator=torch.Generator().manual_seed(0)).to(before)
         # As large as the state itself, so that rounding in 16 bits stays small beside it.
         push *= before.norm().clamp(min=1e-3) / push.norm()
-        moved = _last_state(twin, layer, module, push).double() - before.double()
+        moved, push = exact(_last_state(twin, layer, module, push)) - exact(before), exact(push)
     if not moved.any():
         advice = "this layout is not supported; if a custom kernel replaces the module's forward, load without it"
         raise _refusal(twin, f"an effect of {name} on its layer's output", "none", advice)
     tolerance = max(8 * torch.finfo(before.dtype).eps, 1e-4)
-    return bool((moved - push.double()).norm() <= tolerance * push.double().norm())
+    return bool((moved - push).norm() <= tolerance * push.norm())
 
 
 class _Reached(Exception):

@@ -189,20 +189,20 @@ class _Recompute:
                 if sweep == 0:
                     lost = {} if place == 0 else lost
                     prior[solve.layer] = self.every[solve.layer].prior, self.kept[solve.layer].prior
-                share = self._missing(batch, lost) / (len(batch) - place)
+                share = self._missing(batch, lost, solve.keys.device) / (len(batch) - place)
                 self._solve(solve, prior[solve.layer], share, lost)
 
-    def _missing(self, batch: Sequence[_LayerSolve], lost: Mapping[int, Tensor]) -> Tensor:
+    def _missing(self, batch: Sequence[_LayerSolve], lost: Mapping[int, Tensor], device: torch.device) -> Tensor:
         """What the facts of a batch lack, (d_out, n), because removed facts no longer contribute at their keys.
 
         `lost` is by layer what the batch's solves so far changed the weight (d_out, d_in) by with every fact, less what
         they change it by with those that stay.
         """
-        missing = torch.zeros(())
+        missing = torch.zeros((), device=device)
         if _targets(self.manifest, batch[0].record.run) == "values":
             for solve in batch:
                 if solve.layer in lost:
-                    missing = missing + lost[solve.layer] @ solve.keys
+                    missing = missing + (lost[solve.layer] @ solve.keys).to(device)
         return missing
 
     def _solve(

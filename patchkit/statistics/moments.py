@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from patchkit.maths.linalg import Covariance
 from patchkit.maths.onednn import linear
+from patchkit.model.devices import exact
 from patchkit.model.forward import LayerRunner, watching
 from patchkit.model.weights import Site, stored_parameters, tensor_digest, weight_of
 from patchkit.statistics.corpus import Corpus
@@ -167,6 +168,6 @@ def _adder(sums: Sums, layer: int) -> Callable[[Tensor, Tensor], None]:
         keys = keys.float()  # (windows, positions, d_in)
         keys = torch.cat([FIRST**0.5 * keys[:, :1], keys[:, 1:]], 1)
         gram = _upper_gram(keys.flatten(0, 1))
-        sums[layer] = sums[layer] + gram if layer in sums else gram.double()
+        sums[layer] = sums[layer] + gram.to(sums[layer].device) if layer in sums else exact(gram)
 
     return add

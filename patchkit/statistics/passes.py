@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from torch import Tensor
 
-from patchkit.model.devices import home_of
+from patchkit.model.devices import solve_device
 from patchkit.model.weights import Site
 from patchkit.statistics.corpus import Corpus
 from patchkit.statistics.store import Partial
@@ -62,5 +62,5 @@ def _save(partial: Partial, sums: Sums, done: int) -> None:
 
 def _resumed(partial: Partial, sites: Sequence[Site]) -> tuple[Sums, int]:
     stored, done = partial.load()
-    devices = {site.layer: home_of(site.module) for site in sites}
+    devices = {site.layer: solve_device(site.module) for site in sites}
     return {layer: stored[str(layer)].to(device) for layer, device in devices.items() if stored}, done

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from patchkit.model.devices import exact
 from patchkit.model.forward import LayerRunner, traced, widen
 from patchkit.model.weights import Site, model_digest, stored_parameters, weight_of
 from patchkit.statistics.corpus import Corpus, window_of
@@ -93,4 +94,4 @@ def _accumulate(runner: LayerRunner, sites: Sequence[Site], batch: Sequence[Sequ
             for (layer, (keys, _)), gradient in zip(seen.items(), found, strict=True):
                 # (d_out, positions) times (positions, d_in)
                 added = widen(gradient).flatten(0, 1).T @ widen(keys).flatten(0, 1)  # (d_out, d_in)
-                sums[layer] = sums.get(layer, 0) + added.double()
+                sums[layer] = sums.get(layer, 0) + exact(added)

@@ -218,7 +218,7 @@ class Checkpoint:
 
     def _statistics(self, loaded: Any, folder: Path) -> None:
         """Those of the first method; the second time they are read from the store."""
-        corpus = read_corpus(default_text(self.options.model), loaded.tokenizer)
+        corpus = read_corpus(default_text(self.options.model), loaded.tokenizer, self.options.tokens)
 
         def run() -> int:
             runner = LayerRunner(inspect_model(loaded.model))
@@ -323,7 +323,7 @@ class Shape:
 
     def _pass_over_text(self, runner: LayerRunner) -> None:
         """The pass over text that statistics are made in, without factoring what it adds up."""
-        corpus = read_corpus(PACKAGE_TEXT, self.tokenizer)
+        corpus = read_corpus(PACKAGE_TEXT, self.tokenizer, self.options.tokens)
         size = BATCH // corpus.window
 
         def run() -> int:
@@ -361,6 +361,7 @@ def _options() -> argparse.Namespace:
     known.add_argument("--count", type=int, default=100, help="facts to edit at most")
     known.add_argument("--methods", type=_names, default=list(METHODS), help="in the order given: alphaedit,memit")
     known.add_argument("--shape", choices=["8b", "small", "none"], default="8b", help="of the random model")
+    known.add_argument("--tokens", type=int, default=100_000, help="of plain text at most")
     known.add_argument("--quick", action="store_true", help="measure without texts that the model writes")
     known.add_argument("--oracle", type=int, default=0, help="facts that the published procedure edits, too")
     known.add_argument(

@@ -85,7 +85,7 @@ def built() -> Path:
         if not file.is_file():
             at, unfinished = _torch(), file.with_suffix(f".{os.getpid()}")
             where = [f"-I{at}/include", str(SOURCE), f"-L{at}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{at}/lib"]
-            command = ["g++", "-std=c++20", "-O0", "-w", "-shared", "-fPIC", *where, "-o", str(unfinished)]
+            command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", *where, "-o", str(unfinished)]
             subprocess.run(command, check=True, timeout=300)
             unfinished.rename(file)
     return file

@@ -23,7 +23,7 @@ def options(tmp_path: Path) -> list[str]:
     quick = ["steps=2", "contexts=1", "layers=1"]
     settings = [part for setting in quick for part in ("--set", setting)]
     where = ["--model", str(model), "--facts", str(facts), "--out", str(tmp_path / "out")]
-    return [*where, *settings, "--shape", "small", "--count", "1", "--quick", "--threads", "1"]
+    return [*where, *settings, "--shape", "small", "--count", "1", "--quick", "--tokens", "200", "--threads", "1"]
 
 
 def ran(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -34,14 +34,14 @@ def ran(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_all_of_it(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = ran([*options, "--methods", "alphaedit,ft"], tmp_path, monkeypatch)
+    found = ran([*options, "--methods", "ultraedit,ft"], tmp_path, monkeypatch)
     assert found["finished"]
     assert found["machine"]["device"] == "fake GPU"
     assert not [row for row in found["results"] if "failed" in row.get("notes", "")]
     timed = {(row["model"], row["what"], row.get("method")): row for row in found["results"]}
     for what in ("load", "statistics"):
         assert timed["tiny", what, None].keys() >= {"cold_s", "warm_s"}
-    for method in ("alphaedit", "ft"):
+    for method in ("ultraedit", "ft"):
         for what in ("apply", "measure", "merge"):
             assert timed["tiny", what, method]["warm_s"] > 0
         assert timed["random, SMALL shape, float32", "edit", method]["warm_s"] > 0
