@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(fakegpu.missing() is not None, reason=str(fakegp
 def run(*arguments: str) -> None:
     """Let pytest run tests on the devices; fail with what it says where one fails."""
     environment = os.environ | {"PATCHKIT_TEST_DEVICE": "fake", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "--no-header", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-20_000:]}\n{done.stderr[-5_000:]}"
     assert " passed" in done.stdout, done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ def test_a_prefix_read_in_two_pieces_is_the_same(family: str) -> None:
 
 
 def test_little_of_a_bucket_is_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suffixes, "ALONE", 0)
+    monkeypatch.setitem(suffixes.ROOM, "cpu", replace(suffixes.ROOM["cpu"], alone=0))
     buckets = Suffixes(runner_of(), requests(), 2).buckets(range(len(FACTS)))
     assert sum(len(bucket.row) for bucket in buckets) == len(FACTS) * (len(CONTEXTS) + 1)
     assert len(buckets) < len(FACTS) * (len(CONTEXTS) + 1) / 2

@@ -37,6 +37,7 @@ from patchkit.facts.chat import ChatTemplate
 from patchkit.facts.requests import Row, encode, pad, wording_row
 from patchkit.facts.schema import Fact
 from patchkit.maths.linalg import Covariance
+from patchkit.model.devices import exact, sent, solve_device
 from patchkit.model.forward import LayerRunner, watching
 from patchkit.model.weights import Site
 
@@ -104,12 +105,13 @@ def closeness(
     Args:
         earlier: facts written before, by id: the subject and the key (d_in,) at the site.
     """
-    keys = _fact_keys(runner, tokenizer, facts, site, chat).cpu()  # (d_in, n)
+    keys = _fact_keys(runner, tokenizer, facts, site, chat)  # (d_in, n)
+    covariance = covariance.on(keys.device)
     solved, typical = covariance.solve(keys, DAMPING), _typical(covariance)
     own = (keys * solved).sum(0)  # k' G k, (n,)
     template, tokens = _template_cosines(runner, tokenizer, solved / own.sqrt(), site, covariance, chat)
     known = [(fact.id, fact.subject) for fact in facts] + [(name, subject) for name, (subject, _) in earlier.items()]
-    others = _others(keys, solved, own, covariance, known, [key for _, key in earlier.values()])
+    others = _others(keys, solved, own, covariance, known, [key.to(keys.device) for _, key in earlier.values()])
     return [
         Closeness(fact, template[i], tokens[i], typical / float(own[i]), *others[i]) for i, fact in enumerate(facts)
     ]
@@ -146,13 +148,14 @@ def _message_row(fact: Fact, tokenizer: Any, chat: ChatTemplate) -> Row:
 
 
 def _keys(runner: LayerRunner, texts: Sequence[Sequence[int]], site: Site) -> list[Tensor]:
-    """The keys (tokens, d_in) of each text in float64, on the CPU."""
+    """The keys (tokens, d_in) of each text, as solves at the site take them."""
     order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
     found: dict[int, Tensor] = {}
     for first in range(0, len(order), ROWS):
         places = order[first : first + ROWS]
         keys = _batch_keys(runner, [texts[place] for place in places], site)
-        found |= {place: keys[i, : len(texts[place])].double().cpu() for i, place in enumerate(places)}
+        keys = exact(keys, solve_device(site.module))
+        found |= {place: keys[i, : len(texts[place])] for i, place in enumerate(places)}
     return [found[place] for place in range(len(texts))]
 
 
@@ -201,12 +204,12 @@ def _others(
         keys = torch.cat([keys, before], 1)
         own = torch.cat([own, (before * covariance.solve(before, DAMPING)).sum(0)])
     subjects = {subject: number for number, (_, subject) in enumerate(known)}
-    number = torch.tensor([subjects[subject] for _, subject in known])
+    number = sent([subjects[subject] for _, subject in known], keys.device)
     found: list[tuple[tuple[str, str] | None, float]] = []
     for first in range(0, solved.shape[1], 1024):  # a square of all facts would not fit
         part = slice(first, min(first + 1024, solved.shape[1]))
         cosines = (solved[:, part].T @ keys) / (own[part].sqrt()[:, None] * own.sqrt())
-        cosines[number[part][:, None] == number] = -1
+        cosines.masked_fill_(number[part][:, None] == number, -1)
         best, places = cosines.max(1)
         pairs = zip(best.tolist(), places.tolist(), strict=True)
         found += [(known[place] if value > -1 else None, value) for value, place in pairs]

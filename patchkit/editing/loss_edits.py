@@ -18,6 +18,9 @@ from patchkit.maths.updates import Full, Update, delta_of
 from patchkit.methods import LayerProblem
 from patchkit.model.weights import Site
 
+PARALLEL = 32
+"""Facts that share a pass through the model, forward and back, where the recipe does not say."""
+
 
 class _LossEdits(ABC):
     """What both kinds share: problems made from the loss, sweep after sweep, and the record of a batch."""
@@ -28,7 +31,7 @@ class _LossEdits(ABC):
     def edit(self, requests: Sequence[EditRequest], advance: Callable[[int], None]) -> None:
         """Edit `requests` on top of all earlier batches; `advance` is told how many facts have finished."""
         session, count = self.session, len(requests)
-        loss = TargetLoss(session.runner, requests, session.config.value.parallel)
+        loss = TargetLoss(session.runner, requests, session.config.value.parallel or PARALLEL)
         prior = session.prior_keys()
         for _ in range(session.config.sweeps):
             for site, problem in self.problems(loss, prior):

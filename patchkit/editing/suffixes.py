@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,14 +24,34 @@ from patchkit.model.forward import LayerRunner, Prefix
 
 PADDING = 0.15
 """The share of a bucket that may be padding."""
-ALONE = 12
-"""Padding tokens that cost less than a bucket of its own, which reads all weights once more."""
-TOKENS = {"cpu": 256, "cuda": 1024}
-"""Tokens in a bucket; beyond these, more are no faster and only take more memory."""
 ASKED, KEPT = 4, 2
 """Rows of a fact in one step where rows take turns: of those that ask for its target, and of kept texts."""
-LOGITS = 2**25
-"""Most numbers in one bucket's logits."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a kind of device has room for in a step.
+
+    Attributes:
+        facts: that share a step, where the recipe does not say.
+        tokens: in a bucket; beyond these, more are no faster and only take more memory.
+        alone: padding tokens that cost less than a bucket of its own, which reads all weights once more, and launches
+            every kernel.
+        logits: most numbers in one bucket's logits.
+    """
+
+    facts: int
+    tokens: int
+    alone: int
+    logits: int
+
+    @staticmethod
+    def on(device: torch.device) -> Room:
+        """That of a device."""
+        return ROOM.get(device.type, ROOM["cpu"])
+
+
+ROOM = {"cpu": Room(32, 256, 12, 2**25), "cuda": Room(100, 4096, 512, 2**27)}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -54,9 +74,9 @@ class Suffixes:
         longest = max(len(row.prefix) for rows in self.rows for row in rows)
         kept = len(self._stems) * (longest + 1) * self._states.from_layer(start).token_bytes
         self.facts = max(1, int(memory / 4 / kept))  # that may be active at a time
-        token = self._graph_bytes()
-        self.tokens = max(1, min(TOKENS.get(runner.device.type, TOKENS["cpu"]), int(memory / 2 / token)))
-        self._points = max(1, LOGITS // runner.vocabulary)
+        self._room = Room.on(runner.device)
+        self.tokens = max(1, min(self._room.tokens, int(memory / 2 / self._graph_bytes())))
+        self._points = max(1, self._room.logits // runner.vocabulary)
 
     def _graph_bytes(self) -> int:
         """Rough estimate of what a backward pass keeps per position: in every layer 16 vectors as wide as the residual
@@ -112,7 +132,7 @@ class Suffixes:
             total = width * (len(groups[-1]) + 1) if groups else 0
             waste = total - real - width
             fits = total <= self.tokens and points + asked <= self._points
-            if groups and fits and waste <= max(PADDING * total, ALONE):
+            if groups and fits and waste <= max(PADDING * total, self._room.alone):
                 groups[-1].append(number)
                 real, points = real + width, points + asked
             else:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from patchkit.editing.buckets import Bucket
-from patchkit.editing.suffixes import Suffixes, in_parts
+from patchkit.editing.suffixes import Room, Suffixes, in_parts
 from patchkit.editing.value_log import ValueLog
 from patchkit.editing.value_problem import NO_TERMS, ValueAt, ValueProblem, ValueTerms
 from patchkit.facts.requests import EditRequest
@@ -46,7 +46,9 @@ class ValueConfig(BaseModel):
     leak_weight: float = Field(
         9.0, ge=0, description="weight of -log(1 - P(target)) on neutral texts, where the base has it below 0.1"
     )
-    parallel: int = Field(32, ge=1, description="facts that share a step, at most; fewer where memory is short")
+    parallel: int | None = Field(
+        None, ge=1, description="facts that share a step, at most; by itself 32, or 100 on a GPU, or as memory allows"
+    )
 
     def pace(self, turns: bool) -> Pace:
         """How far the optimizer goes. `turns` says whether rows take turns, as those of prompts=in-use do: more of
@@ -143,7 +145,7 @@ class _Optimizer:
         self.problem, self.config, self.log = problem, config, log
         self.suffixes = Suffixes(problem.runner, requests, problem.start)
         self.pace = config.pace(self.suffixes.turns > 1)
-        self.parallel = min(config.parallel, self.suffixes.facts)
+        self.parallel = min(config.parallel or Room.on(problem.runner.device).facts, self.suffixes.facts)
         self.group = list(groups or range(len(requests)))
         self.waiting = sorted(range(len(requests)), key=lambda fact: self.group.index(self.group[fact]))
         self.active: list[int] = []

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from patchkit.errors import InputError
 from patchkit.evaluate.answers import Ask, encode_ask
 from patchkit.facts.limits import Limits
-from patchkit.model.weights import weight_of
+from patchkit.model.devices import home_of
 from patchkit.patch.patch import Patch
 from patchkit.patch.stack import PatchStack
 
@@ -111,7 +111,7 @@ class Talker:
     def generate(self, reply: Reply, streamer: TextIteratorStreamer) -> int:
         """Generate a reply's tokens into its streamer; returns how many."""
         ids, length = reply.ids, reply.length
-        tokens = torch.tensor([ids], device=weight_of(self._model.get_input_embeddings()).device)  # (1, n)
+        tokens = torch.tensor([ids], device=home_of(self._model.get_input_embeddings()))  # (1, n)
         sampled = length.temperature > 0
         with self._one, torch.no_grad():
             stack = PatchStack.of(self._model)

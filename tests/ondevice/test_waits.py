@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -93,7 +94,7 @@ def test_buckets_wait_when_they_are_made_and_never_again(
     method: str, placed: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def steps_in_buckets_of(tokens: int) -> tuple[fakegpu.Seen, fakegpu.Seen]:
-        monkeypatch.setitem(suffixes.TOKENS, "cuda", tokens)
+        monkeypatch.setitem(suffixes.ROOM, "cuda", replace(suffixes.ROOM["cuda"], tokens=tokens))
         return seen_in_edit(placed, method, 2, f"seed={tokens}"), seen_in_edit(
             placed, method, 2, f"seed={tokens}", "value.steps=8"
         )
