@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchkit.editing.suffixes import free_memory, graph_bytes
 from patchkit.facts.requests import EditRequest, pad
 from patchkit.model.devices import at, exact, home_of, sent, solve_device
 from patchkit.model.forward import LayerRunner, traced, watching, widen
@@ -71,7 +72,7 @@ class TargetLoss:
     """The mean loss of facts' targets after their prompts in all contexts, for a model with frozen weights.
 
     Args:
-        parallel: how many facts share a pass.
+        parallel: how many facts share a pass, at most; fewer where memory is short.
 
     Attributes:
         passes: how often it has been differentiated.
@@ -80,8 +81,10 @@ class TargetLoss:
     def __init__(self, runner: LayerRunner, requests: Sequence[EditRequest], parallel: int) -> None:
         self.runner, self.facts, self.passes = runner, len(requests), 0
         self._columns = [sum(len(row.ids) - row.target for row in request.rows) for request in requests]
-        firsts = range(0, len(requests), parallel)
-        self._groups = [_Group.of(requests[i : i + parallel], i, runner.device) for i in firsts]
+        widest = max(len(row.ids) for request in requests for row in request.rows)
+        fact = graph_bytes(runner, 0) * widest * max(len(request.rows) for request in requests)
+        size = max(1, min(parallel, free_memory(runner.device) // 2 // fact))
+        self._groups = [_Group.of(requests[i : i + size], i, runner.device) for i in range(0, len(requests), size)]
 
     @property
     def columns(self) -> list[int]:

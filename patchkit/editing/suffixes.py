@@ -75,15 +75,8 @@ class Suffixes:
         kept = len(self._stems) * (longest + 1) * self._states.from_layer(start).token_bytes
         self.facts = max(1, int(memory / 4 / kept))  # that may be active at a time
         self._room = Room.on(runner.device)
-        self.tokens = max(1, min(self._room.tokens, int(memory / 2 / self._graph_bytes())))
+        self.tokens = max(1, min(self._room.tokens, int(memory / 2 / graph_bytes(runner, start))))
         self._points = max(1, self._room.logits // runner.vocabulary)
-
-    def _graph_bytes(self) -> int:
-        """Rough estimate of what a backward pass keeps per position: in every layer 16 vectors as wide as the residual
-        stream and 6 as wide as the feed-forward."""
-        arch = self.runner.arch
-        wide = 16 * arch.hidden_size + 6 * max(site.d_in for site in arch.sites)
-        return int((self.runner.depth - self.start) * wide * self.runner.dtype.itemsize)
 
     @torch.no_grad()
     def buckets(self, facts: Iterable[int]) -> list[Bucket]:
@@ -219,6 +212,13 @@ def _kept(rows: Sequence[Row], targets: Sequence[int], texts: int, device: torch
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def graph_bytes(runner: LayerRunner, start: int) -> int:
+    """Rough estimate of what a backward pass through the layers from `start` on keeps per position: in every layer 16
+    vectors as wide as the residual stream and 6 as wide as the feed-forward."""
+    wide = 16 * runner.arch.hidden_size + 6 * max(site.d_in for site in runner.arch.sites)
+    return int((runner.depth - start) * wide * runner.dtype.itemsize)
 
 
 def free_memory(device: torch.device) -> int:
