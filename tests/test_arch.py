@@ -6,7 +6,6 @@ from functools import cache
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaForSequenceClassification, PreTrainedModel
 
@@ -158,14 +157,6 @@ def test_a_norm_after_the_residual_sum_is_not_direct() -> None:
     for layer in model.model.decoder.layers:
         layer.do_layer_norm_before = False
     assert not any(site.direct for site in inspect_model(model).sites)
-
-
-def test_sites_under_peft_adapters_are_the_base_layers() -> None:
-    model = zoo.FAMILIES["llama"]()
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["gate_proj", "up_proj", "down_proj", "q_proj"]))
-    sites = inspect_model(adapted).sites
-    assert sites[2].weight_name == "base_model.model.model.layers.2.mlp.down_proj.base_layer.weight"
-    assert all(site.direct for site in sites)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from patchkit.editing.contexts import TOKENS
 from patchkit.editing.editor import solve_batch_size
 from patchkit.editing.recipe import EditConfig
 from patchkit.editing.session import Plan, plan
-from patchkit.editing.suffixes import ASKED, KEPT, LOGITS
+from patchkit.editing.suffixes import ASKED, KEPT, Room
 from patchkit.editing.wordings import KEPT as KEPT_TOKENS
 from patchkit.editing.wordings import LEADS, NEUTRAL, NEUTRAL_CHAT, SAMPLED, SAMPLES
 from patchkit.evaluate.interview import ABOUT_TOKENS, ANSWER_TOKENS
@@ -192,4 +192,4 @@ def _memory(workspace: Workspace, how: Plan) -> int:
     gradient's."""
     weights = sum(each.numel() * each.element_size() for each in workspace.model.parameters())
     statistics = sum(3 * 8 * site.d_in**2 for site in how.sites)
-    return weights + statistics + 3 * 4 * LOGITS
+    return weights + statistics + 3 * 4 * Room.on(workspace.runner.device).logits
