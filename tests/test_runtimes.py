@@ -238,10 +238,11 @@ def test_options_that_a_format_does_not_take_are_refused(checkpoint, tmp_path: P
 def test_an_export_is_replaced_and_another_format_is_not(checkpoint, tmp_path: Path) -> None:
     model, name = checkpoint("llama")
     patch = patch_of_kind(model, name, "delta")
-    for _ in range(2):
-        export(patch, tmp_path / "out", "gguf")
-    with pytest.raises(InputError, match="it exists and holds no export to mlx"):
-        export(patch, tmp_path / "out", "mlx")
+    for kind in ("gguf", "peft"):
+        for _ in range(2):
+            export(patch, tmp_path / kind, kind)
+        with pytest.raises(InputError, match="it exists and holds no export to mlx"):
+            export(patch, tmp_path / kind, "mlx")
 
 
 def test_a_gguf_adapter_is_published_with_the_hub_name_of_its_base(checkpoint, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ package of its own adds one by an entry point in the group "patchkit.exporters" 
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
@@ -125,7 +126,7 @@ def export(
     """
     form, wanted, folder = get(kind), options or Options(), Path(out)
     _check(form, wanted)
-    if not is_free(folder) and not is_folder_with(folder, form.mark):
+    if not is_free(folder) and not _holds(folder, form):
         raise InputError(f"--out {folder}: it exists and holds no export to {kind}; choose another folder")
     job = Job(patch, base or patch.manifest.base.name, folder.absolute().name, wanted)
     done: list[Exported] = []
@@ -138,6 +139,17 @@ def export(
     *first, mark = form.files
     write_folder(folder, (*first, "README.md", MANIFEST, mark), write)
     return done[-1]
+
+
+def _holds(folder: Path, form: Exporter) -> bool:
+    """Whether an export of this format is there; several have a file of the same name."""
+    try:
+        record = json.loads((folder / MANIFEST).read_bytes())
+    except OSError:  # an adapter that something else wrote
+        return is_folder_with(folder, form.mark)
+    except ValueError:
+        return False
+    return is_folder_with(folder, form.mark) and isinstance(record, dict) and record.get("format") == form.name
 
 
 def _check(form: Exporter, options: Options) -> None:
