@@ -34,19 +34,18 @@ def ran(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_all_of_it(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = ran([*options, "--methods", "ultraedit,ft"], tmp_path, monkeypatch)
+    found = ran([*options, "--methods", "ultraedit"], tmp_path, monkeypatch)
     assert found["finished"]
     assert found["machine"]["device"] == "fake GPU"
     assert not [row for row in found["results"] if "failed" in row.get("notes", "")]
     timed = {(row["model"], row["what"], row.get("method")): row for row in found["results"]}
     for what in ("load", "statistics"):
         assert timed["tiny", what, None].keys() >= {"cold_s", "warm_s"}
-    for method in ("ultraedit", "ft"):
-        for what in ("apply", "measure", "merge"):
-            assert timed["tiny", what, method]["warm_s"] > 0
-        assert timed["random, SMALL shape, float32", "edit", method]["warm_s"] > 0
+    for what in ("apply", "measure", "merge"):
+        assert timed["tiny", what, "ultraedit"].keys() >= {"cold_s", "warm_s"}
+    assert timed["random, SMALL shape, float32", "edit", "ultraedit"]["warm_s"] > 0
     table = (tmp_path / "out" / "gpu.md").read_text()
-    assert table.count("| tiny |") == 8
+    assert table.count("| tiny |") == 5
     assert "NOT ON A GPU" not in table
 
 

@@ -25,7 +25,7 @@ from tests.ondevice import fakegpu
 from tests.ondevice.conftest import FACTS, QUICK, Place
 from tests.zoo import tiny_tokenizer
 
-OFTEN = {"adaedit", "ft", "mose-right", "oedit", "ultraedit", "wilke", "memit+rect", "alphaedit+sphere"}
+OFTEN = {"adaedit", "ft", "mose-right", "oedit", "ultraedit", "wilke", "memit+rect"}
 """Methods that differ most in what they do on a device; the others are slow tests."""
 METHODS = (
     *("adaedit", "alphaedit", "emmet", "ft", "memit", "mose", "mose-right", "oedit", "oedit+", "r-rome", "rome"),
@@ -100,7 +100,7 @@ def test_every_method_everywhere(method: str, dtype: str, placed: Place, tmp_pat
         assert alike(found, expected), place
 
 
-@pytest.mark.parametrize("place", ["one", "offload"])
+@pytest.mark.parametrize("place", ["one", pytest.param("offload", marks=pytest.mark.slow)])
 def test_half_precision(place: str, placed: Place) -> None:
     found = applied(placed(place, torch.bfloat16), "memit")
     assert same(found, applied(placed("cpu", torch.bfloat16), "memit"), 2e-2)
