@@ -103,3 +103,33 @@ def test_verify_tells_it_in_its_table_and_its_json(run: Command, tmp_path: Path)
     (fact,) = run("verify", "--quick", tmp_path / "patch", "--json").json()["per_fact"]
     assert fact["why"]["kind"] == "never learned"
     assert fact["why"]["advice"].startswith("try more steps")
+
+
+def test_the_json_of_verify_has_every_paraphrase_and_neighbor_as_both_models_say_it(
+    run: Command, tmp_path: Path
+) -> None:
+    base = zoo.save(MODEL, zoo.tiny_tokenizer(), tmp_path / "model")
+    near = {"prompt": "the house of", "target": "Ada"}
+    fact = edited_fact(paraphrases=("a city named", "the town of"), locality=[near], questions=("Which city?",))
+    random_patch(MODEL, str(base), [fact], ranks={1: 1}, size=5.0).save(tmp_path / "patch")
+    (found,) = run("verify", tmp_path / "patch", "--json").json()["per_fact"]
+    assert [each["prompt"] for each in found["paraphrases"]] == ["a city named", "the town of"]
+    assert all(each["before"] != each["after"] for each in found["paraphrases"])
+    (neighbor,) = found["neighbors"]
+    assert (neighbor["prompt"], neighbor["target"]) == ("the house of", "Ada")
+    assert neighbor["unchanged"] == (neighbor["before"] == neighbor["after"])
+    assert {"Which city?"} <= {each["question"] for each in found["more"]["in_use"]["asked"]}
+    assert all({"before", "after"} <= each.keys() for each in found["more"]["in_use"]["asked"])
+
+
+def test_long_facts_keep_tables_short_and_ids_whole(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = edited_fact(id="a-rather-long-name-2026", prompt="The city of " + "and so on " * 200, target_new="x " * 500)
+    random_patch(MODEL, "base", [long], ranks={1: 1}).save(tmp_path / "patch")
+    for width, most in (("40", 60), ("80", 20)):
+        monkeypatch.setenv("COLUMNS", width)
+        shown = run("show", tmp_path / "patch").out
+        assert "a-rather-long-name-2026" in shown
+        assert len(shown.splitlines()) <= most
+        assert max(map(len, run("log", tmp_path / "patch").out.splitlines())) < 400

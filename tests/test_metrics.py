@@ -139,7 +139,7 @@ def test_facts_that_do_not_hold_are_named_with_what_is_said_instead(printed: Pri
         name: outcome.says for name, outcome in outcomes.items()
     }
     assert not any(outcome.holds for outcome in outcomes.values())
-    assert table.count("✗") == 2
+    assert table.count("✗  ") == 2  # and once more each where it says why
     shown, card = words(printed("show", "p")), Path("p/README.md").read_text(encoding="utf-8")
     assert "of 2 facts, 2 do not hold: rome, ada" in shown
     assert "Of 2 facts, 0 hold. These do not: rome, ada." in card

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from patchkit.cli.narrow import Adapting
 from patchkit.evaluate.metric import Metric
 from patchkit.evaluate.metrics import headlines, leads, metrics, summary_line
 from patchkit.evaluate.report import Report, Summary, said
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from patchkit.runs.dry_run import PlannedFact, PlannedRun
 
 MOST_ROWS = 40
+MOST_CHARACTERS = 120
+"""Of a text in a cell."""
 
 
 def apply_table(report: Report) -> RenderableType:
@@ -30,14 +33,14 @@ def apply_table(report: Report) -> RenderableType:
         table.add_column(heading, overflow="fold")
     for fact in report.per_fact[:MOST_ROWS]:
         table.add_row(
-            fact.outcome.question or fact.prompt,
-            said(fact.outcome_before, fact.target_new),
-            said(fact.outcome, fact.target_new),
+            _short(fact.outcome.question or fact.prompt),
+            _short(said(fact.outcome_before, fact.target_new)),
+            _short(said(fact.outcome, fact.target_new)),
             _mark(fact.holds),
             _share(fact.generalization.exact, fact.counts.get("generalization", {}).get("exact"), "hold"),
             _share(fact.locality.unchanged, fact.counts.get("locality", {}).get("unchanged"), "stay"),
         )
-    parts: list[RenderableType] = [table]
+    parts: list[RenderableType] = [Adapting(table)]
     if len(report.per_fact) > MOST_ROWS:
         parts.append(Text(f"... and {len(report.per_fact) - MOST_ROWS} more (--json has all of them)", style="dim"))
     return Group(*parts, *_reasons(report), Text(), metrics_table(report))
@@ -91,7 +94,7 @@ def patch_table(manifest: Manifest) -> RenderableType:
     for u in manifest.updates:
         turned = f", planes turn by {u.angles[0]:.2g} to {u.angles[2]:.2g} rad" if u.angles else ""
         updates.add_row(u.weight, u.kind, str(u.rank), f"{u.norm / u.weight_norm:.2%} of the weight's norm{turned}")
-    parts: list[RenderableType] = [head, updates, Text(), _facts_table(manifest)]
+    parts: list[RenderableType] = [head, Adapting(updates), Text(), Adapting(_facts_table(manifest))]
     if lost := manifest.lost():
         parts += [
             Text(),
@@ -106,12 +109,13 @@ def _facts_table(manifest: Manifest) -> Table:
     """The facts with what the model said of them when they were last measured."""
     facts = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("id", "prompt", "target", "says now", "", "instead of", "run"):
-        facts.add_column(heading, overflow="fold")
+        facts.add_column(heading, overflow="fold", no_wrap=heading == "id")  # an id is what revert asks for
     for fact in manifest.facts:
         outcome = manifest.outcomes.get(fact.id)
         says = said(outcome, fact.target_new) if outcome else "not measured"
         mark = _mark(outcome.holds) if outcome else Text()
-        facts.add_row(fact.id, fact.prompt, fact.target_new, says, mark, fact.target_true or "", str(fact.run + 1))
+        cells = map(_short, (fact.prompt, fact.target_new, says))
+        facts.add_row(fact.id, *cells, mark, _short(fact.target_true or ""), str(fact.run + 1))
     return facts
 
 
@@ -119,10 +123,10 @@ def planned_table(found: PlannedRun) -> RenderableType:
     """What `patchkit apply --dry-run` prints: each fact with its tokens, the weights, time and memory."""
     facts = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("line", "id", "tokens: [subject's last] > target"):
-        facts.add_column(heading, overflow="fold")
+        facts.add_column(heading, overflow="fold", no_wrap=heading == "id")
     for fact in found.facts[:MOST_ROWS]:
         facts.add_row(str(fact.line), fact.id, _spans(fact))
-    parts: list[RenderableType] = [facts]
+    parts: list[RenderableType] = [Adapting(facts)]
     if len(found.facts) > MOST_ROWS:
         parts.append(Text(f"... and {len(found.facts) - MOST_ROWS} more (--json has all of them)", style="dim"))
     layers = ", ".join(str(weight.layer) for weight in found.weights)
@@ -232,6 +236,12 @@ def _method_rows(m: Method | Wrapper, writes: str) -> Table:
     return rows
 
 
+def _short(text: str) -> str:
+    """A text as a cell has room for it, on one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 3]}..."
+
+
 def _mark(holds: bool) -> Text:
     return Text("✓" if holds else "✗", style="green" if holds else "red")
 
@@ -250,4 +260,4 @@ def _on(metric: Metric, found: Summary) -> str:
 
 
 def _says(fact: EditedFact) -> str:
-    return f"{fact.id}  {fact.prompt} -> {fact.target_new}"
+    return f"{fact.id}  {_short(fact.prompt)} -> {_short(fact.target_new)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,11 +21,13 @@ ROWS = 32
 
 @dataclass(frozen=True)
 class Reading:
-    """One target after one prompt: mean token log-probability, whether every token is the argmax, those argmaxes."""
+    """One target after one prompt: mean token log-probability, whether every token is the argmax, those argmaxes, and
+    these as text."""
 
     log_probability: float
     exact: bool
     argmax: tuple[int, ...]
+    said: str = ""
 
 
 @torch.no_grad()
@@ -37,7 +39,8 @@ def read_targets(runner: LayerRunner, tokenizer: Any, pairs: Sequence[Pair]) -> 
     for i in range(0, len(order), ROWS):
         chunk = order[i : i + ROWS]
         readings |= _read_chunk(runner, chunk, [encoded[pair] for pair in chunk])
-    return readings
+    texts = {pair: str(tokenizer.decode(each.argmax, skip_special_tokens=True)) for pair, each in readings.items()}
+    return {pair: replace(each, said=texts[pair]) for pair, each in readings.items()}
 
 
 def _read_chunk(

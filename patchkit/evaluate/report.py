@@ -78,6 +78,27 @@ class Asked(BaseModel):
     holds: bool
 
 
+class ParaphraseReport(BaseModel):
+    """A paraphrase, and how the base and the patched model go on with it, greedily."""
+
+    model_config = ConfigDict(frozen=True)
+    prompt: str
+    before: str
+    after: str
+    exact: bool
+
+
+class NeighborReport(BaseModel):
+    """A neighbor, and the likeliest tokens where its target (else the fact's) stands, on both models, as text."""
+
+    model_config = ConfigDict(frozen=True)
+    prompt: str
+    target: str | None
+    before: str
+    after: str
+    unchanged: bool
+
+
 class Why(BaseModel):
     """Why a fact does not hold, and what to try; `by` is the fact that broke it, where one did."""
 
@@ -108,6 +129,8 @@ class FactReport(BaseModel):
     generalization: Rates
     locality: LocalityRates
     counts: Counts = {}
+    paraphrases: tuple[ParaphraseReport, ...] = ()
+    neighbors: tuple[NeighborReport, ...] = ()
     more: dict[str, dict[str, Any]] = {}
     asked: Asked | None = None
     why: Why | None = None

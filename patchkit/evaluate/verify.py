@@ -16,8 +16,17 @@ import torch
 from patchkit.evaluate.in_use import asked_alone
 from patchkit.evaluate.metrics import Found, Trial
 from patchkit.evaluate.readings import Reading, generate, perplexity, read_targets
-from patchkit.evaluate.report import Counts, FactReport, LocalityRates, Perplexity, Rates, Report
-from patchkit.facts.schema import Fact, Pair
+from patchkit.evaluate.report import (
+    Counts,
+    FactReport,
+    LocalityRates,
+    NeighborReport,
+    ParaphraseReport,
+    Perplexity,
+    Rates,
+    Report,
+)
+from patchkit.facts.schema import Fact, Locality, Pair
 from patchkit.model.forward import LayerRunner
 from patchkit.statistics.corpus import Corpus
 
@@ -60,15 +69,15 @@ def verify(
     steps = 2 + (corpus is not None) + len(trial.instruments())
     step = _counter(progress, 2 * steps, steps if before else 0)
     if before is None:
-        before = ask_base(trial, step, paraphrases=False)
+        before = ask_base(trial, step)
     with attached():
         after = ask_patched(trial, before, step)
     return compare(facts, before, after)
 
 
-def ask_base(trial: Trial, step: Step = lambda: None, paraphrases: bool = True) -> Answers:
-    """What the base answers to the facts of `trial`; without `paraphrases` it continues their prompts alone."""
-    answers, bases = ask(trial, step, paraphrases), {}
+def ask_base(trial: Trial, step: Step = lambda: None) -> Answers:
+    """What the base answers to the facts of `trial`."""
+    answers, bases = ask(trial, step), {}
     for name, instrument in trial.instruments().items():
         bases[name] = instrument.base(trial)
         step()
@@ -85,11 +94,11 @@ def ask_unpatched(trial: Trial, base: Answers) -> Answers:
     return _measured_by_instruments(replace(trial, untouched=True), base, base, lambda: None)
 
 
-def ask(trial: Trial, step: Step = lambda: None, paraphrases: bool = True) -> Answers:
+def ask(trial: Trial, step: Step = lambda: None) -> Answers:
     """What the model as it now is answers to the facts of `trial`, without the groups that have an instrument."""
     readings = read_targets(trial.runner, trial.tokenizer, _asked(trial.facts))
     step()
-    prompts = [f.pair(p) for f in trial.facts for p in (f.prompt, *(f.paraphrases if paraphrases else ()))]
+    prompts = [f.pair(p) for f in trial.facts for p in (f.prompt, *f.paraphrases)]
     said = generate(trial.runner, trial.tokenizer, prompts)
     step()
     if trial.corpus is None:
@@ -198,8 +207,29 @@ def _report(fact: Fact, before: Answers, after: Answers) -> FactReport:
         generalization=Rates(**values["generalization"]),
         locality=LocalityRates(**values["locality"]),
         counts={group: {name: share.of for name, share in found.items()} for group, found in shares.items()},
+        paraphrases=tuple(_paraphrase(fact, prompt, before, after) for prompt in fact.paraphrases),
+        neighbors=tuple(_neighbor(fact, near, before.readings, after.readings) for near in fact.locality),
         more={name: dict(found.per_fact.get(fact.id, {})) for name, found in after.found.items()},
         asked=next((found.asked[fact.id] for found in after.found.values() if fact.id in found.asked), None),
+    )
+
+
+def _paraphrase(fact: Fact, prompt: str, before: Answers, after: Answers) -> ParaphraseReport:
+    pair = fact.pair(prompt)
+    said = (each.said[pair].strip() for each in (before, after))
+    return ParaphraseReport(prompt=prompt, before=next(said), after=next(said), exact=after.readings[pair].exact)
+
+
+def _neighbor(
+    fact: Fact, near: Locality, before: Mapping[Pair, Reading], after: Mapping[Pair, Reading]
+) -> NeighborReport:
+    old, new = (readings[near.prompt, near.target or fact.target_new] for readings in (before, after))
+    return NeighborReport(
+        prompt=near.prompt,
+        target=near.target,
+        before=old.said.strip(),
+        after=new.said.strip(),
+        unchanged=old.argmax == new.argmax,
     )
 
 
