@@ -115,7 +115,7 @@ def revert(
     """`patch` without some facts: its solves are made again without them, from the stored keys and residuals.
 
     The model serves to find the statistics that belong to it; it runs only if those have to be computed anew. A fact
-    that a reverted one had superseded does not come back.
+    that a reverted one had superseded comes back, as it was, unless its id is named as well, after the other's.
 
     Args:
         model: the patch's base.

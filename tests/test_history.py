@@ -205,7 +205,7 @@ def test_a_changed_target_supersedes_the_fact(model: PreTrainedModel, make: Make
     run = second.manifest.history[1]
     assert run.superseded == {"rome": "rome-2"}
     assert [fact.target_new for fact in run.removed] == ["capital"]
-    assert {tensor.shape[1] for tensor in second.state.values()} == {2}
+    assert {tensor.shape[1] for name, tensor in second.state.items() if "superseded" not in name} == {2}
     assert {update.rank for (update,) in second.updates.values()} == {2}
     with second.attached(model):
         assert exact(model, [new, ADA, ROME]) == [True, True, False]
@@ -396,6 +396,68 @@ def test_a_text_that_is_not_there_is_asked_for(make: Make, model: PreTrainedMode
         patchkit.revert(model, zoo.tiny_tokenizer(), patch, ["rome"])
 
 
+# --- a correction taken back ------------------------------------------------------------------------------------------
+
+AGAIN = {**ROME, "id": "rome-2", "target_new": "the"}
+THIRD = {**ROME, "id": "rome-3", "target_new": "Polish"}
+
+
+@pytest.mark.parametrize("method", ["alphaedit", "memit", "rome", "mose", "ultraedit"])
+def test_reverting_a_correction_brings_the_earlier_fact_back(
+    method: str, make: Make, less: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As git would: the patch is the one before the correction, whose facts are those of one batch, or of several."""
+    first = make(ALL, method, overrides=(*QUICK, "sweeps=2"))
+    second = stored(make([AGAIN], onto=stored(first, tmp_path / "p")), tmp_path / "q")
+    assert ids(second) == ["ada", "curie", "turing", "rome-2"]
+    monkeypatch.setattr("patchkit.editing.values.optimize", lambda *_, **__: pytest.fail("optimized"))
+    back = stored(less(second, *choose_facts(second.manifest, last=1)), tmp_path / "r")
+    assert ids(back) == ids(first)
+    assert_same(back, first, 1e-5)
+    assert back.manifest.superseded == ()
+    assert (back.manifest.history[-1].facts, back.manifest.history[-1].restored) == (("rome-2",), ("rome",))
+    assert_same(make([TOWN], onto=back), make([TOWN], onto=first), 1e-3)
+
+
+def test_a_correction_under_later_facts_is_taken_back_too(model: PreTrainedModel, make: Make, less: Make) -> None:
+    corrected = make([AGAIN], onto=make([ROME, ADA], overrides=LOUD))
+    back = less(make([TOWN], onto=corrected), "rome-2")
+    assert ids(back) == ["rome", "ada", "town"]
+    with back.attached(model):
+        assert exact(model, [ROME, ADA, TOWN, AGAIN]) == [True, True, True, False]
+
+
+def test_corrections_of_corrections_come_off_one_by_one_or_together(make: Make, less: Make, tmp_path: Path) -> None:
+    first = make([ROME, ADA])
+    second = make([AGAIN, CURIE], onto=first)
+    third = stored(make([THIRD], onto=second), tmp_path / "p")
+    assert [(fact.id, fact.by) for fact in third.manifest.superseded] == [("rome", "rome-2"), ("rome-2", "rome-3")]
+    assert_same(less(third, *choose_facts(third.manifest, last=1)), second, 1e-5)
+    assert choose_facts(third.manifest, last=2) == ("curie", "rome-3", "rome-2")
+    assert_same(less(third, *choose_facts(third.manifest, last=2)), first, 1e-5)
+    assert ids(less(third, *choose_facts(third.manifest, last=3))) == []
+    assert ids(less(third, *choose_facts(third.manifest, ["rome", "rome-2", "rome-3"]))) == ["ada", "curie"]
+    with pytest.raises(InputError, match=r'no fact "rome" in the patch any more: run 2 took it out'):
+        less(third, "rome")
+
+
+def test_a_correction_with_the_same_id_is_taken_back(make: Make, less: Make) -> None:
+    first = make([ROME, ADA])
+    back = less(make([{**ROME, "target_new": "Polish"}], onto=first), "rome")
+    assert [(fact.id, fact.target_new) for fact in back.manifest.facts] == [("rome", "capital"), ("ada", "is")]
+    assert_same(back, first, 1e-5)
+
+
+def test_a_correction_is_checked_by_what_the_earlier_fact_was_checked_by(make: Make) -> None:
+    near = {"prompt": "the city of Florence", "target": None}
+    checks = {"paraphrases": ["Rome is a city of"], "locality": [near], "aliases": ["the capital"]}
+    second = make([{**AGAIN, "paraphrases": ["Rome, the city of"]}], onto=make([{**ROME, **checks}, ADA]))
+    fact = second.manifest.facts[-1]
+    assert fact.paraphrases == ("Rome, the city of", "Rome is a city of")
+    assert [each.prompt for each in fact.locality] == ["the city of Florence"]
+    assert fact.aliases == ()
+
+
 # --- telling ----------------------------------------------------------------------------------------------------------
 
 
@@ -460,8 +522,9 @@ def test_a_patch_is_continued_reverted_and_told_about(run: Command, checkpoint: 
     reverted = run("revert", "p", "--fact", "rome-2", "--measure", "--out", "q")
     assert reverted.status == 0, reverted.err
     assert "- rome-2  the city of Rome -> Polish" in reverted.out
-    assert "not brought back: rome;" in reverted.err
+    assert "superseded earlier, and back: rome" in reverted.err
     assert len(Patch.load("p").manifest.facts) == 3
+    assert ids(Patch.load("q")) == ["rome", "ada", "curie"]
     for other in (("revert", "p", "--fact", "rome-2"), ("apply", "two.jsonl", "--onto", "old")):
         refused = run(*other, "--out", "q")
         assert refused.status == 2
@@ -474,6 +537,7 @@ def test_a_patch_is_continued_reverted_and_told_about(run: Command, checkpoint: 
     lines = [line.strip() for line in log.splitlines() if line.strip().startswith(("+", "-", "~", "run"))]
     assert lines == [
         "run 3: revert 1 fact",
+        "+ rome  the city of Rome -> capital, back",
         "- rome-2  the city of Rome -> Polish",
         "run 2: apply 2 facts",
         "+ curie  the language of Marie Curie -> Polish",

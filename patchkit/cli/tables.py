@@ -180,6 +180,8 @@ def run_text(manifest: Manifest, number: int) -> Text:
         block.append(f"\n    + {_says(fact)}", style="not bold green")
     for old, new in changed.superseded:
         block.append(f"\n    ~ {_says(new)}, superseding {old.id} -> {old.target_new}", style="not bold yellow")
+    for fact in changed.restored:
+        block.append(f"\n    + {_says(fact)}, back", style="not bold green")
     for fact in changed.reverted:
         block.append(f"\n    - {_says(fact)}", style="not bold red")
     return block

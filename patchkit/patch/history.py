@@ -119,8 +119,19 @@ def sort_incoming(facts: Sequence[Fact], present: Sequence[EditedFact]) -> Incom
             continue
         if old is not None:
             superseded[old.id] = fact.id
+            fact = with_checks_of(old, fact)
         new.append(fact)
     return Incoming(tuple(new), tuple(skipped), superseded)
+
+
+def with_checks_of(old: Fact, new: Fact) -> Fact:
+    """The fact in the place of another one, with what that one was checked by and still is one: other wordings of the
+    prompt and neighbors. What follows from the old target, and its other names, are no checks of the new one."""
+    checks = {
+        name: (*getattr(new, name), *(each for each in getattr(old, name) if each not in getattr(new, name)))
+        for name in ("paraphrases", "questions", "about", "locality")
+    }
+    return new.model_copy(update=checks)
 
 
 # --- reverting --------------------------------------------------------------------------------------------------------
@@ -140,8 +151,7 @@ def choose_facts(
     """
     if not ids and since is None and last is None:
         raise InputError("revert: nothing chosen; give --fact ID, --since DATE or --last N")
-    for fact_id in ids:
-        _require(manifest, fact_id)
+    named = leave(manifest, _later_first(manifest, ids)) if ids else None
     adding = [i for i, run in enumerate(manifest.history) if run.action == "apply"]
     runs: set[int] = set()
     if since is not None:
@@ -149,11 +159,59 @@ def choose_facts(
         runs.update(i for i in adding if datetime.fromisoformat(manifest.history[i].when) >= moment)
     if last is not None:
         runs.update(adding[-last:] if last > 0 else ())
-    chosen = tuple(fact.id for fact in manifest.facts if fact.id in ids or fact.run in runs)
+    chosen = [fact.id for fact in manifest.facts if fact.id in ids or fact.run in runs]
     if not chosen:
         newest = manifest.history[adding[-1]].when if adding else "never"
         raise InputError(f"revert: no fact of those runs is in the patch; facts were last added {newest}")
-    return chosen
+    chosen += [manifest.superseded[place].id for place in named.dropped] if named else []
+    # A fact that would come back goes as well where a run to be undone has written it, and so on.
+    while too := [
+        fact.id for place in leave(manifest, chosen).back if (fact := manifest.superseded[place]).run in runs
+    ]:
+        chosen += too
+    return tuple(chosen)
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """What reverting facts means: ids of facts that go; places in `Manifest.superseded` of facts that come back in
+    their stead, and of those that would have and go too."""
+
+    gone: tuple[str, ...]
+    back: tuple[int, ...]
+    dropped: tuple[int, ...]
+
+
+def leave(manifest: Manifest, ids: Iterable[str]) -> Leaving:
+    """Revert facts one after the other: in the place of each comes the one that it had superseded, if any, which goes
+    too if its id is named after it.
+
+    Raises:
+        InputError: an id is that of no fact in the patch by then.
+    """
+    there, gone = {fact.id for fact in manifest.facts}, list[str]()
+    back, dropped = dict[str, int](), list[int]()
+    for fact_id in ids:
+        before = len(manifest.superseded)
+        if fact_id in back:
+            before = back.pop(fact_id)
+            dropped.append(before)
+        elif fact_id in there:
+            there.discard(fact_id)
+            gone.append(fact_id)
+        else:
+            _require(manifest, fact_id, there)
+        earlier = [place for place, fact in enumerate(manifest.superseded[:before]) if fact.by == fact_id]
+        if earlier:
+            back[manifest.superseded[earlier[-1]].id] = earlier[-1]
+    return Leaving(tuple(gone), tuple(back.values()), tuple(dropped))
+
+
+def _later_first(manifest: Manifest, ids: Iterable[str]) -> list[str]:
+    """Ids in an order in which `leave` can take them: facts in the patch, then superseded ones, the last one first."""
+    there, waiting = {fact.id for fact in manifest.facts}, [fact.id for fact in manifest.superseded]
+    superseded = {name: place for place, name in enumerate(waiting, 1) if name not in there}
+    return sorted(dict.fromkeys(ids), key=lambda name: -superseded.get(name, len(waiting) + 1))
 
 
 def import_chosen(manifest: Manifest, ids: Sequence[str], since: str | None, last: int | None) -> bool:
@@ -170,10 +228,9 @@ def import_chosen(manifest: Manifest, ids: Sequence[str], since: str | None, las
     return since is not None or last is not None
 
 
-def _require(manifest: Manifest, fact_id: str) -> None:
-    known = [fact.id for fact in manifest.facts]
-    if fact_id in known:
-        return
+def _require(manifest: Manifest, fact_id: str, there: Collection[str]) -> None:
+    """Raises InputError: there is no such fact, or not any more."""
+    known = [fact.id for fact in manifest.facts if fact.id in there]
     left = [i for i, run in enumerate(manifest.history, 1) if any(fact.id == fact_id for fact in run.removed)]
     if left:
         raise InputError(f'no fact "{fact_id}" in the patch any more: run {left[-1]} took it out')
@@ -195,11 +252,12 @@ def _moment(text: str) -> datetime:
 
 @dataclass(frozen=True)
 class FactChanges:
-    """Facts that one run added, superseded (old, new) and reverted."""
+    """Facts that one run added, superseded (old, new), reverted, and brought back."""
 
     added: tuple[EditedFact, ...]
     superseded: tuple[tuple[EditedFact, EditedFact], ...]
     reverted: tuple[EditedFact, ...]
+    restored: tuple[EditedFact, ...]
 
 
 def fact_changes(manifest: Manifest, number: int) -> FactChanges:
@@ -207,12 +265,14 @@ def fact_changes(manifest: Manifest, number: int) -> FactChanges:
     run = manifest.history[number]
     ever = (*manifest.facts, *(fact for later in manifest.history for fact in later.removed))
     written = {fact.id: fact for fact in ever if fact.run == number}
+    known = {fact.id: fact for fact in ever if fact.run < number}
     pairs = tuple((old, written[run.superseded[old.id]]) for old in run.removed if old.id in run.superseded)
     replacing = {new.id for _, new in pairs}
     return FactChanges(
         tuple(written[fact_id] for fact_id in run.facts if fact_id in written.keys() - replacing),
         pairs,
         tuple(fact for fact in run.removed if fact.id not in run.superseded),
+        tuple(known[fact_id] for fact_id in run.restored if fact_id in known),
     )
 
 

@@ -58,6 +58,12 @@ class EditedFact(Fact):
     steps: int
 
 
+class SupersededFact(EditedFact):
+    """A fact whose place another one has taken, `by` being the id of that one. Its columns wait in the state."""
+
+    by: str
+
+
 class UpdateInfo(_Record):
     """One stored update of a weight of shape (d_out, d_in).
 
@@ -121,6 +127,8 @@ class Run(_Record):
     superseded: dict[str, str] = {}
     skipped: tuple[str, ...] = ()
     removed: tuple[EditedFact, ...] = ()
+    restored: tuple[str, ...] = ()
+    """Of a revert, the ids of facts that came back, whose place a reverted one had taken."""
     source: Source | None = None
     """Of an import, which has no recipe, no text and no facts."""
 
@@ -137,6 +145,8 @@ class Manifest(_Record):
     facts: tuple[EditedFact, ...]
     updates: tuple[UpdateInfo, ...]
     history: tuple[Run, ...]
+    superseded: tuple[SupersededFact, ...] = ()
+    """Facts that come back when the one in their place is reverted, in the order in which they were superseded."""
     parents: tuple[str, ...] = ()
     """The digest of the patch that the last run started from, if any."""
     outcomes: dict[str, Outcome] = {}

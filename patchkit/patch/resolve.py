@@ -32,6 +32,7 @@ from patchkit.model.weights import Site, read_weight
 from patchkit.patch.history import SolveRecord, solve_records
 from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
 from patchkit.patch.patch import Patch, updates_digest
+from patchkit.patch.superseded import Waiting, beside, state_of_waiting
 
 Sites = Mapping[str, Site]  # by on-disk name of the weight
 # (a run's place in the history, a site) -> covariance and gradient of plain text there, None where it needs none
@@ -53,8 +54,10 @@ def state_of(patch: Patch, sites: Sites) -> EditState:
             "or apply all its facts anew"
         )
     state = EditState()
-    for name, chain in patch.updates.items():
-        layer = sites[name].layer
+    for name in sites:
+        if name not in patch.updates and f"{name}.keys" not in patch.state:
+            continue
+        layer, chain = sites[name].layer, patch.updates.get(name, ())
         where = solve_device(sites[name].module)
         stored = (_stored_columns(patch, f"{name}.{kind}", layer) for kind in ("keys", "residuals"))
         keys, residuals = (exact(columns, where) for columns in stored)
@@ -83,26 +86,58 @@ def _targets(manifest: Manifest, run: int) -> str:
     return methods.get(manifest.history[run].method).targets
 
 
-def without(patch: Patch, gone: Collection[str], sites: Sites, statistics_of: StatisticsOf) -> Patch:
+def without(
+    patch: Patch, gone: Collection[str], sites: Sites, statistics_of: StatisticsOf, waiting: Sequence[Waiting] = ()
+) -> Patch:
     """The patch without the facts in `gone`. Its history is as before: the caller adds the run that took them out.
 
     Args:
         gone: ids of facts in the patch.
         statistics_of: the statistics of a run, by its place in the history, at a site.
+        waiting: superseded facts that the new patch keeps, to come back.
 
     Raises:
         InputError: the patch has no state, its weights were fine-tuned, or a solve is not finite.
     """
-    _refuse_fitted(patch.manifest, gone)
-    state, manifest = state_of(patch, sites), patch.manifest
+    return _changed(patch, gone, (), sites, statistics_of, waiting)
+
+
+def with_again(
+    patch: Patch, back: Sequence[Waiting], sites: Sites, statistics_of: StatisticsOf, waiting: Sequence[Waiting] = ()
+) -> Patch:
+    """The patch with the facts in `back`, as they were: what `without` did, undone up to float32's rounding.
+
+    A fact comes back with its own residuals; those of the others lose again what `without` gave them in its stead.
+
+    Raises:
+        InputError: as `without`.
+    """
+    added = {each.fact.id for each in back}
+    return _changed(beside(patch, back, sites), (), added, sites, statistics_of, waiting)
+
+
+def _changed(
+    patch: Patch,
+    gone: Collection[str],
+    added: Collection[str],
+    sites: Sites,
+    statistics_of: StatisticsOf,
+    waiting: Sequence[Waiting],
+) -> Patch:
+    """The patch without the facts in `gone`, and with those in `added`, which its columns have and its updates do not
+    (`beside`)."""
+    manifest, changed = patch.manifest, {*gone, *added}
+    _refuse_fitted(manifest, changed)
+    state = state_of(patch, sites)
     stay = [i for i, fact in enumerate(manifest.facts) if fact.id not in gone]
     facts = tuple(manifest.facts[i] for i in stay)
-    recompute = _Recompute(manifest, gone, {site.layer: site for site in sites.values()}, state, statistics_of)
+    by_layer = {site.layer: site for site in sites.values()}
+    recompute = _Recompute(manifest, gone, added, by_layer, state, statistics_of)
     recompute.run()
-    affected = _affected_layers(manifest, gone)
+    affected = _affected_layers(manifest, changed)
     state.sites = {layer: recompute.kept[layer] if layer in affected else old for layer, old in state.sites.items()}
     state.values = [states.of(stay) for states in state.values]
-    return assemble(manifest.base, facts, manifest.history, sites, state, manifest.parents)
+    return assemble(manifest.base, facts, manifest.history, sites, state, manifest.parents, waiting)
 
 
 def _affected_layers(manifest: Manifest, gone: Collection[str]) -> set[int]:
@@ -152,22 +187,24 @@ class _LayerSolve:
 
 
 class _Recompute:
-    """All of a patch's solves made once more, side by side: with every fact, and with those that stay.
+    """All of a patch's solves made once more, side by side: with the facts before a change, and with those after it.
 
     Attributes:
-        every: by layer, the edit history with every fact.
-        kept: by layer, the edit history without the facts in `gone`.
+        every: by layer, the edit history before the change: without the facts in `added`.
+        kept: by layer, the edit history after it: with those, and without the facts in `gone`.
     """
 
     def __init__(
         self,
         manifest: Manifest,
         gone: Collection[str],
+        added: Collection[str],
         sites: Mapping[int, Site],
         state: EditState,
         statistics_of: StatisticsOf,
     ) -> None:
-        self.manifest, self.gone, self.sites, self.statistics_of = manifest, gone, sites, statistics_of
+        self.manifest, self.gone, self.added = manifest, gone, added
+        self.sites, self.statistics_of = sites, statistics_of
         self.every = {layer: SiteHistory.empty(sites[layer]) for layer in state.sites}
         self.kept = {layer: SiteHistory.empty(sites[layer]) for layer in state.sites}
         self.constants: dict[int, dict[Hashable, Any]] = {}
@@ -208,16 +245,20 @@ class _Recompute:
     def _solve(
         self, solve: _LayerSolve, prior: tuple[PriorKeys, PriorKeys], share: Tensor, lost: dict[int, Tensor]
     ) -> None:
-        """Solve with every fact and with those that stay, whose residuals get `share` more, each beside its own prior
-        keys; note in `lost` what the weight loses."""
-        layer, record = solve.layer, solve.record
-        staying = [i for i, fact in enumerate(record.facts) if fact not in self.gone]
-        if record.facts:
-            columns = solve.of(range(len(record.facts)), solve.residual)
+        """Solve with the facts before the change and with those after it, whose residuals get `share` more unless they
+        were added, each beside its own prior keys; note in `lost` what the weight loses."""
+        layer, facts = solve.layer, solve.record.facts
+        before = [i for i, fact in enumerate(facts) if fact not in self.added]
+        after = [i for i, fact in enumerate(facts) if fact not in self.gone]
+        if before:
+            columns = solve.of(before, solve.residual)
             lost[layer] = lost.get(layer, 0) + self._add(solve, self.every[layer], prior[0], *columns)
-        if staying:
-            columns = solve.of(staying, solve.residual + share)
-            lost[layer] = lost[layer] - self._add(solve, self.kept[layer], prior[1], *columns)
+        if after:
+            residual = solve.residual + share
+            new = [i for i in after if facts[i] in self.added]
+            residual[:, new] = solve.residual[:, new]
+            columns = solve.of(after, residual)
+            lost[layer] = lost.get(layer, 0) - self._add(solve, self.kept[layer], prior[1], *columns)
 
     def _add(
         self, solve: _LayerSolve, history: SiteHistory, prior: PriorKeys, keys: Tensor, residual: Tensor
@@ -241,13 +282,14 @@ def assemble(
     sites: Sites,
     state: EditState,
     parents: tuple[str, ...] = (),
+    waiting: Sequence[Waiting] = (),
 ) -> Patch:
     """A patch of `facts` from the state that the runs have left; sites without an update are left out."""
     edited = {name: state.sites[site.layer] for name, site in sites.items() if site.layer in state.sites}
     chains = {name: tuple(mapped(u, Tensor.float) for u in history.chain if u.rank) for name, history in edited.items()}
     chains = {name: chain for name, chain in chains.items() if chain}
     updates = {name: tuple(moved(update, "cpu") for update in chain) for name, chain in chains.items()}
-    tensors = {}
+    tensors = dict(state_of_waiting(waiting))
     if facts:
         tensors["values.targets"] = torch.cat([v.targets.float().cpu() for v in state.values], 1).contiguous()
         tensors["values.start"] = torch.cat([v.start.float().cpu() for v in state.values], 1).contiguous()
@@ -261,6 +303,7 @@ def assemble(
             info for name, chain in chains.items() for info in update_infos(name, read_weight(sites[name]), chain)
         ),
         history=history,
+        superseded=tuple(each.fact for each in waiting),
         parents=parents,
         digest=updates_digest(updates),
     )

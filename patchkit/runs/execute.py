@@ -20,10 +20,11 @@ from patchkit.editing.session import Plan, ValueCache, plan
 from patchkit.editing.state import EditRun
 from patchkit.model.loading import model_name
 from patchkit.model.weights import disk_name, weight_digest
-from patchkit.patch.history import choose_facts
+from patchkit.patch.history import leave
 from patchkit.patch.manifest import BaseInfo, EditedFact, Run
 from patchkit.patch.patch import Patch
 from patchkit.patch.resolve import Sites, assemble, state_of, with_run
+from patchkit.patch.superseded import superseding, waiting_in, without_these
 from patchkit.runs.journals import journal_for
 from patchkit.runs.key_check import KeyCheck
 from patchkit.runs.prepare import Prepared
@@ -64,7 +65,7 @@ def run(
         sites = onto.sites(runner.arch) if onto else {}
         if onto and not prepared.incoming.new:
             return onto
-        earlier = workspace.without(onto, prepared.incoming.superseded, sites) if onto else None
+        earlier = _without_superseded(workspace, prepared, sites)
         how, corpus = plan(runner.arch, config), workspace.corpus(workspace.texts[0], config.uses_chat)
         for note in _about_text(workspace.texts[0], corpus, prepared):
             say(note)
@@ -92,6 +93,15 @@ def run(
     return patch
 
 
+def _without_superseded(workspace: Workspace, prepared: Prepared, sites: Sites) -> Patch | None:
+    """The patch that is continued, without the facts that new ones supersede, which it keeps to bring them back."""
+    if prepared.onto is None:
+        return None
+    by = prepared.incoming.superseded
+    waiting = [*waiting_in(prepared.onto, sites), *superseding(prepared.onto, sites, by)]
+    return workspace.without(prepared.onto, by, sites, waiting)
+
+
 def take_out(workspace: Workspace, patch: Patch, facts: Sequence[str]) -> Patch:
     """`patch` without the facts with these ids, and with a run of its own in the history that says so.
 
@@ -99,9 +109,14 @@ def take_out(workspace: Workspace, patch: Patch, facts: Sequence[str]) -> Patch:
         InputError: an unknown id, another model, no state in the patch, or a text that is not there.
     """
     began, manifest = time.perf_counter(), patch.manifest
-    gone = choose_facts(manifest, facts)
+    leaving = leave(manifest, facts)
+    gone = leaving.gone
     with frozen(workspace.model):
-        less = workspace.without(patch, gone, patch.sites(workspace.runner.arch))
+        sites = patch.sites(workspace.runner.arch)
+        waiting = waiting_in(patch, sites)
+        left = without_these(waiting, {*leaving.back, *leaving.dropped})
+        less = workspace.without(patch, gone, sites, left)
+        less = workspace.with_again(less, [waiting[place] for place in leaving.back], sites, left)
     record = manifest.history[-1].model_copy(
         update={
             **_stamp(workspace),
@@ -113,6 +128,7 @@ def take_out(workspace: Workspace, patch: Patch, facts: Sequence[str]) -> Patch:
             "superseded": {},
             "skipped": (),
             "removed": tuple(fact for fact in manifest.facts if fact.id in gone),
+            "restored": tuple(manifest.superseded[place].id for place in leaving.back),
         }
     )
     return with_run(less, record, manifest.digest)
@@ -174,6 +190,7 @@ class _RunResult:
             {**sites, **new},
             self.edited.state,
             (onto.manifest.digest,) if onto else (),
+            waiting_in(earlier, sites) if earlier else (),
         )
 
     def _facts(self, run: int) -> Iterator[EditedFact]:

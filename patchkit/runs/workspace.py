@@ -20,7 +20,8 @@ from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.weights import Site
 from patchkit.patch.patch import Patch
-from patchkit.patch.resolve import Sites, without
+from patchkit.patch.resolve import Sites, StatisticsOf, with_again, without
+from patchkit.patch.superseded import Waiting
 from patchkit.statistics.corpus import Corpus, TextRecord, default_text, read_corpus, window_of
 from patchkit.statistics.moments import statistics
 from patchkit.statistics.text_gradients import text_gradients
@@ -84,12 +85,21 @@ class Workspace:
             gradients = {layer: each.left for layer, each in found.items()}
         return covariances, gradients
 
-    def without(self, patch: Patch, gone: Collection[str], sites: Sites) -> Patch:
-        """The patch without the facts in `gone`, solved again with the statistics that its runs had.
+    def without(self, patch: Patch, gone: Collection[str], sites: Sites, waiting: Sequence[Waiting]) -> Patch:
+        """The patch without the facts in `gone`, solved again with the statistics that its runs had; `waiting` as in
+        `patchkit.patch.resolve.without`.
 
         Raises:
             InputError: the text that a run took its statistics from is not among the texts.
         """
+        return without(patch, gone, sites, self._statistics_of(patch, sites), waiting) if gone else patch
+
+    def with_again(self, patch: Patch, back: Sequence[Waiting], sites: Sites, waiting: Sequence[Waiting]) -> Patch:
+        """The patch with the superseded facts in `back`; raises as `without`."""
+        return with_again(patch, back, sites, self._statistics_of(patch, sites), waiting) if back else patch
+
+    def _statistics_of(self, patch: Patch, sites: Sites) -> StatisticsOf:
+        """Finds the statistics of a patch's runs."""
 
         @cache  # finding statistics takes a digest of the weights below: once for all sites, and for runs alike
         def of_text(text: TextRecord, method: str, layers: tuple[int, ...]) -> LayerStatistics | None:
@@ -113,7 +123,7 @@ class Workspace:
             covariances, gradients = found
             return covariances.get(site.layer), gradients.get(site.layer)
 
-        return without(patch, gone, sites, find) if gone else patch
+        return find
 
     def _reporter(self, phase: str) -> Callable[[int, int], None]:
         return lambda done, total: self.progress(phase, done, total)
