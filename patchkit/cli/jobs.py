@@ -9,6 +9,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from patchkit import methods
 from patchkit.api import measure, measure_in
 from patchkit.editing.editor import Progress, frozen
@@ -19,13 +21,14 @@ from patchkit.evaluate.metrics import Trial
 from patchkit.evaluate.report import Report
 from patchkit.evaluate.verify import facts_held
 from patchkit.export.merge import merge
-from patchkit.export.record import HeldFacts, Merged, Rounding
+from patchkit.export.record import MANIFEST, HeldFacts, Merged, Rounding
 from patchkit.facts.chat import chat_template
 from patchkit.facts.limits import GENERATED, Limits, fitting
 from patchkit.facts.reader import parse_facts, read_facts, write_rejected
 from patchkit.facts.schema import Fact, FactFile
 from patchkit.facts.typed import typed_facts
 from patchkit.imports.assemble import without_import
+from patchkit.io.files import finish_folder
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import LoadedModel, ModelChoice, load_config, load_model, load_tokenizer
@@ -328,11 +331,28 @@ def merge_patches(
     Raises:
         InputError: anything about the input; nothing has been written then.
     """
-    merged = merge(patches, base, out, rounding=rounding, statistics=stats, force=force, link=link, say=say)
+    finish_folder(out)
+    merged = _merged_before(patches, base, out, rounding, force) if ask else None
+    if merged is None:
+        merged = merge(patches, base, out, rounding=rounding, statistics=stats, force=force, link=link, say=say)
     if ask:
         merged = merged.model_copy(update={"facts": _held(out, patches)})
         merged.save(out, out.name)
     return merged
+
+
+def _merged_before(
+    patches: Sequence[Patch], base: str, out: Path, rounding: Rounding | None, force: bool
+) -> Merged | None:
+    """What the same merge has written to `out`, if it was cut off when all was written and the facts were to be asked
+    for."""
+    try:
+        found = Merged.model_validate_json((out / MANIFEST).read_bytes())
+    except (OSError, ValidationError):
+        return None
+    same = (found.base, found.forced, found.parents) == (base, force, tuple(patch.manifest for patch in patches))
+    rounded = rounding is None or all(tensor.rounding == rounding for tensor in found.tensors)
+    return found if same and rounded and found.facts is None else None
 
 
 def _held(folder: Path, patches: Sequence[Patch]) -> HeldFacts:

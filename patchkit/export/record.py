@@ -68,7 +68,7 @@ class Merged(_Record):
     def save(self, folder: Path, title: str) -> None:
         """Write it into the checkpoint's folder, and the model card beside it."""
         kept = " The base's card is `README.base.md`." if (folder / BASES_OWN["README.md"]).is_file() else ""
-        for name, text in ((MANIFEST, self.model_dump_json(indent=1) + "\n"), ("README.md", self.card(title, kept))):
+        for name, text in (("README.md", self.card(title, kept)), (MANIFEST, self.model_dump_json(indent=1) + "\n")):
             write_atomically(folder / name, partial(_write_text, text=text))
 
     def card(self, title: str, more: str = "", **published: Any) -> str:

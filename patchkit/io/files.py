@@ -118,7 +118,7 @@ def finish_folder(folder: Path) -> None:
                 "to"
             ) from None
         shutil.rmtree(complete, ignore_errors=True)
-    _remove_left(folder)
+    remove_left(folder)
 
 
 def is_folder_with(folder: Path, mark: str) -> bool:
@@ -159,7 +159,7 @@ def one_at_a_time(folder: Path, say: Callable[[str], None] = lambda line: None) 
 def _hidden_folder(place: Path) -> Iterator[Path]:
     """A new hidden folder in `place`, removed at the end unless it was renamed; those of killed processes go first."""
     place.mkdir(parents=True, exist_ok=True)
-    _remove_left(place)
+    remove_left(place)
     lock = place / f"{_COMPLETE}.{uuid4().hex}{_LOCK}"
     hidden = lock.with_suffix("")
     with FileLock(lock):
@@ -172,7 +172,7 @@ def _hidden_folder(place: Path) -> Iterator[Path]:
                 lock.unlink()
 
 
-def _remove_left(place: Path) -> None:
+def remove_left(place: Path) -> None:
     """Remove the hidden folders of processes that are gone; one at work holds its lock."""
     for left in place.glob(f"{_COMPLETE}.*{_LOCK}"):
         with suppress(Timeout, OSError), FileLock(left, blocking=False):

@@ -24,6 +24,7 @@ from torch import Tensor
 from patchkit.errors import InputError
 from patchkit.io.checked import Damaged, read_checked, write_checked
 from patchkit.io.checkpoint import StoredTensor, read_metadata
+from patchkit.io.files import remove_left
 from patchkit.io.places import cache_folder
 from patchkit.statistics.corpus import TextRecord
 
@@ -155,6 +156,8 @@ class StatisticsStore:
         made. All of `wanted` are of one text and dtype.
         """
         found = self._load_all(wanted)
+        for origin in wanted.values():
+            remove_left((self.root / origin.file).parent)
         if len(found) < len(wanted):
             folder = (self.root / next(iter(wanted.values())).file).parent
             folder.mkdir(parents=True, exist_ok=True)
