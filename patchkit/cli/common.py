@@ -15,7 +15,7 @@ from patchkit.errors import InputError
 from patchkit.evaluate.gates import Gates
 from patchkit.evaluate.metric import Gate, Metric
 from patchkit.evaluate.metrics import gated
-from patchkit.io.files import is_folder_with, is_free, one_at_a_time, refuse_folders, refuse_unwritable
+from patchkit.io.files import finish_folder, is_folder_with, is_free, one_at_a_time, refuse_folders, refuse_unwritable
 
 if TYPE_CHECKING:
     from patchkit.model.loading import ModelChoice
@@ -151,6 +151,8 @@ def refuse_place(folder: Path, continued: str | None, force: bool) -> None:
 
     With `force` it may replace any patch, and still nothing that is not one.
     """
+    if folder.is_dir():
+        finish_folder(folder)
     if is_folder_with(folder, "manifest.json"):
         if not force and not (continued and Path(continued).resolve() == folder.resolve()):
             raise InputError(

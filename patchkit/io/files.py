@@ -119,6 +119,7 @@ def finish_folder(folder: Path) -> None:
             ) from None
         shutil.rmtree(complete, ignore_errors=True)
     remove_left(folder)
+    remove_left(folder.absolute().parent)  # of a write that was killed just after the folder had appeared
 
 
 def is_folder_with(folder: Path, mark: str) -> bool:
