@@ -134,10 +134,9 @@ def test_a_fact_format_from_outside_works_in_every_command(printed: Printed, mod
     assert "2 facts" in printed("verify", "p", "--facts", "quiz.jsonl", "--quick")
     benched = ("bench", "--data", "quiz.jsonl", "--model", model, "--methods", "memit", "--out", "b", "--quick")
     assert "memit" in printed(*benched, "--set", "layers=1", "--set", "contexts=0", "--set", "steps=3")
-    write_facts("bad.jsonl", {"quiz": "the city of {}", "right": "capital"})
+    write_facts("bad.jsonl", {"quiz": "the city of {}", "about_whom": "Rome", "right": 7})
     refused = printed("apply", "bad.jsonl", "--model", model, *SMALL, "--out", "r", status=2)
-    assert "about_whom: missing" in refused
-    assert "a quiz record needs quiz, about_whom, right" in refused
+    assert "bad.jsonl line 1: right: " in refused
 
 
 @pytest.mark.usefixtures("shift")

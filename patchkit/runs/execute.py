@@ -71,7 +71,7 @@ def run(
             say(note)
         covariances, gradients = workspace.statistics(method, how.sites, corpus)
         state = state_of(earlier, sites) if earlier else None
-        if method.targets == "values":
+        if method.targets == "values" and method.needs_statistics:  # keys are compared in the metric of the text
             check = KeyCheck(workspace, config, how.sites[0], covariances[how.sites[0].layer])
             check.run(prepared.incoming.new, earlier, state, say, allow_close_keys)
         edited = edit(
