@@ -204,7 +204,7 @@ class Spy:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str = "alphaedit") -> None:
         self.method, self.problems, self.deltas = methods.get(name), list[LayerProblem](), list[Delta]()
-        monkeypatch.setitem(methods.available(), name, replace(self.method, solve=self.solve))
+        monkeypatch.setitem(methods._METHODS, name, replace(self.method, solve=self.solve))
 
     def solve(self, problem: LayerProblem, config: Any) -> Delta:
         self.problems.append(problem)

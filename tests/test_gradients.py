@@ -227,7 +227,7 @@ def test_gradients_made_ahead_are_what_apply_and_revert_hand_to_the_method(
         seen[now].append(problem)
         return asking.solve(problem, config)
 
-    monkeypatch.setitem(methods.available(), "memit", replace(asking, solve=spy))
+    monkeypatch.setitem(methods._METHODS, "memit", replace(asking, solve=spy))
 
     def not_again(phase: str, done: int, total: int) -> None:
         assert phase not in ("statistics", "gradients"), "computed again"
@@ -404,7 +404,7 @@ def test_gradients_of_other_methods_residuals_do_not_count(tmp_path: Path) -> No
         return chosen.solve(problem, config)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(methods.available(), "ultraedit", replace(chosen, solve=spy))
+        patched.setitem(methods._METHODS, "ultraedit", replace(chosen, solve=spy))
         settings = ("layers=1-2", "batch_size=1", "contexts=1", "sweeps=1")
         patchkit.apply(model, tiny_tokenizer(), [ADA, CURIE], "ultraedit", onto=first, overrides=settings, text=text)
     before, after = seen[0], seen[2]  # two sites each

@@ -148,7 +148,7 @@ def test_going_on_about_a_subject_is_the_same_as_one_run(make: Make, tmp_path: P
 def test_each_fact_may_have_a_layer_of_its_own(make: Make, less: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = iter([0, 1, 0])
     wilke = replace(methods.get("wilke"), choose=lambda problems, config: next(chosen), one_by_one=False)
-    monkeypatch.setitem(methods.available(), "wilke", wilke)
+    monkeypatch.setitem(methods._METHODS, "wilke", wilke)
     patch = make([ROME, ADA, CURIE], "wilke", overrides=(*QUICK, "batch_size=3"))
     assert [(fact.id, fact.layers, fact.batch) for fact in patch.manifest.facts] == [
         ("rome", (1,), 0),

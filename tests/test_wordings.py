@@ -180,10 +180,10 @@ def test_rows_take_turns_and_each_has_one() -> None:
     turns = {bucket.turn for bucket in buckets if len(bucket.label)}
     assert turns == {(i, suffixes.turns) for i in range(suffixes.turns)}
     assert suffixes.turns > 1
-    rows = torch.cat([bucket.row for bucket in buckets]).sort().values
+    rows = torch.cat([bucket.row.known for bucket in buckets]).sort().values
     assert rows.tolist() == list(range(2 * len(suffixes.rows[0])))
     for bucket in buckets:
-        assert sum(len(part) for part in bucket.segments(bucket.point_row)) == len(bucket.point_row)
+        assert sum(len(part) for part in bucket.segments(bucket.point_row.known)) == len(bucket.point_row)
 
 
 def test_kept_predictions_drift_by_nothing_without_an_edit_and_leaks_count() -> None:

@@ -18,7 +18,7 @@ from patchkit.bench.records import Result
 from patchkit.editing.recipe import EditConfig
 from patchkit.errors import InputError
 from patchkit.facts.schema import Fact
-from patchkit.patch.manifest import Manifest
+from patchkit.patch.manifest import Manifest, Run
 from patchkit.patch.patch import Patch, read_manifest
 
 SAVE_EVERY = 10
@@ -164,12 +164,18 @@ class MethodRun:
         shared = min(len(ours), len(self.bench.facts))
         if tuple(ours[:shared]) != self.bench.facts[:shared]:
             return "other facts"
-        if any(run.recipe_digest != self.config.digest() for run in manifest.history):
+        if not all(self._is_ours(run) for run in manifest.history):
             return "another recipe"
         text = self.bench.reading(self.config.uses_chat).record
         if not all(text.same_reading(run.text) for run in manifest.history):
             return "another text for the statistics"
         return None
+
+    def _is_ours(self, run: Run) -> bool:
+        """Whether a run's recipe is this one, whatever each run made of neurons=auto."""
+        if self.config.neurons != "auto":
+            return run.recipe_digest == self.config.digest()
+        return {**run.recipe, "neurons": "auto"} == self.config.model_dump()
 
 
 def _rank(manifest: Manifest) -> int:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from patchkit import methods
 from patchkit.api import measure, measure_in
 from patchkit.editing.editor import Progress, frozen
+from patchkit.editing.neurons import settled
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
 from patchkit.errors import InputError
@@ -389,7 +390,7 @@ def compute_statistics(
     if source == PACKAGE_TEXT:
         say(SMALL_TEXT)
     corpus = read_corpus(source, loaded.tokenizer, tokens, window_of(loaded.model), config.uses_chat)
-    sites = plan(runner.arch, config).sites
+    sites = plan(runner.arch, settled(config, loaded.tokenizer, runner.arch)).sites
     place, ranks = Path(out) if out else None, dict[int, int]()
     found = statistics(runner, sites, corpus, place, lambda *at: progress("statistics", *at))
     if gradients:

@@ -6,7 +6,7 @@ Nothing is written to the model: deltas act through hooks while editing goes on,
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -16,6 +16,7 @@ from patchkit import methods
 from patchkit.editing.contexts import about, make_contexts
 from patchkit.editing.journal import Journal
 from patchkit.editing.loss_edits import FittedEdits, GradientEdits
+from patchkit.editing.neurons import OwnNeurons, opening_deltas
 from patchkit.editing.recipe import EditConfig
 from patchkit.editing.session import EditSession, ValueCache, plan
 from patchkit.editing.state import EditRun, EditState
@@ -27,7 +28,8 @@ from patchkit.facts.schema import Fact
 from patchkit.maths.linalg import Covariance
 from patchkit.model.devices import solve_device
 from patchkit.model.forward import LayerRunner
-from patchkit.model.hooks import live_deltas
+from patchkit.model.hooks import live_deltas, live_on
+from patchkit.model.openers import openers, opening_sites
 
 Progress = Callable[[str, int, int], None]
 _EDITS: Mapping[str, type[ValueEdits] | type[GradientEdits] | type[FittedEdits]] = {
@@ -50,6 +52,7 @@ def edit(
     known: ValueCache | None = None,
     contexts: Sequence[str] = (),
     journal: Journal | None = None,
+    text: Sequence[Sequence[int]] = (),
 ) -> EditRun:
     """Compute the updates that make the model predict every fact's target. The model is as before when this returns.
 
@@ -60,6 +63,8 @@ def edit(
             been the next batches of the same run.
         known: values found on the untouched model: taken from here, and added.
         contexts: contexts to edit in; without any they are generated.
+        text: windows of the text's tokens, from which a subject's own neuron is told apart; needed for neurons=on
+            alone, and neurons=auto is off here (`neurons.settled` decides it).
         journal: of an earlier call with the same arguments that was cut off, to go on from to the same result.
 
     Raises:
@@ -82,8 +87,22 @@ def edit(
                     run.contexts += make_contexts(runner, tokenizer, config)
                 requests = requests_of(runner, tokenizer, facts, run.contexts, config, state.subjects)
                 journal.keep_requests(requests, run.contexts)
-        with live_deltas(runner.arch, {**dict.fromkeys(how.layers), **state.deltas(runner.arch)}) as live:
-            session = EditSession(runner, config, how, run, live, covariances, gradients, known, journal)
+        with ExitStack() as stack:
+            acting = {**dict.fromkeys(how.layers), **state.deltas(runner.arch)}
+            live = stack.enter_context(live_deltas(runner.arch, acting))
+            opened = {*how.layers} if config.neurons == "on" else {neuron.layer for neuron in state.neurons}
+            listening = [
+                each for layer in sorted(opened) for each in opening_sites(runner.arch, runner.arch.sites[layer])
+            ]
+            opening = stack.enter_context(live_on(opening_deltas(state, listening)))
+            own = None
+            if config.neurons == "on":
+                site = how.sites[-1]
+                covariance = covariances[site.layer]
+                own = OwnNeurons(
+                    runner, site, openers(runner.arch, site), covariance, text, state, live[site.layer], opening
+                )
+            session = EditSession(runner, config, how, run, live, covariances, gradients, known, journal, own)
             edits = _EDITS[session.method.targets](session)
             for number, batch in enumerate(batches(facts, solve_batch_size(config))):
                 these = requests[batch.start : batch.stop]

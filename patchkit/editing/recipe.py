@@ -28,7 +28,11 @@ class EditConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)  # layers: 8 is meant as "8"
 
     method: str
-    layers: str = Field("14%-27%", description='layers to edit: "4-8", "4,6", or a share of the depth, "14%-27%"')
+    layers: str = Field(
+        "auto",
+        description='layers to edit: "4-8", "4,6", or a share of the depth, "14%-27%"; auto: 55% where subjects get '
+        "neurons of their own, else 14%-27%",
+    )
     batch_size: int = Field(100, ge=1, description="facts solved for together; batches follow one another")
     prompts: Literal["auto", "in-use", "contexts"] = Field(
         "auto",
@@ -38,6 +42,11 @@ class EditConfig(BaseModel):
     )
     chat: Literal["auto", "on", "off"] = Field(
         "auto", description="whether facts are asked in the chat template as well; auto: where the tokenizer has one"
+    )
+    neurons: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="whether each subject gets a neuron of its own, so that the edit acts at no other word; auto: "
+        "where facts are edited in use, by a method and in a model that can",
     )
     contexts: int = Field(
         5, ge=0, description="texts besides the prompt alone: one before it, the others other words about the subject"
@@ -52,7 +61,7 @@ class EditConfig(BaseModel):
         """`settings` as the method's own typed configuration."""
         return methods.get(self.method).config.model_validate(self.settings)
 
-    @field_validator("chat", mode="before")
+    @field_validator("chat", "neurons", mode="before")
     @classmethod
     def _yaml_switch(cls, value: Any) -> Any:
         """YAML reads a bare on or off as true or false."""
@@ -68,6 +77,12 @@ class EditConfig(BaseModel):
         if self.prompts == "auto":
             return self.uses_chat and chat_template(tokenizer) is not None
         return self.prompts == "in-use"
+
+    @property
+    def depth(self) -> str:
+        """`layers`, or what auto stands for."""
+        by_itself = "55%" if self.neurons == "on" else "14%-27%"
+        return by_itself if self.layers == "auto" else self.layers
 
     def digest(self) -> str:
         """sha256 of the canonical JSON, the recipe's hash in a manifest."""
@@ -93,8 +108,8 @@ def load_recipe(
         InputError: unknown method, recipe or key, or a value of the wrong kind; the message names the key.
     """
     if earlier and recipe is None and method in (None, earlier["method"]):
-        # A recipe from before these settings was one of contexts in plain text.
-        data = {"prompts": "contexts", "chat": "off", **deepcopy(dict(earlier))}
+        # A recipe from before these settings was one of contexts in plain text, in the subject's ordinary key.
+        data = {"prompts": "contexts", "chat": "off", "neurons": "off", **deepcopy(dict(earlier))}
         where = "the patch's own recipe"
     else:
         data, where = _read(method, recipe)
@@ -121,7 +136,7 @@ def validate(data: Mapping[str, Any], where: str = "recipe") -> EditConfig:
     """
     try:
         config = EditConfig.model_validate(data)
-        _layer_ranges(config.layers)  # which of them the model has is known later, what cannot be read is known here
+        _layer_ranges(config.depth)  # which of them the model has is known later, what cannot be read is known here
         # Written out in full, so that a manifest shows every setting, those left at their default too.
         return config.model_copy(update={"settings": config.method_config().model_dump()})
     except ValidationError as error:

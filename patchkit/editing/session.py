@@ -12,6 +12,7 @@ from torch import Tensor
 
 from patchkit import methods
 from patchkit.editing.journal import Journal
+from patchkit.editing.neurons import OwnNeurons
 from patchkit.editing.recipe import EditConfig, resolve_layers
 from patchkit.editing.state import EditRun, SiteHistory, base_weight, storable
 from patchkit.editing.value_problem import ValueAt
@@ -51,13 +52,15 @@ def plan(arch: Architecture, config: EditConfig) -> Plan:
 
     Where a norm follows the MLP, the residual stream does not receive what a module writes as it is, so a residual at a
     later layer cannot be spread over earlier ones: such a model is edited at one site, with the value at the module's
-    output.
+    output. An own neuron is in one layer, too, the last of those that are named: nothing has to be kept small by
+    spreading it.
 
     Raises:
         InputError: a layer the model does not have.
     """
     method = methods.get(config.method)
-    sites = [arch.sites[layer] for layer in resolve_layers(config.layers, len(arch.layers))]
+    sites = [arch.sites[layer] for layer in resolve_layers(config.depth, len(arch.layers))]
+    sites = sites[-1:] if config.neurons == "on" else sites
     last = sites[-1]
     if method.targets != "values":
         return Plan((last,) if method.single_site else tuple(sites), "module_out")
@@ -78,6 +81,7 @@ class EditSession:
         covariances, gradients: statistics of plain text by layer, as `LayerProblem` has them.
         known: values found on the untouched model, which are shared with other runs; None shares nothing.
         journal: what is finished goes there, for the same run to go on from.
+        own: rewrites a neuron for each subject, where the recipe has it so.
     """
 
     runner: LayerRunner
@@ -89,6 +93,7 @@ class EditSession:
     gradients: Mapping[int, Tensor]
     known: ValueCache | None
     journal: Journal
+    own: OwnNeurons | None = None
 
     @cached_property
     def method(self) -> Method:
@@ -112,7 +117,17 @@ class EditSession:
     def problem(self, site: Site, keys: Tensor, residual: Tensor, prior: PriorKeys | None) -> LayerProblem:
         """What the method is shown at `site`: keys (d_in, n) and residual (d_out, n), beside keys of earlier edits."""
         history, covariance = self.run.state.sites.get(site.layer), self.covariances.get(site.layer)
-        found = problem_at(site, keys, residual, covariance, history, prior, self.gradients.get(site.layer))
+        own = self.own is not None
+        found = problem_at(
+            site,
+            self.own.only(keys) if self.own else keys,
+            residual,
+            covariance,
+            history,
+            prior,
+            self.gradients.get(site.layer),
+            own_neurons=own,
+        )
         return found.replace(constants=self._constants.setdefault(site.layer, {}))
 
     def solve(self, site: Site, problem: LayerProblem) -> None:
@@ -139,8 +154,14 @@ class EditSession:
         self, facts: Sequence[Fact], values: Values, layers: Sequence[int], columns: Sequence[int] | None = None
     ) -> None:
         """Record that `facts` were solved for together; arguments as in `EditRun.add_batch`."""
-        self.run.add_batch(facts, values, layers, columns)
+        self.run.add_batch(facts, values, layers, columns, self.own.of_subject if self.own else {})
         self.journal.added([fact.id for fact in facts], values, layers, columns)
+
+    def open_neurons(self, requests: Sequence[EditRequest]) -> None:
+        """Rewrite a neuron for each subject of facts that are about to be solved for, where the recipe has it so."""
+        if self.own is not None:
+            with self.run.timed("neurons"):
+                self.own.open(requests, self.plan.value_at)
 
     def finished_before(self, number: int, requests: Sequence[EditRequest]) -> bool:
         """Whether the journal has batch `number`, which then is as if it had just been edited: the solves are made once
@@ -151,6 +172,7 @@ class EditSession:
         facts, sites = {request.fact.id: request.fact for request in requests}, self.plan.sites
         for part in found.parts:
             prior = self.prior_keys()
+            self.open_neurons([each for each in requests if each.fact.id in set(part.facts)])
             for done in part.solves:
                 site = next(site for site in sites if site.layer == done.layer)
                 where = solve_device(site.module)
@@ -174,10 +196,16 @@ def problem_at(
     history: SiteHistory | None,
     prior: PriorKeys | None,
     gradient: Tensor | None = None,
+    own_neurons: bool = False,
 ) -> LayerProblem:
     """A solve at `site`, with keys and residual as `solve_device` and `exact` place them, after the edits in `history`;
-    `prior` are the keys it has to spare. Statistics come from wherever they are, once."""
+    `prior` are the keys it has to spare. Statistics come from wherever they are, once.
+
+    With `own_neurons` the keys have nothing outside of their subjects' own neurons, at which the text has nothing.
+    """
     count = 0 if prior is None else len(prior)
+    if own_neurons and covariance is not None:
+        covariance = covariance.silent_at(keys.abs().amax(1).nonzero().squeeze(1))
     return LayerProblem(
         keys,
         residual,

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -91,6 +92,37 @@ class SiteHistory:
         return copied
 
 
+@dataclass(frozen=True)
+class Neuron:
+    """A neuron that was rewritten to fire at one subject alone (`patchkit.editing.neurons`).
+
+    Attributes:
+        layer: of the feed-forward it is in.
+        place: its number there.
+        rows: by the module name of each weight that opens the feed-forward, the change of its row there, (hidden,).
+        lost: what the text hears no more from it: less its column of the output projection, (d_out,).
+        instead: how much of that each neuron (d_in,) is to make up for, itself 1.
+    """
+
+    layer: int
+    place: int
+    rows: Mapping[str, Tensor]
+    lost: Tensor
+    instead: Tensor
+
+
+def rewritten(neurons: Sequence[Neuron], module: str, width: int) -> Delta:
+    """The change of a weight (width, hidden) that opens a feed-forward, by its module name."""
+    rows = torch.stack([neuron.rows[module] for neuron in neurons])  # (n, hidden)
+    places = torch.tensor([neuron.place for neuron in neurons])
+    return Delta(torch.eye(width, dtype=rows.dtype)[:, places], rows)
+
+
+def made_up_for(neurons: Sequence[Neuron]) -> Delta:
+    """The change of the output projection (d_out, d_in) by which the others make up for what rewritten neurons did."""
+    return Delta(torch.stack([n.lost for n in neurons], 1), torch.stack([n.instead for n in neurons]))
+
+
 @dataclass
 class EditState:
     """What all runs so far have left, and the next one starts from.
@@ -99,21 +131,30 @@ class EditState:
         sites: by layer, the edit history of its site.
         values: the facts' states at the value site, in the order in which they were written.
         subjects: those of all facts.
+        neurons: those that were rewritten, in the order in which they were.
     """
 
     sites: dict[int, SiteHistory] = field(default_factory=dict)
     values: list[ValueStates] = field(default_factory=list)
     subjects: set[str] = field(default_factory=set)
+    neurons: list[Neuron] = field(default_factory=list)
 
     def deltas(self, arch: Architecture) -> dict[int, Delta]:
         """By layer, the whole change of its weight, (d_out, d_in) in factors; layers without one are left out."""
         found = {layer: history.delta(partial(base_weight, arch.sites[layer])) for layer, history in self.sites.items()}
-        return {layer: delta for layer, delta in found.items() if delta is not None}
+        edits = {layer: delta for layer, delta in found.items() if delta is not None}
+        made_up = {layer: made_up_for(self.neurons_at(layer)) for layer in {n.layer for n in self.neurons}}
+        both = {layer: [each[layer] for each in (made_up, edits) if layer in each] for layer in {*edits, *made_up}}
+        return {layer: Delta.stack([part.to(parts[-1].left) for part in parts]) for layer, parts in both.items()}
+
+    def neurons_at(self, layer: int) -> list[Neuron]:
+        """Those in one layer, in their order."""
+        return [neuron for neuron in self.neurons if neuron.layer == layer]
 
     def copy(self) -> EditState:
         """A copy to add to while this one stays as it is."""
         sites = {layer: history.copy() for layer, history in self.sites.items()}
-        return EditState(sites, list(self.values), set(self.subjects))
+        return EditState(sites, list(self.values), set(self.subjects), list(self.neurons))
 
 
 @dataclass(frozen=True)
@@ -126,6 +167,7 @@ class WrittenFact:
         columns: how many keys it has in each solve.
         loss: the target's mean token loss that its value reached, in nats.
         steps: optimizer steps that this took.
+        neuron: the number of its subject's own neuron, where it has one.
     """
 
     fact: Fact
@@ -134,6 +176,7 @@ class WrittenFact:
     columns: int
     loss: float
     steps: int
+    neuron: int | None = None
 
 
 @dataclass
@@ -158,12 +201,18 @@ class EditRun:
         return list(Counter(written.batch for written in self.facts).values())
 
     def add_batch(
-        self, facts: Sequence[Fact], values: Values, layers: Sequence[int], columns: Sequence[int] | None = None
+        self,
+        facts: Sequence[Fact],
+        values: Values,
+        layers: Sequence[int],
+        columns: Sequence[int] | None = None,
+        neurons: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
-        """Record that `facts` were solved for together, for these values; `columns` of each, 1 where not given."""
+        """Record that `facts` were solved for together, for these values; `columns` of each, 1 where not given, and
+        the own `neurons` of their subjects."""
         batch = self.facts[-1].batch + 1 if self.facts else 0
-        columns = columns or [1] * len(facts)
-        rows = zip(facts, columns, values.loss.tolist(), values.steps.tolist(), strict=True)
+        columns, own = columns or [1] * len(facts), [neurons.get(fact.subject) for fact in facts]
+        rows = zip(facts, columns, values.loss.tolist(), values.steps.tolist(), own, strict=True)
         self.facts += [WrittenFact(fact, batch, tuple(layers), *row) for fact, *row in rows]
         self.state.values.append(values.states())
 

@@ -86,6 +86,7 @@ class ValueEdits:
         session = self.session
         for part in self._parts(requests, advance):
             prior = session.prior_keys()
+            session.open_neurons([requests[i] for i in part.members])
             chosen, targets = [requests[i] for i in part.members], part.values.targets
             for _ in range(session.config.sweeps):
                 self._sweep(chosen, part.sites, targets, prior)

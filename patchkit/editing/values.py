@@ -32,9 +32,9 @@ class ValueConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    steps: int | None = Field(None, ge=1, description="Adam steps at most; by itself 25, or 40 in use")
+    steps: int | None = Field(None, ge=1, description="Adam steps at most; by itself 25, or 60 in use")
     learning_rate: float | None = Field(
-        None, gt=0, description="length of one Adam step, relative to the state's norm; by itself 0.15, or 0.25 in use"
+        None, gt=0, description="length of one Adam step, relative to the state's norm; by itself 0.15, or 0.1 in use"
     )
     clamp: float | None = Field(
         None, gt=0, description="longest delta, relative to the state's norm; by itself 1.0, or 1.5 in use"
@@ -53,7 +53,7 @@ class ValueConfig(BaseModel):
     def pace(self, turns: bool) -> Pace:
         """How far the optimizer goes. `turns` says whether rows take turns, as those of prompts=in-use do: more of
         them have to be seen, and more is asked of a value (docs/in_use.md)."""
-        steps, rate, clamp = (40, 0.25, 1.5) if turns else (25, 0.15, 1.0)
+        steps, rate, clamp = (60, 0.1, 1.5) if turns else (25, 0.15, 1.0)
         return Pace(self.steps or steps, self.learning_rate or rate, self.clamp or clamp)
 
 

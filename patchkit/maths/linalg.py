@@ -108,6 +108,18 @@ class Covariance:
         rest = vectors[:, rank:]  # (d_in, d_in - rank)
         return columns - rest @ (rest.T @ columns)  # (d_in, n)
 
+    def silent_at(self, places: Tensor) -> Covariance:
+        """What keys that are zero outside of `places`, indices of dimensions in which no token of the text has
+        anything, see of C: those dimensions hold no energy and all others as much as they did, by themselves.
+
+        How the others go together would only show in keys that have something there.
+        """
+        energy = self.matrix.diagonal().clone()
+        energy[places] = 0
+        order = energy.argsort()
+        vectors = torch.eye(len(energy), dtype=energy.dtype, device=energy.device)[:, order]
+        return Covariance(energy.diag(), self.tokens, (energy[order], vectors))
+
 
 @dataclass(frozen=True)
 class Damped:

@@ -76,7 +76,9 @@ class RoundingMetric:
         energy = keys.double().square().sum(1)  # (d_in,)
         if float(energy.sum()) > 0:
             weight = (UNKNOWN_TEXT if text is None else KEY_WEIGHT) * max(n, FEW_KEYS) / d_in
-            scale = weight / float((energy / _text_energy(d_in, text)).median().clamp_min(_TINY))
+            # Over the columns that the keys reach: of neurons of their own, those are few.
+            shares = (energy / _text_energy(d_in, text))[energy > 0]
+            scale = weight / float(shares.median().clamp_min(_TINY))
             parts.append(_largest(keys.double() * scale**0.5, KEY_DIRECTIONS))
             floor += max(0.0, scale * float(energy.sum()) - float(parts[-1].square().sum())) / d_in
         if text is not None:

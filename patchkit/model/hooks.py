@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from torch.nn.functional import linear
 from patchkit.maths.linalg import Delta
 from patchkit.model.arch import Architecture
 from patchkit.model.threads import in_this_thread
+from patchkit.model.weights import Site
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 class LiveDelta:
@@ -76,19 +80,21 @@ class LiveDelta:
 
 
 @contextmanager
-def live_deltas(arch: Architecture, layers: Mapping[int, Delta | None]) -> Iterator[dict[int, LiveDelta]]:
-    """Attach a `LiveDelta` at each layer in `layers`, starting from the given delta; all are gone afterward. They act
-    on this thread's passes."""
-    live: dict[int, LiveDelta] = {}
-    handles = []
-    try:
-        for layer, delta in layers.items():
-            live[layer] = LiveDelta()
-            if delta is not None:
-                live[layer].add(delta)
-            hook = in_this_thread(live[layer].hook)
-            handles.append(arch.sites[layer].module.register_forward_hook(hook, prepend=True))
+def live_on(sites: Mapping[Name, tuple[Site, Sequence[Delta]]]) -> Iterator[dict[Name, LiveDelta]]:
+    """Attach a `LiveDelta` at each site, under whatever name, starting from the given deltas; all are gone afterward.
+    They act on this thread's passes."""
+    live: dict[Name, LiveDelta] = {}
+    with ExitStack() as stack:
+        for name, (site, deltas) in sites.items():
+            live[name] = LiveDelta()
+            live[name].set(deltas)
+            handle = site.module.register_forward_hook(in_this_thread(live[name].hook), prepend=True)
+            stack.callback(handle.remove)
         yield live
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+@contextmanager
+def live_deltas(arch: Architecture, layers: Mapping[int, Delta | None]) -> Iterator[dict[int, LiveDelta]]:
+    """The same at the sites of `layers`, by their numbers."""
+    with live_on({n: (arch.sites[n], [] if delta is None else [delta]) for n, delta in layers.items()}) as live:
+        yield live

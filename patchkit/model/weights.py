@@ -31,7 +31,7 @@ _CHUNK = 1 << 21
 
 @dataclass(frozen=True)
 class Site:
-    """An editable weight: the output projection of the feed-forward in layer `layer`."""
+    """An editable weight in the feed-forward of layer `layer`: its output projection, or one that opens it."""
 
     layer: int
     weight_name: str  # as in the state dict
@@ -40,6 +40,7 @@ class Site:
     d_in: int
     d_out: int
     direct: bool  # its output is added to the residual stream as it is: no norm or scale in between
+    opens: bool = False  # it reads the residual stream, and its rows are the weights that neurons listen with
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------

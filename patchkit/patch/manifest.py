@@ -47,13 +47,14 @@ class EditedFact(Fact):
     """A fact in the patch, with the run and batch that wrote it, and the final loss and steps of its value.
 
     layers: those it was written to, where the method selects layers per fact; empty means the run's. columns: how many
-    keys it has in each solve.
+    keys it has in each solve. neuron: the number of its subject's own neuron in the last of its layers, if it has one.
     """
 
     run: int
     batch: int
     layers: tuple[int, ...] = ()
     columns: int = 1
+    neuron: int | None = None
     target_loss: float
     steps: int
 

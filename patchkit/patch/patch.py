@@ -3,7 +3,9 @@
 my-patch/
   patch.safetensors   <weight>.<place>.<part>: the parts of a weight's updates, which act in the order of their places:
                       left (d_out, r) and right (r, d_in) of W' = W + left @ right, or those of another kind in
-                      patchkit.maths.updates
+                      patchkit.maths.updates. Where subjects have neurons of their own, the rows of those in the weights
+                      that open the feed-forward are among them, and the first update of the output projection is by
+                      what its other neurons make up for them (patchkit.editing.neurons)
   manifest.json       patchkit.patch.manifest.Manifest
   README.md           model card made from the manifest
   state.safetensors   <weight>.keys (d_in, n), <weight>.residuals (d_out, n): the columns of each fact in each solve, in
@@ -32,6 +34,7 @@ from patchkit.io.hub import patch_folder
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import KINDS, Chain, Update, delta_of, tensors_of
 from patchkit.model.arch import Architecture
+from patchkit.model.openers import all_sites
 from patchkit.model.weights import Site, find_weight, read_weight, tensor_digest, weight_digest
 from patchkit.patch.card import model_card
 from patchkit.patch.manifest import FORMAT_VERSION, Manifest, UpdateInfo
@@ -82,7 +85,8 @@ class Patch:
             yield model
 
     def on(self, arch: Architecture, force: bool = False) -> dict[int, Delta]:
-        """The updates as one low-rank delta by layer of `arch`, after checking that it is the patch's base.
+        """The updates of output projections as one low-rank delta by layer of `arch`, after checking that it is the
+        patch's base.
 
         Raises:
             InputError: it is another model (skipped with force, as long as the shapes fit).
@@ -91,12 +95,13 @@ class Patch:
         return {
             sites[name].layer: delta_of(chain, lambda site=sites[name]: read_weight(site).float())  # type: ignore[misc]
             for name, chain in self.updates.items()
+            if not sites[name].opens
         }
 
     def sites(self, arch: Architecture, force: bool = False) -> dict[str, Site]:
         """Where on `arch` every weight of the patch's base is, by on-disk name; checks and raises as `on` does."""
         base, found = self.manifest.base, {}
-        sites = {site.weight_name: site for site in arch.sites}
+        sites = {site.weight_name: site for site in all_sites(arch)}
         for name, digest in base.weights.items():
             site = sites[find_weight(name, sites, type(arch.model).__name__, base.advice)]
             shape = self.shapes.get(name)

@@ -21,10 +21,10 @@ from torch import Tensor
 from patchkit import methods
 from patchkit.editing.recipe import validate
 from patchkit.editing.session import problem_at, solve_at
-from patchkit.editing.state import EditState, SiteHistory, storable
+from patchkit.editing.state import EditState, Neuron, SiteHistory, made_up_for, rewritten, storable
 from patchkit.editing.values import ValueStates
 from patchkit.errors import InputError
-from patchkit.maths.linalg import Covariance, PriorKeys
+from patchkit.maths.linalg import Covariance, Delta, PriorKeys
 from patchkit.maths.rotations import Rotation
 from patchkit.maths.updates import Chain, Update, delta_of, kind_of, mapped, moved, tensors_of
 from patchkit.model.devices import exact, solve_device
@@ -54,18 +54,44 @@ def state_of(patch: Patch, sites: Sites) -> EditState:
             "or apply all its facts anew"
         )
     state = EditState()
+    state.neurons = _neurons(patch, sites)
     for name in sites:
-        if name not in patch.updates and f"{name}.keys" not in patch.state:
+        if sites[name].opens or (name not in patch.updates and f"{name}.keys" not in patch.state):
             continue
         layer, chain = sites[name].layer, patch.updates.get(name, ())
         where = solve_device(sites[name].module)
         stored = (_stored_columns(patch, f"{name}.{kind}", layer) for kind in ("keys", "residuals"))
         keys, residuals = (exact(columns, where) for columns in stored)
+        chain = chain[1:] if state.neurons_at(layer) else chain
         chain = tuple(mapped(moved(update, where), Tensor.double) for update in chain)
         state.sites[layer] = SiteHistory(chain, keys, residuals, _gradient_columns(patch.manifest, layer))
     state.values = [ValueStates(patch.state["values.targets"], patch.state["values.start"])]
     state.subjects = {fact.subject for fact in facts}
     return state
+
+
+def _neurons(patch: Patch, sites: Sites) -> list[Neuron]:
+    """The rewritten neurons of the patch, from their rows in its updates.
+
+    Raises:
+        InputError: updates that do not belong together.
+    """
+    found, rows, made_up = list[Neuron](), dict[int, dict[str, Delta]](), dict[int, Update]()
+    for name, chain in patch.updates.items():
+        site = sites[name]
+        if not site.opens:
+            made_up[site.layer] = chain[0]
+        elif isinstance(chain[0], Delta):
+            rows.setdefault(site.layer, {})[site.module_name] = chain[0]
+    for layer, here in rows.items():
+        others, first = made_up.get(layer), next(iter(here.values()))
+        if not isinstance(others, Delta) or {each.rank for each in here.values()} != {others.rank}:
+            raise InputError("patch.safetensors: the rows of neurons do not belong together; get the patch again")
+        for number, place in enumerate(first.left.argmax(0).tolist()):
+            listens = {name: storable(each.right[number]) for name, each in here.items()}
+            lost, instead = storable(others.left[:, number]), storable(others.right[number])
+            found.append(Neuron(layer, place, listens, lost, instead))
+    return found
 
 
 def _stored_columns(patch: Patch, name: str, layer: int) -> Tensor:
@@ -131,10 +157,13 @@ def _changed(
     state = state_of(patch, sites)
     stay = [i for i, fact in enumerate(manifest.facts) if fact.id not in gone]
     facts = tuple(manifest.facts[i] for i in stay)
-    by_layer = {site.layer: site for site in sites.values()}
+    by_layer = {site.layer: site for site in sites.values() if not site.opens}
     recompute = _Recompute(manifest, gone, added, by_layer, state, statistics_of)
     recompute.run()
     affected = _affected_layers(manifest, changed)
+    # A superseded fact's neuron stays as it is, and says nothing until the fact is brought back.
+    own = {(_layers(manifest, fact)[-1], fact.neuron) for fact in (*facts, *(each.fact for each in waiting))}
+    state.neurons = [neuron for neuron in state.neurons if (neuron.layer, neuron.place) in own]
     state.sites = {layer: recompute.kept[layer] if layer in affected else old for layer, old in state.sites.items()}
     state.values = [states.of(stay) for states in state.values]
     return assemble(manifest.base, facts, manifest.history, sites, state, manifest.parents, waiting)
@@ -265,9 +294,10 @@ class _Recompute:
     ) -> Tensor:
         """Solve for these columns on top of `history`, and give the weight's change, (d_out, d_in)."""
         run, site = solve.record.run, self.sites[solve.layer]
-        config = validate(self.manifest.history[run].recipe, "the patch's recipe")
+        config = validate({"neurons": "off", **self.manifest.history[run].recipe}, "the patch's recipe")
         covariance, gradient = self.statistics_of(run, site)
-        problem = problem_at(site, keys, residual, covariance, history, prior, gradient)
+        own = config.neurons == "on"
+        problem = problem_at(site, keys, residual, covariance, history, prior, gradient, own_neurons=own)
         problem = problem.replace(constants=self.constants.setdefault(site.layer, {}))
         update = solve_at(methods.get(config.method), config.method_config(), site, problem)
         change = delta_of((update,), lambda: problem.weight).dense()
@@ -285,15 +315,17 @@ def assemble(
     waiting: Sequence[Waiting] = (),
 ) -> Patch:
     """A patch of `facts` from the state that the runs have left; sites without an update are left out."""
-    edited = {name: state.sites[site.layer] for name, site in sites.items() if site.layer in state.sites}
-    chains = {name: tuple(mapped(u, Tensor.float) for u in history.chain if u.rank) for name, history in edited.items()}
+    edited = {
+        name: state.sites[site.layer] for name, site in sites.items() if site.layer in state.sites and not site.opens
+    }
+    chains = {name: tuple(mapped(u, Tensor.float) for u in _chain(site, state)) for name, site in sites.items()}
     chains = {name: chain for name, chain in chains.items() if chain}
     updates = {name: tuple(moved(update, "cpu") for update in chain) for name, chain in chains.items()}
     tensors = dict(state_of_waiting(waiting))
     if facts:
         tensors["values.targets"] = torch.cat([v.targets.float().cpu() for v in state.values], 1).contiguous()
         tensors["values.start"] = torch.cat([v.start.float().cpu() for v in state.values], 1).contiguous()
-    for name in updates:
+    for name in edited.keys() & updates.keys():
         tensors[f"{name}.keys"] = edited[name].keys.float().cpu().contiguous()
         tensors[f"{name}.residuals"] = edited[name].residuals.float().cpu().contiguous()
     manifest = Manifest(
@@ -308,6 +340,17 @@ def assemble(
         digest=updates_digest(updates),
     )
     return Patch(manifest, updates, tensors)
+
+
+def _chain(site: Site, state: EditState) -> Chain:
+    """All updates of a site's weight: of an opener the rows of neurons; of an output projection what is made up for
+    those, then the edits."""
+    neurons = state.neurons_at(site.layer)
+    if site.opens:
+        return (rewritten(neurons, site.module_name, site.d_out),) if neurons else ()
+    edits = state.sites[site.layer].chain if site.layer in state.sites else ()
+    made_up = (made_up_for(neurons),) if neurons else ()
+    return (*made_up, *(update for update in edits if update.rank))
 
 
 def update_infos(name: str, weight: Tensor, chain: Chain) -> Iterator[UpdateInfo]:

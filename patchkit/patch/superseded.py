@@ -40,7 +40,7 @@ def waiting_in(patch: Patch, sites: Mapping[str, Site]) -> list[Waiting]:
     found, taken = list[Waiting](), dict[str, int]()
     for place, fact in enumerate(patch.manifest.superseded):
         columns = dict[str, Columns]()
-        for name, site in sites.items():
+        for name, site in _outputs(sites):
             if count := columns_at(patch.manifest, fact, site.layer):
                 first = taken.get(name, 0)
                 keys, residuals = (_of(patch, f"{name}.superseded.{kind}") for kind in ("keys", "residuals"))
@@ -49,6 +49,11 @@ def waiting_in(patch: Patch, sites: Mapping[str, Site]) -> list[Waiting]:
         targets, start = (_of(patch, f"values.superseded.{kind}")[:, [place]] for kind in ("targets", "start"))
         found.append(Waiting(fact, columns, ValueStates(targets, start)))
     return found
+
+
+def _outputs(sites: Mapping[str, Site]) -> Iterator[tuple[str, Site]]:
+    """The output projections, which alone have columns."""
+    return ((name, site) for name, site in sites.items() if not site.opens)
 
 
 def columns_at(manifest: Manifest, fact: EditedFact, layer: int) -> int:
@@ -70,7 +75,7 @@ def superseding(patch: Patch, sites: Mapping[str, Site], by: Mapping[str, str]) 
         if fact.id in by:
             columns = {
                 name: tuple(patch.state[f"{name}.{kind}"][:, at] for kind in ("keys", "residuals"))
-                for name, site in sites.items()
+                for name, site in _outputs(sites)
                 if (at := _places(manifest, site.layer).get(fact.id))
             }
             values = ValueStates(*(patch.state[f"values.{kind}"][:, [place]] for kind in ("targets", "start")))
@@ -114,7 +119,7 @@ def beside(patch: Patch, back: Sequence[Waiting], sites: Mapping[str, Site]) -> 
     for kind in ("targets", "start"):
         parts = [*([state[f"values.{kind}"]] if manifest.facts else []), *(getattr(e.values, kind) for e in back)]
         state[f"values.{kind}"] = torch.cat(parts, 1)[:, [written[fact.id] for fact in facts]]
-    for name, site in sites.items():
+    for name, site in _outputs(sites):
         old = _places(manifest, site.layer)
         for place, kind in enumerate(("keys", "residuals")):
             own = {fact: list(columns) for fact, columns in old.items()}

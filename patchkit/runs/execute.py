@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ import transformers
 
 from patchkit import methods
 from patchkit.editing.editor import edit, frozen
+from patchkit.editing.neurons import settled
 from patchkit.editing.recipe import EditConfig
 from patchkit.editing.session import Plan, ValueCache, plan
-from patchkit.editing.state import EditRun
+from patchkit.editing.state import EditRun, EditState
 from patchkit.model.loading import model_name
+from patchkit.model.openers import opening_sites
 from patchkit.model.weights import disk_name, weight_digest
 from patchkit.patch.history import leave
 from patchkit.patch.manifest import BaseInfo, EditedFact, Run
@@ -66,14 +68,17 @@ def run(
         if onto and not prepared.incoming.new:
             return onto
         earlier = _without_superseded(workspace, prepared, sites)
+        start = state_of(earlier, sites) if earlier else None
+        config = _settled(prepared, workspace, start)
+        prepared = replace(prepared, config=config)
         how, corpus = plan(runner.arch, config), workspace.corpus(workspace.texts[0], config.uses_chat)
         for note in _about_text(workspace.texts[0], corpus, prepared):
             say(note)
-        covariances, gradients = workspace.statistics(method, how.sites, corpus)
-        state = state_of(earlier, sites) if earlier else None
-        if method.targets == "values" and method.needs_statistics:  # keys are compared in the metric of the text
-            check = KeyCheck(workspace, config, how.sites[0], covariances[how.sites[0].layer])
-            check.run(prepared.incoming.new, earlier, state, say, allow_close_keys)
+        covariances, gradients = workspace.statistics(method, how.sites, corpus, config.neurons == "on")
+        lowest = covariances.get(how.sites[0].layer)
+        if method.targets == "values" and lowest is not None:  # without statistics there is no metric to compare in
+            check = KeyCheck(workspace, config, how.sites[0], lowest)
+            check.run(prepared.incoming.new, earlier, start, say, allow_close_keys)
         edited = edit(
             runner,
             workspace.tokenizer,
@@ -81,11 +86,12 @@ def run(
             config,
             covariances,
             workspace.progress,
-            state,
+            start,
             gradients,
             values,
             _contexts(earlier, config) if earlier else (),
             journal_for(folder, prepared, workspace, corpus),
+            corpus.windows,
         )
     patch = _RunResult(workspace, prepared, how, corpus, edited).patch(earlier, sites)
     if method.spends_directions:
@@ -102,6 +108,12 @@ def _without_superseded(workspace: Workspace, prepared: Prepared, sites: Sites) 
     return workspace.without(prepared.onto, by, sites, waiting)
 
 
+def _settled(prepared: Prepared, workspace: Workspace, start: EditState | None) -> EditConfig:
+    """The recipe with neurons=auto decided for these facts, beside those of the patch that is continued."""
+    subjects, taken = {fact.subject for fact in prepared.incoming.new}, start.neurons if start else ()
+    return settled(prepared.config, workspace.tokenizer, workspace.runner.arch, len(subjects), len(taken))
+
+
 def take_out(workspace: Workspace, patch: Patch, facts: Sequence[str]) -> Patch:
     """`patch` without the facts with these ids, and with a run of its own in the history that says so.
 
@@ -115,7 +127,7 @@ def take_out(workspace: Workspace, patch: Patch, facts: Sequence[str]) -> Patch:
         sites = patch.sites(workspace.runner.arch)
         waiting = waiting_in(patch, sites)
         left = without_these(waiting, {*leaving.back, *leaving.dropped})
-        less = workspace.without(patch, gone, sites, left)
+        less = workspace.without(patch, gone, sites, without_these(waiting, leaving.dropped))
         less = workspace.with_again(less, [waiting[place] for place in leaving.back], sites, left)
     record = manifest.history[-1].model_copy(
         update={
@@ -171,8 +183,11 @@ class _RunResult:
     def patch(self, earlier: Patch | None, sites: Sites) -> Patch:
         """The patch, `earlier` being the one continued without the superseded facts, and `sites` those of its base."""
         model, onto = self.workspace.model, self.prepared.onto
-        named = {site.layer for site in sites.values()}
-        new = {disk_name(model, site.weight_name): site for site in self.plan.sites if site.layer not in named}
+        named, arch = {site.weight_name for site in sites.values()}, self.workspace.runner.arch
+        edited = [*self.plan.sites]
+        for layer in sorted({neuron.layer for neuron in self.edited.state.neurons}):
+            edited += opening_sites(arch, arch.sites[layer])
+        new = {disk_name(model, site.weight_name): site for site in edited if site.weight_name not in named}
         base = BaseInfo(
             name=model_name(model),
             commit=getattr(model.config, "_commit_hash", None),
@@ -204,6 +219,7 @@ class _RunResult:
                 columns=written.columns,
                 target_loss=written.loss,
                 steps=written.steps,
+                neuron=written.neuron,
             )
 
     def _record(self) -> Run:

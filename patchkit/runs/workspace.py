@@ -75,10 +75,12 @@ class Workspace:
         """The text, tokenized; with `chat` also as conversations, where the tokenizer has a chat template."""
         return read_corpus(text, self.tokenizer, window=window_of(self.model), chat=chat)
 
-    def statistics(self, method: Method, sites: Sequence[Site], corpus: Corpus) -> LayerStatistics:
-        """Those statistics of the text that `method` needs, stored ones where there are any."""
+    def statistics(
+        self, method: Method, sites: Sequence[Site], corpus: Corpus, neurons: bool = False
+    ) -> LayerStatistics:
+        """Those statistics of the text that `method` needs, or own `neurons` do, stored ones where there are any."""
         covariances, gradients = dict[int, Covariance](), dict[int, Tensor]()
-        if method.needs_statistics:
+        if method.needs_statistics or neurons:
             covariances = statistics(self.runner, sites, corpus, self.stats, self._reporter("statistics"))
         if method.needs_gradients:
             found = text_gradients(self.runner, sites, corpus, self.stats, self._reporter("gradients"))
@@ -105,7 +107,7 @@ class Workspace:
         def of_text(text: TextRecord, method: str, layers: tuple[int, ...]) -> LayerStatistics | None:
             readings = (self.corpus(each, chat) for each in self.texts for chat in (False, True))
             found = next((corpus for corpus in readings if corpus.record.same_reading(text)), None)
-            edited = [site for site in sites.values() if site.layer in layers]
+            edited = [site for site in sites.values() if site.layer in layers and not site.opens]
             return None if found is None else self.statistics(methods.get(method), edited, found)
 
         def find(number: int, site: Site) -> tuple[Covariance | None, Tensor | None]:

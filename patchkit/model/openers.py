@@ -1,0 +1,91 @@
+"""The weights that open a feed-forward: what a neuron listens to is a row of each, what it says a column of the site.
+
+As in `patchkit.model.arch`, what is there is found by looking and by trying, never by a model's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from patchkit.errors import InputError
+from patchkit.model.arch import Architecture
+from patchkit.model.threads import in_this_thread
+from patchkit.model.weights import Site, is_linear, is_quantized, shape_of, weight_of
+
+
+@dataclass(frozen=True)
+class Openers:
+    """What opens a feed-forward: the weight that decides whether a neuron fires, and the one that says how much, if
+    they are two."""
+
+    gate: Site
+    amount: Site | None
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """All of them."""
+        return (self.gate,) if self.amount is None else (self.gate, self.amount)
+
+
+def opening_sites(arch: Architecture, site: Site) -> tuple[Site, ...]:
+    """The linear layers beside the output projection `site` that lead from the stream to its inner width."""
+    prefix = site.module_name.rpartition(".")[0]
+    shape, found = (site.d_in, arch.hidden_size), arch.model.get_submodule(prefix).named_children()
+    names = [(f"{prefix}.{name}", module) for name, module in found if is_linear(module) and not is_quantized(module)]
+    return tuple(
+        Site(site.layer, f"{name}.weight", name, module, arch.hidden_size, site.d_in, direct=False, opens=True)
+        for name, module in names
+        if shape_of(module) == shape
+    )
+
+
+def all_sites(arch: Architecture) -> Iterator[Site]:
+    """Every weight of `arch` that a patch can change."""
+    for site in arch.sites:
+        yield site
+        yield from opening_sites(arch, site)
+
+
+def openers(arch: Architecture, site: Site) -> Openers:
+    """What opens the feed-forward of `site`. The model is left as it is.
+
+    Raises:
+        InputError: the feed-forward is opened otherwise, by a fused weight for example.
+    """
+    found = opening_sites(arch, site)
+    if len(found) == 1:
+        return Openers(found[0], None)
+    scaling = [_scales(arch, site, each) for each in found] if len(found) == 2 else []
+    if sorted(scaling) != [False, True]:
+        names = ", ".join(each.module_name.rpartition(".")[2] for each in found) or "none"
+        raise InputError(
+            f"neurons=on: looked for one or two weights that open the feed-forward of layer {site.layer}, found "
+            f"{names}; use neurons=off"
+        )
+    gate, amount = found if scaling[1] else reversed(found)
+    return Openers(gate, amount)
+
+
+def _scales(arch: Architecture, site: Site, opener: Site) -> bool:
+    """Whether neurons fire twice as much where the opener says twice as much: then no activation comes after it."""
+    block = arch.model.get_submodule(site.module_name.rpartition(".")[0])
+    weight, before, after = weight_of(opener.module), list[Tensor](), list[Tensor]()
+    numbers = torch.randn(1, 4, arch.hidden_size, generator=torch.Generator().manual_seed(0))
+    x = numbers.to(weight.device, weight.dtype)
+
+    def double(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return 2 * output
+
+    for seen, hooks in ((before, ()), (after, (double,))):
+        note = in_this_thread(lambda module, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad(), ExitStack() as stack:
+            stack.enter_context(site.module.register_forward_pre_hook(note))
+            for hook in hooks:
+                stack.enter_context(opener.module.register_forward_hook(in_this_thread(hook)))
+            block(x)
+    return bool(torch.allclose(after[0].float(), 2 * before[0].float(), rtol=1e-2, atol=1e-6))

@@ -1,0 +1,207 @@
+"""Subjects with neurons of their own: what is written there is heard after the subject and nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import patchkit
+from patchkit.editing.neurons import capacity, settled
+from patchkit.editing.recipe import load_recipe
+from patchkit.errors import InputError
+from patchkit.export.merge import merge
+from patchkit.maths.linalg import Delta
+from patchkit.methods import available
+from patchkit.model.arch import inspect_model
+from patchkit.model.loading import LoadedModel, load_model
+from patchkit.model.openers import openers, opening_sites
+from patchkit.patch.patch import Patch
+from tests.helpers import Command, apart
+from tests.test_wordings import chatting
+from tests.zoo import FAMILIES, tiny_tokenizer
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+FACTWORLD = EXAMPLES / "factworld"
+FAST = ("prompts=in-use", "neurons=on", "layers=1")
+
+
+@pytest.fixture(scope="module")
+def world() -> LoadedModel:
+    return load_model(str(FACTWORLD), "cpu", "float32")
+
+
+@pytest.fixture(scope="module")
+def facts() -> list[patchkit.Fact]:
+    return list(patchkit.read_facts(EXAMPLES / "facts.jsonl").facts[:3])
+
+
+@pytest.fixture(scope="module")
+def patch(world: LoadedModel, facts: list[patchkit.Fact]) -> Patch:
+    return patchkit.apply(world.model, world.tokenizer, facts, "alphaedit", overrides=FAST)
+
+
+def logits(world: LoadedModel, text: str, patch: Patch | None = None) -> Tensor:
+    ids = world.tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        if patch is None:
+            return world.model(ids).logits[0].double()
+        with patch.attached(world.model):
+            return world.model(ids).logits[0].double()
+
+
+def says(world: LoadedModel, fact: patchkit.Fact, patch: Patch) -> str:
+    ids = world.tokenizer(fact.prompt, return_tensors="pt").input_ids
+    with patch.attached(world.model):
+        made = world.model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    return str(world.tokenizer.decode(made[0, ids.shape[1] :])).strip()
+
+
+def own_places(patch: Patch) -> list[int]:
+    return [fact.neuron for fact in patch.manifest.facts if fact.neuron is not None]
+
+
+def named(patch: Patch, part: str) -> Delta:
+    """The last update of the weight whose name has `part` in it."""
+    found = next(chain[-1] for name, chain in patch.updates.items() if part in name)
+    assert isinstance(found, Delta)
+    return found
+
+
+def test_what_is_written_is_said_and_the_weights_that_change_are_one_layers(
+    world: LoadedModel, facts: list[patchkit.Fact], patch: Patch
+) -> None:
+    assert all(says(world, fact, patch).startswith(fact.target_new) for fact in facts)
+    ends = {name.removeprefix("model.layers.1.mlp.") for name in patch.updates}
+    assert ends == {"gate_proj.weight", "up_proj.weight", "down_proj.weight"}
+    for part in ("gate_proj", "up_proj"):
+        assert named(patch, part).left.nonzero()[:, 0].tolist() == sorted(own_places(patch))
+
+
+def test_the_edit_itself_acts_after_the_subject_alone(
+    world: LoadedModel, facts: list[patchkit.Fact], patch: Patch
+) -> None:
+    down = next(name for name in patch.updates if "down_proj" in name)
+    made_up, written = patch.updates[down]
+    assert isinstance(made_up, Delta)
+    assert isinstance(written, Delta)
+    site = patch.sites(inspect_model(world.model))[down]
+
+    def shares(text: str) -> Tensor:
+        """How much of each fact's value is added at each token, (tokens, facts)."""
+        keys: list[Tensor] = []
+        with patch.attached(world.model), site.module.register_forward_pre_hook(lambda m, args: keys.append(args[0])):
+            logits(world, text)
+        return keys[0][0] @ written.right.T
+
+    text = shares(FACTWORLD.joinpath("patchkit-eval.txt").read_text()[:1500])
+    assert text.square().mean().sqrt() < 0.02  # one of the text's names sounds like one of the facts'
+    others = [shares(f"{fact.subject} and") for fact in patchkit.read_facts(EXAMPLES / "facts.jsonl").facts[6:10]]
+    assert max(each.abs().max() for each in others) < 0.05
+    for place, fact in enumerate(facts):  # a sentence that no row has
+        share = shares(f"My new friend {fact.subject}")[-1, place]
+        assert 0.7 < share < 1.4
+    # What every word of a text has something in, the rest of a key, is left out of the solve entirely.
+    assert written.right.abs().amax(0).nonzero().squeeze(1).tolist() == sorted(own_places(patch))
+    assert made_up.rank == len(facts)
+
+
+def test_later_facts_leave_earlier_ones_exactly_as_they_are(
+    world: LoadedModel, facts: list[patchkit.Fact], patch: Patch, tmp_path: Path
+) -> None:
+    more = patchkit.read_facts(EXAMPLES / "facts.jsonl").facts[3:5]
+    longer = patchkit.apply(world.model, world.tokenizer, more, onto=patch)
+    assert longer.manifest.history[-1].recipe["neurons"] == "on"
+    assert len(set(own_places(longer))) == 5
+    assert all(says(world, fact, longer).startswith(fact.target_new) for fact in (*facts, *more))
+    old, new = (named(each, "down_proj").dense()[:, own_places(patch)] for each in (patch, longer))
+    assert apart(new, old) < 1e-3
+    again = Patch.load(save(longer, tmp_path / "q"))
+    assert again.manifest.digest == longer.manifest.digest
+
+
+def test_a_fact_that_is_taken_out_gives_its_neuron_back(
+    world: LoadedModel, facts: list[patchkit.Fact], patch: Patch, run: Command, tmp_path: Path
+) -> None:
+    patch.save(tmp_path / "p")
+    assert run("revert", tmp_path / "p", "--fact", facts[0].id, "--out", tmp_path / "less").status == 0
+    less = Patch.load(tmp_path / "less")
+    assert not says(world, facts[0], less).startswith(facts[0].target_new)
+    assert all(says(world, fact, less).startswith(fact.target_new) for fact in facts[1:])
+    text = f"{facts[0].subject} was"
+    drift = apart(logits(world, text, less), logits(world, text))
+    assert drift < 0.1 * apart(logits(world, text, patch), logits(world, text))
+    assert named(less, "gate_proj").rank == 2
+    assert run("revert", tmp_path / "p", "--last", "1", "--out", tmp_path / "none").status == 0
+    assert not Patch.load(tmp_path / "none").updates
+
+
+def test_a_merged_checkpoint_of_16_bits_says_what_the_patch_does(
+    world: LoadedModel, facts: list[patchkit.Fact], patch: Patch, tmp_path: Path
+) -> None:
+    merge([patch], FACTWORLD, tmp_path / "merged")
+    merged = load_model(str(tmp_path / "merged"), "cpu", "float32")
+    for fact in facts:
+        ids = world.tokenizer(fact.prompt, return_tensors="pt").input_ids
+        made = merged.model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        assert world.tokenizer.decode(made[0, ids.shape[1] :]).strip().startswith(fact.target_new)
+    text = "My notes on Pine Kelmel: Pine Kelmel was born in"
+    assert apart(logits(merged, text), logits(world, text, patch)) < 0.02
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma3", "qwen3"])
+def test_what_opens_a_feed_forward_is_found_by_trying(name: str) -> None:
+    arch = inspect_model(FAMILIES[name]())
+    found = openers(arch, arch.sites[1])
+    gate, amount = found.gate.module_name.rpartition(".")[2], found.amount and found.amount.module_name
+    assert gate in ("gate_proj", "c_fc", "fc1")
+    assert amount is None or amount.endswith("up_proj")
+    assert (amount is None) == (name in ("gpt2", "opt"))
+
+
+def test_a_fused_opener_is_left_alone() -> None:
+    arch = inspect_model(FAMILIES["phi3"]())
+    assert opening_sites(arch, arch.sites[0]) == ()
+    with pytest.raises(InputError, match="neurons=on: looked for one or two weights"):
+        openers(arch, arch.sites[0])
+    config = load_recipe("alphaedit", None, ["prompts=in-use"])
+    assert settled(config, chatting(), arch).neurons == "off"
+
+
+def test_auto_is_on_where_facts_are_edited_in_use_by_what_can() -> None:
+    arch, chat = inspect_model(FAMILIES["llama"]()), chatting()
+
+    def decided(method: str, *settings: str, tokenizer: Any = chat, subjects: int = 1) -> str:
+        return settled(load_recipe(method, None, settings), tokenizer, arch, subjects).neurons
+
+    few = capacity(arch.sites[-1])
+    assert decided("alphaedit", subjects=few) == "on"
+    assert decided("alphaedit", subjects=few + 1) == "off"
+    assert decided("alphaedit", tokenizer=tiny_tokenizer()) == "off"
+    assert decided("alphaedit", "prompts=contexts") == "off"
+    can = {name for name in available() if decided(name) == "on"}
+    assert {"alphaedit", "memit", "rome"} <= can
+    assert not can & {"mose", "mose-right", "ft", "wilke", "ultraedit"}
+    with pytest.raises(InputError, match="mose does not solve for keys and values alone"):
+        decided("mose", "neurons=on")
+
+
+def save(patch: Patch, folder: Path) -> Path:
+    patch.save(folder)
+    return folder
+
+
+def test_a_superseded_fact_comes_back_with_its_neuron(
+    world: LoadedModel, facts: list[patchkit.Fact], patch: Patch, run: Command, tmp_path: Path
+) -> None:
+    other = facts[0].model_copy(update={"id": "other", "target_new": "Nalshaw"})
+    patchkit.apply(world.model, world.tokenizer, [other], onto=patch).save(tmp_path / "p")
+    assert says(world, other, Patch.load(tmp_path / "p")).startswith(other.target_new)
+    assert run("revert", tmp_path / "p", "--last", "1").status == 0
+    back = Patch.load(tmp_path / "p")
+    assert back.manifest.facts[0].neuron == patch.manifest.facts[0].neuron
+    for text in (facts[0].prompt, f"My notes on {facts[0].subject}"):
+        assert apart(logits(world, text, back), logits(world, text, patch)) < 1e-3
