@@ -204,4 +204,6 @@ def measure_in(
             lambda done, total: workspace.progress("measuring", done, total),
             quick=quick,
         )
+    if patch.manifest.imported:  # without facts, and of weights that no edit is in
+        return report
     return with_reasons(report, patch, patch.sites(workspace.runner.arch, force=True))

@@ -224,7 +224,9 @@ def test_an_imported_patch_is_a_patch_in_every_command(base, tmp_path: Path, run
         tmp_path / "facts.jsonl",
         {"prompt": "The capital of France is", "subject": "France", "target_new": "Rome", "id": "rome"},
     )
-    assert run("verify", out, "--facts", facts, "--quick", "--json").json()["facts"] == 1
+    verified = run("verify", out, "--facts", facts, "--quick", "--json")
+    assert verified.status == 0, verified.err
+    assert verified.json()["facts"] == 1
     assert run("verify", out, "--quick", "--json").json()["facts"] == 0
     assert run("merge", out, "--out", tmp_path / "merged").status == 0
     ended = run("apply", facts, "--onto", out, "--out", tmp_path / "more")

@@ -103,6 +103,12 @@ def assert_same(found: Patch, expected: Patch) -> None:
     assert found.manifest.history[0].contexts == expected.manifest.history[0].contexts
 
 
+@pytest.fixture(autouse=True)
+def _no_other_journals(_own_cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests leave some, of runs that they cut off."""
+    monkeypatch.setenv("PATCHKIT_CACHE", str(tmp_path / "cache"))
+
+
 def journals() -> list[Path]:
     return sorted((cache_folder() / "journals").rglob("*.safetensors"))
 

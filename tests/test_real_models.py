@@ -59,10 +59,17 @@ def edited(model: str, kind: str, tmp_path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["counterfact", "ours"])
 def test_alphaedit_on_smollm2(kind: str, tmp_path: Path) -> None:
     report = edited("smollm2-135m", kind, tmp_path)
+    in_use = report["more"]["in_use"]
+    assert in_use["asked"] >= 0.8
+    assert in_use["asked_reworded"] >= 0.4
+    assert in_use["overfit"] <= 0.3
+    assert in_use["unrelated"] >= 0.65
     assert report["efficacy"]["exact"] >= 0.95
-    assert report["generalization"]["success"] >= 0.90
+    # Paraphrases of a whole sentence, after which an edit in use keeps what the model would say anyway if they do not
+    # ask for the fact: CounterFact's often do not (docs/in_use.md).
+    assert report["generalization"]["success"] >= 0.5
     assert report["locality"]["unchanged"] >= 0.90
-    assert report["perplexity"]["ratio"] <= 1.05
+    assert report["perplexity"]["ratio"] <= 1.02
 
 
 def test_alphaedit_on_gemma3_with_its_norm_after_the_mlp(tmp_path: Path) -> None:

@@ -262,18 +262,6 @@ def revert_patch(
     replaced = {new: old for run in patch.manifest.history for old, new in run.superseded.items()}
     if lost := [replaced[name] for name in gone if name in replaced and replaced[name] not in (*restored, *gone)]:
         say(f"superseded earlier and not brought back, the patch has not kept them: {listed(lost)}; apply them again")
-    return Reverted(less, None, folder)
-    gone = choose_facts(patch.manifest, facts, since, last)
-    chosen = choose(patch.manifest.base.name)
-    loaded = chosen.load()
-    workspace = Workspace.of(loaded.model, loaded.tokenizer, texts, stats, progress)
-    less = take_out(workspace, patch, gone)
-    report = measure_in(workspace, less) if measured else None
-    less = less.with_metrics(report.summary(), report.outcomes()) if report else less
-    less.save(folder, _in_place(patch, name, folder))
-    replaced = {new: old for run in patch.manifest.history for old, new in run.superseded.items()}
-    if back := [replaced[fact_id] for fact_id in gone if fact_id in replaced]:
-        say(f"superseded earlier and not brought back: {listed(back)}; apply them again if they should hold")
     return Reverted(less, report, folder)
 
 

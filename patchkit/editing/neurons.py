@@ -235,11 +235,11 @@ class OwnNeurons:
             with watching(self.openers.gate.module, len(some), lambda x, _, seen=seen: seen.append(x)):  # type: ignore[misc]
                 self.runner.run(inputs, stop=self.site.layer + 1)
             ends = at[first : first + ROWS]
+            here = seen[0].device
             if None in ends:
-                yield some, seen[0][mask.bool()]
+                yield some, seen[0][mask.to(here).bool()]
             else:
-                where = torch.tensor(ends, device=ids.device)
-                yield some, seen[0][torch.arange(len(some), device=ids.device), where]
+                yield some, seen[0][torch.arange(len(some), device=here), torch.tensor(ends, device=here)]
 
     # --- rewriting ----------------------------------------------------------------------------------------------------
 

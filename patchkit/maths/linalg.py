@@ -115,7 +115,7 @@ class Covariance:
         How the others go together would only show in keys that have something there.
         """
         energy = self.matrix.diagonal().clone()
-        energy[places] = 0
+        energy[places.to(energy.device)] = 0
         order = energy.argsort()
         vectors = torch.eye(len(energy), dtype=energy.dtype, device=energy.device)[:, order]
         return Covariance(energy.diag(), self.tokens, (energy[order], vectors))

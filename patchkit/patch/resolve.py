@@ -345,11 +345,11 @@ def assemble(
 def _chain(site: Site, state: EditState) -> Chain:
     """All updates of a site's weight: of an opener the rows of neurons; of an output projection what is made up for
     those, then the edits."""
-    neurons = state.neurons_at(site.layer)
+    neurons, where = state.neurons_at(site.layer), solve_device(site.module)
     if site.opens:
-        return (rewritten(neurons, site.module_name, site.d_out),) if neurons else ()
+        return (moved(rewritten(neurons, site.module_name, site.d_out), where),) if neurons else ()
     edits = state.sites[site.layer].chain if site.layer in state.sites else ()
-    made_up = (made_up_for(neurons),) if neurons else ()
+    made_up = (moved(made_up_for(neurons), where),) if neurons else ()
     return (*made_up, *(update for update in edits if update.rank))
 
 

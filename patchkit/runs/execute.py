@@ -19,9 +19,10 @@ from patchkit.editing.neurons import settled
 from patchkit.editing.recipe import EditConfig
 from patchkit.editing.session import Plan, ValueCache, plan
 from patchkit.editing.state import EditRun, EditState
+from patchkit.model.arch import Architecture
 from patchkit.model.loading import model_name
 from patchkit.model.openers import opening_sites
-from patchkit.model.weights import disk_name, weight_digest
+from patchkit.model.weights import Site, disk_name, weight_digest
 from patchkit.patch.history import leave
 from patchkit.patch.manifest import BaseInfo, EditedFact, Run
 from patchkit.patch.patch import Patch
@@ -74,10 +75,12 @@ def run(
         how, corpus = plan(runner.arch, config), workspace.corpus(workspace.texts[0], config.uses_chat)
         for note in _about_text(workspace.texts[0], corpus, prepared):
             say(note)
-        covariances, gradients = workspace.statistics(method, how.sites, corpus, config.neurons == "on")
-        lowest = covariances.get(how.sites[0].layer)
-        if method.targets == "values" and lowest is not None:  # without statistics there is no metric to compare in
-            check = KeyCheck(workspace, config, how.sites[0], lowest)
+        compared = _compared_at(runner.arch, config)
+        looked_at = [*how.sites, *([] if compared in how.sites else [compared])]
+        covariances, gradients = workspace.statistics(method, looked_at, corpus, config.neurons == "on")
+        metric = covariances.get(compared.layer)
+        if method.targets == "values" and metric is not None:  # without statistics there is no metric to compare in
+            check = KeyCheck(workspace, config, compared, metric)
             check.run(prepared.incoming.new, earlier, start, say, allow_close_keys)
         edited = edit(
             runner,
@@ -106,6 +109,12 @@ def _without_superseded(workspace: Workspace, prepared: Prepared, sites: Sites) 
     by = prepared.incoming.superseded
     waiting = [*waiting_in(prepared.onto, sites), *superseding(prepared.onto, sites, by)]
     return workspace.without(prepared.onto, by, sites, waiting)
+
+
+def _compared_at(arch: Architecture, config: EditConfig) -> Site:
+    """Where keys are compared: at the lowest layer of edits in ordinary keys, where the bounds were measured. A neuron
+    of its own is higher up, where keys of all subjects are far from the template's, and fires at what is alike here."""
+    return plan(arch, config.model_copy(update={"neurons": "off"})).sites[0]
 
 
 def _settled(prepared: Prepared, workspace: Workspace, start: EditState | None) -> EditConfig:
