@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-llama docs pages models table clean
+.PHONY: demo test test-slow test-thorough test-llama docs pages models table clean
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -30,7 +30,12 @@ models: .venv/ready
 	$(BIN)/python examples/fetch_models.py all --out models
 
 test-slow: models
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow tests/test_real_models.py
+
+# Kills, generated files, every method on every kind of device, and whether README's real numbers are out of date: an
+# hour or more.
+test-thorough: models
+	$(BIN)/pytest -m slow --ignore=tests/test_real_models.py
 
 # llama.cpp is compiled here, which takes a quarter of an hour on two cores.
 test-llama: models
