@@ -65,8 +65,7 @@ def test_alphaedit_on_smollm2(kind: str, tmp_path: Path) -> None:
     assert in_use["overfit"] <= 0.3
     assert in_use["unrelated"] >= 0.65
     assert report["efficacy"]["exact"] >= 0.95
-    # Paraphrases of a whole sentence, after which an edit in use keeps what the model would say anyway if they do not
-    # ask for the fact: CounterFact's often do not (docs/in_use.md).
+    # Lower than for edits in contexts, which had 0.90 here: fewer of CounterFact's paraphrases hold (docs/in_use.md).
     assert report["generalization"]["success"] >= 0.5
     assert report["locality"]["unchanged"] >= 0.90
     assert report["perplexity"]["ratio"] <= 1.02
