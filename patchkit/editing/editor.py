@@ -18,7 +18,7 @@ from patchkit.editing.journal import Journal
 from patchkit.editing.loss_edits import FittedEdits, GradientEdits
 from patchkit.editing.neurons import OwnNeurons, opening_deltas
 from patchkit.editing.recipe import EditConfig
-from patchkit.editing.session import EditSession, ValueCache, plan
+from patchkit.editing.session import EditSession, Plan, ValueCache, plan
 from patchkit.editing.state import EditRun, EditState
 from patchkit.editing.value_edits import ValueEdits
 from patchkit.editing.wordings import in_use_requests
@@ -30,6 +30,7 @@ from patchkit.model.devices import solve_device
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import live_deltas, live_on
 from patchkit.model.openers import openers, opening_sites
+from patchkit.model.weights import Site
 
 Progress = Callable[[str, int, int], None]
 _EDITS: Mapping[str, type[ValueEdits] | type[GradientEdits] | type[FittedEdits]] = {
@@ -90,18 +91,12 @@ def edit(
         with ExitStack() as stack:
             acting = {**dict.fromkeys(how.layers), **state.deltas(runner.arch)}
             live = stack.enter_context(live_deltas(runner.arch, acting))
-            opened = {*how.layers} if config.neurons == "on" else {neuron.layer for neuron in state.neurons}
-            listening = [
-                each for layer in sorted(opened) for each in opening_sites(runner.arch, runner.arch.sites[layer])
-            ]
-            opening = stack.enter_context(live_on(opening_deltas(state, listening)))
+            opening = stack.enter_context(live_on(opening_deltas(state, _listening(runner, how, config, state))))
             own = None
             if config.neurons == "on":
                 site = how.sites[-1]
-                covariance = covariances[site.layer]
-                own = OwnNeurons(
-                    runner, site, openers(runner.arch, site), covariance, text, state, live[site.layer], opening
-                )
+                opened = openers(runner.arch, site)
+                own = OwnNeurons(runner, site, opened, covariances[site.layer], text, state, live[site.layer], opening)
             session = EditSession(runner, config, how, run, live, covariances, gradients, known, journal, own)
             edits = _EDITS[session.method.targets](session)
             for number, batch in enumerate(batches(facts, solve_batch_size(config))):
@@ -113,6 +108,12 @@ def edit(
                 journal.keep_batch(number, run.seconds)
         state.subjects |= {fact.subject for fact in facts}
     return run
+
+
+def _listening(runner: LayerRunner, how: Plan, config: EditConfig, state: EditState) -> list[Site]:
+    """The weights in which neurons have been rewritten, or will be."""
+    layers = {neuron.layer for neuron in state.neurons} | ({*how.layers} if config.neurons == "on" else set())
+    return [each for layer in sorted(layers) for each in opening_sites(runner.arch, runner.arch.sites[layer])]
 
 
 def solve_batch_size(config: EditConfig) -> int:
