@@ -162,3 +162,17 @@ def test_a_layer_with_two_attentions_is_refused() -> None:
     layer.cross_attn = torch.nn.Sequential(torch.nn.Linear(2, 2))
     with pytest.raises(InputError, match="one attention module"):
         attention_of(layer)
+
+
+def test_facts_about_one_subject_need_not_stand_together() -> None:
+    """Each keeps the state that it started from, wherever in the batch the others of its subject are."""
+    runner, (curie, ada, turing) = runner_of("llama"), FACTS
+    again = Fact(id="again", prompt=f"{curie.subject} was born in", subject=curie.subject, target_new="Italy")
+    apart, together = requests_of([curie, ada, turing, again]), requests_of([curie, again, ada, turing])
+    site = runner.arch.sites[1]
+    found = optimize(runner, apart, site, "layer_out", CONFIG.model_copy(update={"parallel": 4}), groups=[0, 1, 2, 0])
+    expected = optimize(
+        runner, together, site, "layer_out", CONFIG.model_copy(update={"parallel": 4}), groups=[0, 0, 2, 3]
+    ).of([0, 2, 3, 1])
+    for name in ("start", "targets", "loss"):
+        assert torch.allclose(getattr(found, name), getattr(expected, name), rtol=1e-6), name

@@ -226,7 +226,7 @@ class _Optimizer:
         room = self.parallel - len(self.active)
         while room < len(self.waiting) and self.group[self.waiting[room]] == self.group[self.waiting[room - 1]]:
             room += 1  # a group is never split
-        new, self.waiting = self.waiting[:room], self.waiting[room:]
+        new, self.waiting = sorted(self.waiting[:room]), self.waiting[room:]
         buckets = self.suffixes.buckets(new)
         rows = torch.cat([self.problem.start_states(bucket).to(self.start) for bucket in buckets])  # (rows, places, d)
         order = sent(torch.cat([bucket.row.known for bucket in buckets]).argsort(), rows.device)
