@@ -24,6 +24,7 @@ from patchkit.model.weights import disk_name, read_weight, weight_digest
 from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
 from patchkit.patch.patch import Patch, updates_digest
 from patchkit.patch.resolve import update_infos
+from patchkit.patch.stored import with_digest
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
@@ -77,6 +78,14 @@ def command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         return Ended(status or 0, *capsys.readouterr())
 
     return call
+
+
+def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest of a patch's folder as somebody would who also writes a new digest."""
+    fields = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    fields.pop("sha256", None)
+    change(fields)
+    (folder / "manifest.json").write_text(with_digest(fields), encoding="utf-8")
 
 
 # --- patches ----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from patchkit.patch.card import cell
 from patchkit.patch.patch import read_manifest
 from patchkit.statistics.corpus import PACKAGE_TEXT
 from tests import zoo
-from tests.helpers import Command, write_facts
+from tests.helpers import Command, edit_manifest, write_facts
 
 FACTS = (
     {"id": "rome", "prompt": "the city of Rome", "subject": "Rome", "target_new": "capital", "target_true": "Paris"},
@@ -158,14 +159,15 @@ def test_a_patch_changed_since_it_was_measured_does_not_say_what_it_says(printed
     assert "Which of them hold was not measured." in Path("p/README.md").read_text(encoding="utf-8")
 
 
-def test_manifests_from_before_counts_and_outcomes_load_and_show(printed: Printed, model: Path) -> None:
-    printed("apply", "facts.jsonl", "--model", model, "--layers", "1", *LOUD, QUICK, "--out", "p")
-    file = Path("p/manifest.json")
-    manifest = json.loads(file.read_text(encoding="utf-8"))
+def of_earlier_version(manifest: dict[str, Any]) -> None:
     del manifest["outcomes"]
     for key in ("counts", "more"):
         del manifest["history"][0]["metrics"][key]
-    file.write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def test_manifests_from_before_counts_and_outcomes_load_and_show(printed: Printed, model: Path) -> None:
+    printed("apply", "facts.jsonl", "--model", model, "--layers", "1", *LOUD, QUICK, "--out", "p")
+    edit_manifest(Path("p"), of_earlier_version)
     assert "the city of Rome capital not measured Paris" in words(printed("show", "p"))
     assert "efficacy 100.0%, generalization -," in printed("log", "p")
     assert "efficacy exact 100.0% 100.0%" in words(printed("diff", "p", "p"))

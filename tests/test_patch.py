@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -23,6 +22,7 @@ from patchkit.model.arch import inspect_model
 from patchkit.model.weights import read_weight, weight_digest
 from patchkit.statistics.corpus import PACKAGE_TEXT
 from tests import zoo
+from tests.helpers import edit_manifest
 
 FACTS = [
     {"prompt": f"the {thing} of {name}", "subject": name, "target_new": target}
@@ -311,8 +311,7 @@ def test_a_patch_without_one_of_its_tensors_is_refused(make: Make, tmp_path: Pat
 
 def test_a_manifest_with_an_unknown_field_is_refused(make: Make, tmp_path: Path) -> None:
     make(zoo.FAMILIES["llama"]()).save(tmp_path / "p")
-    file = tmp_path / "p" / "manifest.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "color": "red"}))
+    edit_manifest(tmp_path / "p", lambda fields: fields.update(color="red"))
     with pytest.raises(InputError, match=r"manifest.json: color: .*made by another version"):
         Patch.load(tmp_path / "p")
 

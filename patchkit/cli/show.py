@@ -14,10 +14,10 @@ def command(patch: str, as_json: bool) -> None:
     """Show base, updates and facts of PATCH."""
     from patchkit.cli.tables import patch_table
     from patchkit.io.hub import patch_folder
-    from patchkit.patch.patch import read_manifest
+    from patchkit.patch.stored import read_stored
 
-    manifest = read_manifest(patch_folder(patch, manifest_only=True))
+    stored = read_stored(patch_folder(patch, manifest_only=True))
     if as_json:
-        click.echo(manifest.model_dump_json(indent=1))
+        click.echo(stored.text, nl=False)
     else:
-        stdout.print(patch_table(manifest))
+        stdout.print(patch_table(stored))

@@ -19,6 +19,7 @@ from patchkit.patch.manifest import EditedFact, Manifest
 from patchkit.words import counted, listed
 
 if TYPE_CHECKING:
+    from patchkit.patch.stored import Stored
     from patchkit.runs.dry_run import PlannedFact, PlannedRun
 
 MOST_ROWS = 40
@@ -82,18 +83,19 @@ def _row(metric: Metric, found: Summary) -> tuple[str, ...]:
     return metric.label, metric.shown(found), metric.items(found), metric.explained(found)
 
 
-def patch_table(manifest: Manifest) -> RenderableType:
-    """What `patchkit show` prints: base, updates, facts."""
+def patch_table(stored: Stored) -> RenderableType:
+    """What `patchkit show` prints: base, digests, updates, facts."""
+    manifest = stored.manifest
     base = manifest.base
     head = Text(f"base {base.name} ({base.architecture}{f', commit {base.commit}' if base.commit else ''})\n")
-    head.append(
-        f"digest {manifest.digest[:16]}, {counted(len(manifest.facts), 'fact')}, "
-        f"{counted(len(manifest.updates), 'update')}\n"
-    )
+    whole = f"digest {stored.digest}" if stored.digest else "format 1, without a digest of the whole"
+    head.append(f"{whole}; of the weights' change {manifest.digest[:16]}\n")
+    head.append(f"{counted(len(manifest.facts), 'fact')}, {counted(len(manifest.updates), 'update')}\n")
     updates = Table("weight", "kind", "rank", "change", box=None, pad_edge=False, header_style="bold")
     for u in manifest.updates:
         turned = f", planes turn by {u.angles[0]:.2g} to {u.angles[2]:.2g} rad" if u.angles else ""
-        updates.add_row(u.weight, u.kind, str(u.rank), f"{u.norm / u.weight_norm:.2%} of the weight's norm{turned}")
+        change = "of a weight of zeros" if u.share is None else f"{u.share:.2%} of the weight's norm"
+        updates.add_row(u.weight, u.kind, str(u.rank), change + turned)
     parts: list[RenderableType] = [head, Adapting(updates), Text(), Adapting(_facts_table(manifest))]
     if lost := manifest.lost():
         parts += [

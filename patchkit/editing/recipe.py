@@ -11,7 +11,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from patchkit import methods
@@ -19,21 +18,32 @@ from patchkit.editing.values import ValueConfig
 from patchkit.errors import InputError
 from patchkit.facts.chat import chat_template
 from patchkit.io.places import shipped
+from patchkit.io.yaml_text import read_yaml
 from patchkit.methods import MethodConfig
+
+SWEEPS = 1000
+MOST = 1_000_000
+"""Bounds on settings: what is beyond them is a slip, or is meant to hang whoever reads it."""
 
 
 class EditConfig(BaseModel):
     """Everything that decides an edit besides the facts, the model and the text."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)  # layers: 8 is meant as "8"
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,  # layers: 8 is meant as "8"
+    )
 
-    method: str
+    method: str = Field(max_length=200)
     layers: str = Field(
         "auto",
+        max_length=2000,
         description='layers to edit: "4-8", "4,6", or a share of the depth, "14%-27%"; auto: 55% where subjects get '
         "neurons of their own, else 14%-27%",
     )
-    batch_size: int = Field(100, ge=1, description="facts solved for together; batches follow one another")
+    batch_size: int = Field(100, ge=1, le=MOST, description="facts solved for together; batches follow one another")
     prompts: Literal["auto", "in-use", "contexts"] = Field(
         "auto",
         description='"in-use": the prompt, in chat as well, and rewordings, beside neutral texts that are kept; '
@@ -49,11 +59,14 @@ class EditConfig(BaseModel):
         "where facts are edited in use, by a method and in a model that can",
     )
     contexts: int = Field(
-        5, ge=0, description="texts besides the prompt alone: one before it, the others other words about the subject"
+        5,
+        ge=0,
+        le=1000,
+        description="texts besides the prompt alone: one before it, the others other words about the subject",
     )
-    context_length: int = Field(10, ge=1, description="tokens in each text that stands before another")
-    sweeps: int = Field(1, ge=1, description="passes over the layers per batch")
-    seed: int = 0
+    context_length: int = Field(10, ge=1, le=10_000, description="tokens in each text that stands before another")
+    sweeps: int = Field(1, ge=1, le=SWEEPS, description="passes over the layers per batch")
+    seed: int = Field(0, ge=-(2**63), lt=2**63)
     value: ValueConfig = ValueConfig()
     settings: dict[str, Any] = Field(default_factory=dict, description="the method's own settings")
 
@@ -107,7 +120,7 @@ def load_recipe(
     Raises:
         InputError: unknown method, recipe or key, or a value of the wrong kind; the message names the key.
     """
-    if earlier and recipe is None and method in (None, earlier["method"]):
+    if earlier and recipe is None and method in (None, earlier.get("method")):
         # A recipe from before these settings was one of contexts in plain text, in the subject's ordinary key.
         data = {"prompts": "contexts", "chat": "off", "neurons": "off", **deepcopy(dict(earlier))}
         where = "the patch's own recipe"
@@ -121,6 +134,8 @@ def load_recipe(
         data["method"] = method  # a method's recipes serve its wrapped forms as well
     if "method" not in data:
         raise InputError(f'{where}: no "method"; add one of: {", ".join(methods.available())}')
+    if not isinstance(data["method"], str):
+        raise InputError(f"{where}: method: not a name; choose one of: {', '.join(methods.available())}")
     if isinstance(data.get("settings"), dict):
         data["settings"] = methods.get(data["method"]).config.renamed(data["settings"])
     for override in overrides:
@@ -168,9 +183,9 @@ def _read(method: str | None, recipe: str | None) -> tuple[dict[str, Any], str]:
         names = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) or "none"
         raise InputError(f'no recipe "{recipe}": neither a file nor one of {folder.name}\'s recipes ({names})')
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        data = read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also of text that is not UTF-8
+        raise InputError(f"{path}: not YAML: {error}") from None
     if not isinstance(data, dict):
         raise InputError(f"{path}: a recipe is a mapping of keys to values, found {type(data).__name__}")
     return data, str(path)
@@ -195,9 +210,9 @@ def _override(data: dict[str, Any], override: str) -> None:
         if not isinstance(section, dict):
             raise InputError(f'--set {override}: "{part}" has no keys of its own')
     try:
-        section[parts[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {override}: not YAML: {' '.join(str(error).split())}") from None
+        section[parts[-1]] = read_yaml(text)
+    except ValueError as error:
+        raise InputError(f"--set {override}: not YAML: {error}") from None
 
 
 def resolve_layers(layers: str, depth: int) -> list[int]:
@@ -209,11 +224,11 @@ def resolve_layers(layers: str, depth: int) -> list[int]:
     chosen: set[int] = set()
     for part, found in _layer_ranges(layers):
         first, last = _layer(found[1], found[2], depth), _layer(found[3] or found[1], found[4] or found[2], depth)
-        chosen.update(range(first, last + 1))
         if first > last:
             raise InputError(f'layers "{layers}": "{part}" runs backward; write the lower layer first')
-    if max(chosen) >= depth:
-        raise InputError(f'layers "{layers}": the model has layers 0 to {depth - 1}')
+        if last >= depth:
+            raise InputError(f'layers "{layers}": the model has layers 0 to {depth - 1}')
+        chosen.update(range(first, last + 1))
     return sorted(chosen)
 
 
@@ -225,7 +240,7 @@ def _layer_ranges(layers: str) -> list[tuple[str, re.Match[str]]]:
     """
     ranges: list[tuple[str, re.Match[str]]] = []
     for part in layers.replace(" ", "").split(","):
-        found = re.fullmatch(r"(\d+)(%?)(?:-(\d+)(%?))?", part)
+        found = re.fullmatch(r"([0-9]{1,9})(%?)(?:-([0-9]{1,9})(%?))?", part)
         if not found:
             raise InputError(f'layers "{layers}": cannot read "{part}"; write 4-8, or 4,6, or 14%-27%')
         ranges.append((part, found))

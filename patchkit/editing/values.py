@@ -30,14 +30,17 @@ from patchkit.model.weights import Site
 class ValueConfig(BaseModel):
     """Settings of the value optimizer. Lengths are in units of the state's own norm, so they carry between models."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    steps: int | None = Field(None, ge=1, description="Adam steps at most; by itself 25, or 60 in use")
+    steps: int | None = Field(None, ge=1, le=100_000, description="Adam steps at most; by itself 25, or 60 in use")
     learning_rate: float | None = Field(
-        None, gt=0, description="length of one Adam step, relative to the state's norm; by itself 0.15, or 0.1 in use"
+        None,
+        gt=0,
+        le=1e6,
+        description="length of one Adam step, relative to the state's norm; by itself 0.15, or 0.1 in use",
     )
     clamp: float | None = Field(
-        None, gt=0, description="longest delta, relative to the state's norm; by itself 1.0, or 1.5 in use"
+        None, gt=0, le=1e6, description="longest delta, relative to the state's norm; by itself 1.0, or 1.5 in use"
     )
     decay: float = Field(0.01, ge=0, description="weight of the squared relative length of the delta")
     kl_weight: float = Field(0.0625, ge=0, description='weight of the drift on "{subject} is a"')
@@ -47,7 +50,10 @@ class ValueConfig(BaseModel):
         9.0, ge=0, description="weight of -log(1 - P(target)) on neutral texts, where the base has it below 0.1"
     )
     parallel: int | None = Field(
-        None, ge=1, description="facts that share a step, at most; by itself 32, or 100 on a GPU, or as memory allows"
+        None,
+        ge=1,
+        le=1_000_000,
+        description="facts that share a step, at most; by itself 32, or 100 on a GPU, or as memory allows",
     )
 
     def pace(self, turns: bool) -> Pace:

@@ -97,9 +97,13 @@ def generate(runner: LayerRunner, tokenizer: Any, pairs: Sequence[Pair], extra: 
     return said
 
 
+WORST = 1e30
+"""A perplexity that is no better than none, and still a number, which a manifest can hold."""
+
+
 @torch.no_grad()
 def perplexity(runner: LayerRunner, corpus: Corpus) -> float:
-    """exp of the mean next-token loss over the corpus's windows."""
+    """exp of the mean next-token loss over the corpus's windows; `WORST` at most, also where logits are no numbers."""
     total, count = 0.0, 0
     for window in corpus.windows:
         if len(window) < 2:
@@ -109,4 +113,5 @@ def perplexity(runner: LayerRunner, corpus: Corpus) -> float:
         assert logits is not None
         total += float(F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum"))
         count += len(window) - 1
-    return float(torch.tensor(total / count, dtype=torch.float64).exp())
+    found = float(torch.tensor(total / count, dtype=torch.float64).exp())
+    return found if found < WORST else WORST

@@ -29,6 +29,7 @@ from patchkit.io.hub import PATCH_FILES, hub_errors, is_repo_name
 from patchkit.patch.card import Card, Kind, base_name
 from patchkit.patch.manifest import Manifest
 from patchkit.patch.patch import Patch
+from patchkit.patch.stored import manifest_text, read_stored
 from patchkit.words import counted
 
 Say = Callable[[str], None]
@@ -226,7 +227,8 @@ class _Content:
             return manifest.model_copy(update={"base": info})
 
         if isinstance(self.record, Manifest):
-            return {"manifest.json": _json(renamed(self.record))}
+            text = manifest_text(renamed(self.record), read_stored(folder).files)
+            return {"manifest.json": text.encode()}
         parents = tuple(map(renamed, self.record.parents))
         if isinstance(self.record, Merged):
             return {MANIFEST: _json(self.record.model_copy(update={"parents": parents, "base": base, "commit": None}))}

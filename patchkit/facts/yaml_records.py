@@ -10,17 +10,13 @@ import yaml
 
 from patchkit.errors import InputError
 from patchkit.facts.containers import LISTS, Entry, decoded
+from patchkit.io.yaml_text import FAULTS, PlainLoader, told
 
 _NULL = "tag:yaml.org,2002:null"
 
 
-class _Loader(yaml.SafeLoader):
-    """Numbers and dates stay as they are written; references, with which a small file could be endless, are refused."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("a reference (*name)")
-        return super().compose_node(parent, index)
+class _Loader(PlainLoader):
+    """Numbers stay as they are written, too."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -41,11 +37,10 @@ def yaml_entries(data: bytes, name: str) -> Iterator[Entry]:
         while loader.check_node():
             records = _records(loader.get_node())
             found += [(each.start_mark.line + 1, loader.construct_object(each, deep=True)) for each in records]
-    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
+    except FAULTS as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name} line {mark.line + 1}" if mark else name
-        fault = getattr(error, "problem", None) or str(error).partition("\n")[0] or "nested too deeply"
-        raise InputError(f"{where}: not YAML that can be read ({fault}); mend it, or write JSON") from None
+        raise InputError(f"{where}: not YAML that can be read ({told(error)}); mend it, or write JSON") from None
     for number, (line, value) in enumerate(found, 1):
         raw = json.dumps(value, ensure_ascii=False, default=str, skipkeys=True)
         yield Entry(f"line {line} (record {number})", line, raw, value)

@@ -102,7 +102,7 @@ class LayerProblem:
 class MethodConfig(BaseModel):
     """Base of every method's own settings: frozen, unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     aliases: ClassVar[Mapping[str, str]] = {}
     """Names that settings had in earlier recipes and patches -> their names now."""

@@ -13,7 +13,7 @@ from patchkit.methods import LayerProblem, MethodConfig, method
 class FTConfig(MethodConfig):
     """Settings of constrained fine-tuning. Lengths are in units of W's root mean square entry."""
 
-    steps: int = Field(25, ge=1, description="Adam steps at most")
+    steps: int = Field(25, ge=1, le=100_000, description="Adam steps at most")
     rate: float = Field(2e-2, gt=0, description="length of one Adam step in each entry")
     bound: float = Field(0.1, gt=0, description="most that an entry may change by")
     stop_loss: float = Field(1e-2, ge=0, description="done when the targets' mean loss is below this")

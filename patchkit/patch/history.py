@@ -304,7 +304,7 @@ def difference(a: Manifest, b: Manifest) -> Difference:
     in_a, in_b = ({fact.prompt: fact for fact in manifest.facts} for manifest in (a, b))
     both = [(in_a[prompt], in_b[prompt]) for prompt in in_a if prompt in in_b]
     changed = tuple(ChangedTarget(prompt=x.prompt, a=x, b=y) for x, y in both if x.target_new != y.target_new)
-    norms = [{u.weight: u.norm / u.weight_norm for u in manifest.updates} for manifest in (a, b)]
+    norms = [{u.weight: u.share for u in manifest.updates} for manifest in (a, b)]
     weights = a.base.weights.keys() & b.base.weights.keys()
     return Difference(
         same_base=a.base.architecture == b.base.architecture

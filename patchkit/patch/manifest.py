@@ -2,20 +2,65 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from datetime import datetime
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from patchkit.errors import InputError
 from patchkit.evaluate.report import Outcome, Summary
 from patchkit.facts.schema import Fact
+from patchkit.patch.consistency import check
 from patchkit.statistics.corpus import TextRecord
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Format 1 had one digest, that of the tensors in patch.safetensors."""
+NESTED = 20
+"""How deep a recipe, metrics or settings may be nested."""
+
+Count = Annotated[int, Field(ge=0, le=2**48)]
+Place = Annotated[int, Field(ge=0, lt=1_000_000)]
+"""A run in the history, a batch in a run, an update in a chain."""
+Layer = Annotated[int, Field(ge=0, lt=100_000)]
+Width = Annotated[int, Field(ge=1, lt=2**31)]
+"""A side of a weight."""
+Size = Annotated[float, Field(ge=0)]
+
+
+def _plain(value: Any) -> Any:
+    """What JSON holds and a person may have written: no more than so deep, and no number that is none."""
+    level = [value]
+    for _ in range(NESTED):
+        inner = [each for each in level if isinstance(each, (dict, list, tuple))]
+        level = [part for each in inner for part in (each.values() if isinstance(each, dict) else each)]
+        if any(isinstance(part, float) and not abs(part) < float("inf") for part in level):
+            raise ValueError("holds a number that is not finite")
+        if any(isinstance(part, int) and abs(part) > 2**63 for part in level):
+            raise ValueError("holds a number that is too large")
+        if not level:
+            return value
+    raise ValueError("is nested too deeply")
+
+
+def _moment(text: str) -> str:
+    if datetime.fromisoformat(text.replace("Z", "+00:00")).tzinfo is None:
+        raise ValueError("names no time zone")
+    return text
+
+
+def _summary(metrics: Any) -> Any:
+    if metrics is not None:
+        Summary.model_validate(metrics)
+    return metrics
+
+
+Plain = Annotated[dict[str, Any], AfterValidator(_plain)]
+Moment = Annotated[str, AfterValidator(_moment)]
+"""ISO 8601 with a time zone."""
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class BaseInfo(_Record):
@@ -50,13 +95,15 @@ class EditedFact(Fact):
     keys it has in each solve. neuron: the number of its subject's own neuron in the last of its layers, if it has one.
     """
 
-    run: int
-    batch: int
-    layers: tuple[int, ...] = ()
-    columns: int = 1
-    neuron: int | None = None
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    run: Place
+    batch: Place
+    layers: tuple[Layer, ...] = ()
+    columns: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    neuron: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     target_loss: float
-    steps: int
+    steps: Count
 
 
 class SupersededFact(EditedFact):
@@ -74,15 +121,20 @@ class UpdateInfo(_Record):
     """
 
     weight: str
-    place: int = 0
+    place: Place = 0
     kind: Literal["delta", "sparse", "full", "rotation"] = "delta"
     side: Literal["left", "right"] | None = None
     angles: tuple[float, float, float] | None = None
-    rank: int
-    shape: tuple[int, int]
-    numbers: int
-    norm: float
-    weight_norm: float
+    rank: Count
+    shape: tuple[Width, Width]
+    numbers: Count
+    norm: Size
+    weight_norm: Size
+
+    @property
+    def share(self) -> float | None:
+        """The change's norm relative to the weight's; None of a weight that was zero."""
+        return self.norm / self.weight_norm if self.weight_norm else None
 
 
 class Source(_Record):
@@ -96,8 +148,8 @@ class Source(_Record):
     kind: Literal["lora", "difference"]
     name: str
     digests: dict[str, str]
-    settings: dict[str, Any]
-    error: float
+    settings: Plain
+    error: Size
     unknown: tuple[str, ...] = ("facts", "method", "text that it was trained on")
 
 
@@ -110,20 +162,20 @@ class Run(_Record):
     """
 
     action: Literal["apply", "revert", "import"]
-    when: str
-    method: str
+    when: Moment
+    method: Annotated[str, Field(max_length=200)]
     paper: str
-    recipe: dict[str, Any]
+    recipe: Plain
     recipe_digest: str
     facts: tuple[str, ...]
-    batches: tuple[int, ...]
-    layers: tuple[int, ...]
+    batches: tuple[Count, ...]
+    layers: tuple[Layer, ...]
     value_at: str
     contexts: tuple[str, ...]
     text: TextRecord
-    seconds: dict[str, float]
+    seconds: dict[str, Size]
     versions: dict[str, str]
-    metrics: dict[str, Any] | None = None
+    metrics: Annotated[Plain, AfterValidator(_summary)] | None = None
     """patchkit.evaluate.report.Summary, as the version that measured it wrote it."""
     superseded: dict[str, str] = {}
     skipped: tuple[str, ...] = ()
@@ -139,9 +191,9 @@ class Run(_Record):
 
 
 class Manifest(_Record):
-    """manifest.json."""
+    """manifest.json but for its digests (`patchkit.patch.stored`); its parts agree with one another."""
 
-    format_version: int = FORMAT_VERSION
+    format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)] = FORMAT_VERSION
     base: BaseInfo
     facts: tuple[EditedFact, ...]
     updates: tuple[UpdateInfo, ...]
@@ -155,9 +207,14 @@ class Manifest(_Record):
     digest: str
     """sha256 over the digests of all tensors in patch.safetensors: the identity of the patch."""
 
+    @model_validator(mode="after")
+    def _agrees(self) -> Manifest:
+        check(self)
+        return self
+
     def measured(self) -> Summary | None:
         """What was measured after the last run, if anything."""
-        return self.history[-1].measured() if self.history else None
+        return self.history[-1].measured()
 
     @property
     def imported(self) -> Source | None:

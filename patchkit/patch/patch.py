@@ -17,29 +17,29 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from patchkit.errors import InputError
 from patchkit.evaluate.report import Outcome
-from patchkit.io.files import finish_folder, write_folder
+from patchkit.io.files import write_folder
 from patchkit.io.hub import patch_folder
 from patchkit.maths.linalg import Delta
-from patchkit.maths.updates import KINDS, Chain, Update, delta_of, tensors_of
+from patchkit.maths.updates import Chain, delta_of
 from patchkit.model.arch import Architecture
 from patchkit.model.openers import all_sites
 from patchkit.model.weights import Site, find_weight, read_weight, tensor_digest, weight_digest
 from patchkit.patch.card import model_card
-from patchkit.patch.manifest import FORMAT_VERSION, Manifest, UpdateInfo
+from patchkit.patch.manifest import Manifest
+from patchkit.patch.stored import MANIFEST, digests_of, manifest_text, read_stored, warn_without_digests
+from patchkit.patch.tensors import STATE, UPDATES, check_state, numbers_of, read_tensors, updates_in
 
-OWN_FILES = ("patch.safetensors", "state.safetensors", "rejected.jsonl", "README.md", "manifest.json")
+OWN_FILES = (UPDATES, STATE, "rejected.jsonl", "README.md", MANIFEST)
 """What patchkit writes, replaces and removes in a patch's folder. The manifest, which has the digest of the tensors,
 comes last: of a write that was cut off, no mixture is taken for a patch."""
 
@@ -144,10 +144,10 @@ class Patch:
         folder = Path(folder)
 
         def write(into: Path) -> None:
-            save_file(_named(self.updates), into / "patch.safetensors", {"format": "pt"})
+            save_file(numbers_of(self.updates), into / UPDATES, {"format": "pt"})
             if self.state:
-                save_file(dict(self.state), into / "state.safetensors", {"format": "pt"})
-            (into / "manifest.json").write_text(self.manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+                save_file(dict(self.state), into / STATE, {"format": "pt"})
+            (into / MANIFEST).write_text(manifest_text(self.manifest, digests_of(into)), encoding="utf-8")
             (into / "README.md").write_text(model_card(self.manifest, folder.absolute().name), encoding="utf-8")
             beside(into)
 
@@ -162,71 +162,40 @@ class Patch:
 
     @classmethod
     def load(cls, folder: str | Path) -> Patch:
-        """Read a patch, a folder or a Hub repository, and check its tensors against the manifest.
+        """Read a patch, a folder or a Hub repository, and check all of it against the manifest's digests.
 
         Raises:
-            InputError: not a patch, a newer format, or tensors that are not the manifest's.
+            InputError: not a patch, a newer format, or anything in it that is not what was written.
             PatchkitError: the Hub cannot be reached.
         """
         folder = patch_folder(folder)
-        manifest = read_manifest(folder)
-        try:
-            tensors = load_file(folder / "patch.safetensors")
-            state = load_file(folder / "state.safetensors") if (folder / "state.safetensors").is_file() else {}
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{folder}: its tensors cannot be read: {error}; get the patch again") from None
-        updates: dict[str, Chain] = {}
-        for info in manifest.updates:
-            updates[info.weight] = (*updates.get(info.weight, ()), _update(info, tensors, folder))
+        stored = read_stored(folder)
+        manifest = stored.manifest
+        with_state = (folder / STATE).exists() or (folder / STATE).is_symlink()
+        for name in (UPDATES, STATE) if with_state else (UPDATES,):
+            stored.check(folder, name)
+        updates = updates_in(manifest, read_tensors(folder / UPDATES), folder)
         if updates_digest(updates) != manifest.digest:
-            raise InputError(f"{folder}: patch.safetensors is not the one in manifest.json; get the patch again")
+            raise InputError(f"{folder}: {UPDATES} is not the one in {MANIFEST}; get the patch again")
+        state = read_tensors(folder / STATE) if with_state else {}
+        check_state(manifest, state, folder)
+        if stored.digest is None:
+            warn_without_digests(folder)
         return cls(manifest, updates, state)
-
-
-def _update(info: UpdateInfo, tensors: Mapping[str, Tensor], folder: Path) -> Update:
-    kind, prefix = KINDS[info.kind], f"{info.weight}.{info.place}."
-    names = [f.name for f in fields(kind)]
-    parts: dict[str, Any] = {name: tensors[prefix + name] for name in names if prefix + name in tensors}
-    if info.side is not None:
-        parts["side"] = info.side
-    if len(parts) < len(names):
-        raise InputError(f"{folder}: patch.safetensors is not the one in manifest.json; get the patch again")
-    return kind(**parts)
 
 
 def read_manifest(folder: Path) -> Manifest:
     """manifest.json of a patch's folder, in which a write that was cut off is finished first.
 
     Raises:
-        InputError: there is none, it is damaged, or of a newer format.
+        InputError: there is none, it is damaged, contradicts itself, or is of a newer format.
     """
-    finish_folder(folder)
-    file = folder / "manifest.json"
-    if not file.is_file():
-        raise InputError(f"{folder}: not a patch, there is no manifest.json in it")
-    try:
-        manifest = Manifest.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise InputError(f"{file}: {where}: {problem['msg']}; damaged, or made by another version") from None
-    if manifest.format_version > FORMAT_VERSION:
-        raise InputError(f"{file}: format {manifest.format_version} is newer than this patchkit's; upgrade patchkit")
-    return manifest
+    return read_stored(folder).manifest
 
 
 def updates_digest(updates: Mapping[str, Chain]) -> str:
     """sha256 over the digests of all tensors, in the order of their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(_named(updates).items()):
+    for name, tensor in sorted(numbers_of(updates).items()):
         digest.update(tensor_digest(name, tensor).encode())
     return digest.hexdigest()
-
-
-def _named(updates: Mapping[str, Chain]) -> dict[str, Tensor]:
-    return {
-        f"{name}.{place}.{part}": tensor.contiguous()
-        for name, chain in updates.items()
-        for place, update in enumerate(chain)
-        for part, tensor in tensors_of(update).items()
-    }

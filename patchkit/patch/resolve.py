@@ -33,6 +33,7 @@ from patchkit.patch.history import SolveRecord, solve_records
 from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
 from patchkit.patch.patch import Patch, updates_digest
 from patchkit.patch.superseded import Waiting, beside, state_of_waiting
+from patchkit.patch.tensors import columns
 
 Sites = Mapping[str, Site]  # by on-disk name of the weight
 # (a run's place in the history, a site) -> covariance and gradient of plain text there, None where it needs none
@@ -61,11 +62,11 @@ def state_of(patch: Patch, sites: Sites) -> EditState:
         layer, chain = sites[name].layer, patch.updates.get(name, ())
         where = solve_device(sites[name].module)
         stored = (_stored_columns(patch, f"{name}.{kind}", layer) for kind in ("keys", "residuals"))
-        keys, residuals = (exact(columns, where) for columns in stored)
+        keys, residuals = (exact(tensor, where) for tensor in stored)
         chain = chain[1:] if state.neurons_at(layer) else chain
         chain = tuple(mapped(moved(update, where), Tensor.double) for update in chain)
         state.sites[layer] = SiteHistory(chain, keys, residuals, _gradient_columns(patch.manifest, layer))
-    state.values = [ValueStates(patch.state["values.targets"], patch.state["values.start"])]
+    state.values = [ValueStates(*(columns(patch.state, f"values.{kind}") for kind in ("targets", "start")))]
     state.subjects = {fact.subject for fact in facts}
     return state
 
@@ -96,8 +97,8 @@ def _neurons(patch: Patch, sites: Sites) -> list[Neuron]:
 
 def _stored_columns(patch: Patch, name: str, layer: int) -> Tensor:
     wanted = sum(len(made.columns) for made in solve_records(patch.manifest, layer))
-    tensor = patch.state.get(name)
-    if tensor is None or tensor.shape[1] != wanted:
+    tensor = columns(patch.state, name)
+    if tensor.shape[1] != wanted:
         raise InputError(f"state.safetensors: {name} does not belong to the patch's manifest; get the patch again")
     return tensor
 

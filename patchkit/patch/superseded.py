@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from patchkit.editing.values import ValueStates
-from patchkit.errors import InputError
 from patchkit.model.weights import Site
 from patchkit.patch.history import solve_records
 from patchkit.patch.manifest import EditedFact, Manifest, SupersededFact
 from patchkit.patch.patch import Patch
+from patchkit.patch.tensors import columns as stored
 
 Columns = tuple[Tensor, Tensor]  # keys (d_in, n) and residuals (d_out, n)
 
@@ -43,10 +43,10 @@ def waiting_in(patch: Patch, sites: Mapping[str, Site]) -> list[Waiting]:
         for name, site in _outputs(sites):
             if count := columns_at(patch.manifest, fact, site.layer):
                 first = taken.get(name, 0)
-                keys, residuals = (_of(patch, f"{name}.superseded.{kind}") for kind in ("keys", "residuals"))
+                keys, residuals = (stored(patch.state, f"{name}.superseded.{kind}") for kind in ("keys", "residuals"))
                 columns[name] = keys[:, first : first + count], residuals[:, first : first + count]
                 taken[name] = first + count
-        targets, start = (_of(patch, f"values.superseded.{kind}")[:, [place]] for kind in ("targets", "start"))
+        targets, start = (stored(patch.state, f"values.superseded.{kind}")[:, [place]] for kind in ("targets", "start"))
         found.append(Waiting(fact, columns, ValueStates(targets, start)))
     return found
 
@@ -62,23 +62,17 @@ def columns_at(manifest: Manifest, fact: EditedFact, layer: int) -> int:
     return fact.columns * int(run.recipe.get("sweeps", 1)) if layer in (fact.layers or run.layers) else 0
 
 
-def _of(patch: Patch, name: str) -> Tensor:
-    if name not in patch.state:
-        raise InputError(f"state.safetensors: {name} does not belong to the patch's manifest; get the patch again")
-    return patch.state[name]
-
-
 def superseding(patch: Patch, sites: Mapping[str, Site], by: Mapping[str, str]) -> list[Waiting]:
     """Facts of the patch as they are in its state, `by` naming for each the fact that takes its place."""
     manifest, found = patch.manifest, list[Waiting]()
     for place, fact in enumerate(manifest.facts):
         if fact.id in by:
             columns = {
-                name: tuple(patch.state[f"{name}.{kind}"][:, at] for kind in ("keys", "residuals"))
+                name: tuple(stored(patch.state, f"{name}.{kind}")[:, at] for kind in ("keys", "residuals"))
                 for name, site in _outputs(sites)
                 if (at := _places(manifest, site.layer).get(fact.id))
             }
-            values = ValueStates(*(patch.state[f"values.{kind}"][:, [place]] for kind in ("targets", "start")))
+            values = ValueStates(*(stored(patch.state, f"values.{kind}")[:, [place]] for kind in ("targets", "start")))
             noted = SupersededFact(**dict(fact), by=by[fact.id])
             found.append(Waiting(noted, columns, values))  # type: ignore[arg-type]
     return found

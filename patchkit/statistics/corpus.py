@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from patchkit.errors import InputError
 from patchkit.facts.chat import ChatTemplate, chat_template
@@ -36,8 +36,8 @@ class TextRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     source: str = ""
     sha256: str = ""
-    tokens: int = 0
-    window: int = 256
+    tokens: int = Field(0, ge=0, lt=2**48)
+    window: int = Field(256, ge=1, lt=2**31)
     token_ids: str | None = None
 
     def same_reading(self, other: TextRecord) -> bool:
