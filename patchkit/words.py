@@ -1,8 +1,40 @@
-"""Numbers and names in sentences."""
+"""Numbers and names in sentences, and other people's text where it must not do anything."""
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Sequence
+
+# Control characters but tab and newline, and marks that turn the direction of what follows. A terminal would obey them.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_IN_MARKDOWN = str.maketrans({**{char: f"\\{char}" for char in "\\`*[]|!~"}, "&": "&amp;", "<": "&lt;"})
+
+
+def visible(text: str) -> str:
+    """The text with every character shown that a terminal would obey: ⟨U+001B⟩. All others stay as they are."""
+    return _OBEYED.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
+
+
+def in_html(text: object) -> str:
+    """The text as it may stand between tags of HTML, and in a quoted attribute."""
+    return html.escape(visible(str(text)), quote=True)
+
+
+def in_markdown(text: str) -> str:
+    """The text on one line of Markdown, shown as it is: no markup, link, image or HTML of it takes effect."""
+    shown = "".join(" " if char in "\r\n\t" else char for char in text if char.isprintable() or char in "\r\n\t")
+    return shown.translate(_IN_MARKDOWN)
+
+
+def in_code(text: str) -> str:
+    """The text as it may stand in a span of code of Markdown, between backticks."""
+    return "".join(char for char in text if char.isprintable() and char not in "`|").strip() or "-"
+
+
+def in_json(text: str) -> str:
+    """A text of JSON with the characters of `visible` as JSON escapes them, so that its value is the same."""
+    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}" if ord(found[0]) > 31 else found[0], text)
 
 
 def counted(count: int, noun: str) -> str:

@@ -13,9 +13,9 @@ import pytest
 
 from patchkit.evaluate.metric import Gate, Metric
 from patchkit.evaluate.metrics import GROUPS, Found, Group, Trial, register
-from patchkit.patch.card import cell
 from patchkit.patch.patch import read_manifest
 from patchkit.statistics.corpus import PACKAGE_TEXT
+from patchkit.words import in_markdown
 from tests import zoo
 from tests.helpers import Command, edit_manifest, write_facts
 
@@ -176,5 +176,5 @@ def test_manifests_from_before_counts_and_outcomes_load_and_show(printed: Printe
 
 def test_nothing_in_a_fact_takes_effect_in_a_card() -> None:
     hostile = "![x](http://a) <img> `b` **c** a|b\nd\x1b[31m &amp; [e](javascript:f)"
-    shown = cell(hostile)
+    shown = in_markdown(hostile)
     assert shown == (r"\!\[x\](http://a) &lt;img> \`b\` \*\*c\*\* a\|b d\[31m &amp;amp; \[e\](javascript:f)")

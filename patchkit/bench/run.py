@@ -32,7 +32,7 @@ from patchkit.facts.chat import chat_template
 from patchkit.facts.limits import GENERATED, Limits, fitting
 from patchkit.facts.reader import read_facts
 from patchkit.facts.schema import FactFile
-from patchkit.model.loading import ModelChoice, load_config, load_tokenizer
+from patchkit.model.loading import ModelChoice
 from patchkit.words import counted
 
 Say = Callable[[str], None]
@@ -127,12 +127,12 @@ def _checkpoints(given: Sequence[int], edits: int | None, batch_size: int) -> li
 
 
 def _read(data: str, chosen: ModelChoice, count: int | None, zsre_target: Any, skip_bad: bool) -> FactFile:
-    tokenizer = load_tokenizer(chosen.name)
+    tokenizer = chosen.tokenizer()
     read = read_facts(
         data,
         zsre_target=zsre_target,
         skip_bad=skip_bad,
-        check=fitting(tokenizer, Limits.of(load_config(chosen.name)), GENERATED),
+        check=fitting(tokenizer, Limits.of(chosen.config()), GENERATED),
         limit=count,
         chat=chat_template(tokenizer),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -12,6 +13,7 @@ import click
 
 from patchkit.errors import InputError, Interrupted, PatchkitError, shortage
 from patchkit.version import DISTRIBUTION
+from patchkit.words import visible
 
 COMMANDS = {
     "apply": "Write facts into a model, as a patch.",
@@ -68,6 +70,7 @@ UNFORESEEN = 3
 
 def main() -> None:
     """Run the command line: a refusal is one clear message on stderr and the error's exit status."""
+    warnings.formatwarning = _warning
     arguments, debug = [given for given in sys.argv[1:] if given != "--debug"], "--debug" in sys.argv[1:]
     try:
         cli(arguments, prog_name="patchkit", standalone_mode=False)
@@ -123,6 +126,12 @@ def unforeseen(error: BaseException) -> str:
     )
 
 
+def _warning(message: Warning | str, category: type[Warning], file: str, *_: object) -> str:
+    """One line, as for a person; the place in the code only of what is not about the user's input."""
+    kind = "" if issubclass(category, UserWarning) else f"{category.__name__} in {file}: "
+    return f"note: {kind}{visible(str(message))}\n"
+
+
 def _fail(message: str, status: int) -> NoReturn:
-    click.echo(f"error: {message}", err=True)
+    click.echo(f"error: {visible(message)}", err=True)
     sys.exit(status)

@@ -10,12 +10,13 @@ import click
 
 from patchkit.cli.common import (
     GatedCommand,
-    choice,
+    ModelOptions,
     force_option,
     model_options,
     note,
     own_folder,
     place_of_its_own,
+    print_json,
     progress_bars,
     quick_option,
     refuse_quick,
@@ -72,10 +73,7 @@ if TYPE_CHECKING:
 def command(
     facts: str | None,
     typed: tuple[str, ...],
-    model_name: str | None,
-    device: str,
-    dtype: str,
-    device_map: str | None,
+    model: ModelOptions,
     onto: str | None,
     method: str | None,
     recipe: str | None,
@@ -110,7 +108,7 @@ def command(
 
     overrides = (*overrides, *_settings(layers=layers, batch_size=batch_size, seed=seed))
     request = ApplyRequest(_source(facts, typed), onto, method, recipe, overrides, zsre_target, skip_bad, yes)
-    choose, folder = lambda base: choice(model_name or base, device, dtype, device_map), _folder(out, onto, facts)
+    choose, folder = model.choice, _folder(out, onto, facts)
     if dry:
         show_planned(dry_run(request, choose, text=text, stats=stats, quick=quick, say=note), as_json)
         return
@@ -139,7 +137,7 @@ def show_planned(found: PlannedRun, as_json: bool) -> None:
     from patchkit.cli.tables import planned_table
 
     if as_json:
-        click.echo(found.model_dump_json())
+        print_json(found.model_dump_json())
     else:
         stdout.print(planned_table(found))
 
@@ -221,7 +219,7 @@ class _After:
             raise Interrupted(f"the patch is finished: {done.folder}; go on with {what}") from None
         finally:
             if self.as_json:
-                click.echo(done.as_json(more))
+                print_json(done.as_json(more))
 
     def _merge(self, done: Applied, more: dict[str, Any]) -> None:
         from patchkit.cli.jobs import merge_patches

@@ -7,7 +7,16 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from patchkit.cli.common import choice, model_options, note, progress_bars, quick_option, stdout, zsre_option
+from patchkit.cli.common import (
+    ModelOptions,
+    model_options,
+    note,
+    print_json,
+    progress_bars,
+    quick_option,
+    stdout,
+    zsre_option,
+)
 from patchkit.errors import InputError
 
 
@@ -51,10 +60,7 @@ def _numbers(context: click.Context, option: click.Parameter, given: str | None)
 @click.option("--out", metavar="DIR", required=True, help="Folder of the results; a run that was killed goes on there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def command(
-    model_name: str | None,
-    device: str,
-    dtype: str,
-    device_map: str | None,
+    model: ModelOptions,
     data: str,
     methods: tuple[str, ...],
     edits: int | None,
@@ -84,7 +90,7 @@ def command(
     with progress_bars() as progress:
         done = run_bench(
             data,
-            choice(model_name, device, dtype, device_map),
+            model.choice(),
             Path(out),
             methods=methods,
             edits=edits,
@@ -102,7 +108,7 @@ def command(
             say=note,
         )
     if as_json:
-        click.echo(done.as_json())
+        print_json(done.as_json())
     else:
         # In a narrow terminal lines may wrap; squeezed into it, the numbers would lose their digits.
         wide, table = Console(width=1000, markup=False, highlight=False), rich_table(done.rows)

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from patchkit.cli.common import choice, model_options, note, stdout
+from patchkit.cli.common import (
+    ModelOptions,
+    model_options,
+    note,
+    say,
+    stdout,
+)
 from patchkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,10 +47,7 @@ HELP = """/patch off              only the plain model answers; /patch on: both 
 )
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: the likeliest token.")
 def command(
-    model_name: str | None,
-    device: str,
-    dtype: str,
-    device_map: str | None,
+    model: ModelOptions,
     patches: tuple[str, ...],
     system: str,
     facts: str,
@@ -60,7 +63,7 @@ def command(
     from patchkit.serve.talker import Length, Talker
 
     read = [Patch.load(patch) for patch in patches]
-    chosen = choice(model_name or read[0].manifest.base.name, device, dtype, device_map)
+    chosen = model.choice(read[0].manifest.base)
     loaded = chosen.load()
     talker = Talker(loaded.model, loaded.tokenizer)
     names = [f"{number} {patch}" for number, patch in enumerate(patches, 1)]
@@ -135,7 +138,7 @@ def _show(session: Session, question: str) -> None:
         for side, piece in session.ask(question):
             answers[side] += piece
         for side, text in answers.items():
-            click.echo(f"{side}: {text.strip()}")
+            say(f"{side}: {text.strip()}")
         return
     from rich.live import Live
     from rich.table import Table

@@ -2,28 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
+from rich.text import Text
 
 from patchkit.errors import InputError
 from patchkit.evaluate.gates import Gates
 from patchkit.evaluate.metric import Gate, Metric
 from patchkit.evaluate.metrics import gated
 from patchkit.io.files import finish_folder, is_folder_with, is_free, one_at_a_time, refuse_folders, refuse_unwritable
+from patchkit.words import in_json, visible
 
 if TYPE_CHECKING:
     from patchkit.model.loading import ModelChoice
+    from patchkit.patch.manifest import BaseInfo
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class HarmlessConsole(Console):
+    """What it prints may come from anybody: characters that a terminal would obey are shown instead."""
+
+    def render_str(self, text: str, **how: Any) -> Text:  # type: ignore[override]
+        return super().render_str(visible(text), **how)  # before there is a layout
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
 # Prompts and paths are printed as they are: "[/b]" is no markup here and ":smile:" no emoji.
-stderr = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
-stdout = Console(highlight=False, markup=False, emoji=False)
+stderr = HarmlessConsole(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+stdout = HarmlessConsole(highlight=False, markup=False, emoji=False)
+
+
+def say(text: str) -> None:
+    """A line as it is, in no columns, on stdout."""
+    click.echo(visible(text))
+
+
+def print_json(text: str) -> None:
+    """A text of JSON on stdout."""
+    click.echo(in_json(text.rstrip("\n")))
 
 
 zsre_option = click.option(
@@ -42,9 +71,59 @@ quick_option = click.option(
 )
 
 
+@dataclass(frozen=True)
+class ModelOptions:
+    """--model, --device, --device-map, --dtype and --trust-remote-code."""
+
+    name: str | None
+    device: str
+    device_map: str | None
+    dtype: str
+    run_code: bool
+
+    def choice(self, base: BaseInfo | None = None) -> ModelChoice:
+        """The model to work on, `base` where the user named none; says on stderr which one it is then.
+
+        Raises:
+            InputError: the base is a folder that is not known here, or code is to be run of a model nobody named.
+        """
+        from patchkit.model.loading import choose_model
+
+        named = None
+        if base is not None and not self.name and not self.run_code:
+            from patchkit.patch.bases import base_to_load
+
+            named = base_to_load(base.name)
+        chosen = choose_model(self.name, self.device, self.dtype, self.device_map, self.run_code, named)
+        if chosen.notice:
+            note(chosen.notice)
+        quiet_transformers()
+        return chosen
+
+
 def model_options(command: F) -> F:
-    """--model, --device, --device-map and --dtype."""
-    for option in (
+    """The options of `ModelOptions`, which reach the command together as `model`."""
+
+    @wraps(command)
+    def with_model(
+        *arguments: Any,
+        model_name: str | None,
+        device: str,
+        device_map: str | None,
+        dtype: str,
+        trust_remote_code: bool,
+        **others: Any,
+    ) -> Any:
+        options = ModelOptions(model_name, device, device_map, dtype, trust_remote_code)
+        return command(*arguments, model=options, **others)
+
+    return _with_options(
+        cast(F, with_model),
+        click.option(
+            "--trust-remote-code",
+            is_flag=True,
+            help="Run the Python code that comes with --model, which can do whatever you can.",
+        ),
         click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16 or float64."),
         click.option(
             "--device-map",
@@ -60,7 +139,24 @@ def model_options(command: F) -> F:
             metavar="M",
             help="Folder or Hub name [default: $PATCHKIT_MODEL, or the embedded one].",
         ),
-    ):
+    )
+
+
+def base_of(base: BaseInfo) -> str:
+    """The base that a patch names, where the user named none; says on stderr which one it is.
+
+    Raises:
+        InputError: it is a folder that is not known here.
+    """
+    from patchkit.patch.bases import base_to_load
+
+    name = base_to_load(base.name)
+    note(f"model: {name} (the base that the patch names)")
+    return name
+
+
+def _with_options(command: F, *options: Callable[[F], F]) -> F:
+    for option in options:
         command = option(command)
     return command
 
@@ -91,17 +187,6 @@ def refuse_quick(quick: bool, gates: Gates) -> None:
         raise InputError(
             f"--quick: {', '.join(names)} would not be measured, and there is a gate on it; leave out --quick"
         )
-
-
-def choice(name: str | None, device: str, dtype: str, device_map: str | None) -> ModelChoice:
-    """The model to work on; says on stderr which one it is when the user did not."""
-    from patchkit.model.loading import choose_model
-
-    chosen = choose_model(name, device, dtype, device_map)
-    if chosen.notice:
-        note(chosen.notice)
-    quiet_transformers()
-    return chosen
 
 
 def note(line: str) -> None:

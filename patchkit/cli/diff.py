@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import click
 
-from patchkit.cli.common import stdout
+from patchkit.cli.common import (
+    print_json,
+    stdout,
+)
 
 
 @click.command("diff")
@@ -20,6 +23,6 @@ def command(a: str, b: str, as_json: bool) -> None:
 
     found = difference(*(read_manifest(patch_folder(name, manifest_only=True)) for name in (a, b)))
     if as_json:
-        click.echo(found.model_dump_json())
+        print_json(found.model_dump_json())
     else:
         stdout.print(diff_table(found, a, b), soft_wrap=True)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
 
-from patchkit.cli.common import note, quiet_transformers, stdout
+from patchkit.cli.common import (
+    base_of,
+    note,
+    quiet_transformers,
+    say,
+    stdout,
+)
 from patchkit.errors import InputError
 
 
@@ -67,9 +74,11 @@ def command(
     _check_swap(swap, kind)
     folder = Path(out) if out else Path(f"{Path(patch).name}-{kind}")
     options = Options(rank, all_layers, gguf_base, dtype)
-    done, form = export(Patch.load(patch), folder, kind, model, options=options), get(kind)
+    loaded = Patch.load(patch)
+    done, form = export(loaded, folder, kind, model or base_of(loaded.manifest.base), options=options), get(kind)
     lines = [*form.commands(done), *form.python.splitlines()[-1:]]  # the last one of Python loads the adapter
-    commands = [line.format(title=folder, base=model or done.base.name) for line in lines]
+    base = shlex.quote(model or done.base.name)
+    commands = [line.format(title=folder, base=base) for line in lines]
     if swap:
         from patchkit.export.swap import swap as load_into
 
@@ -82,7 +91,7 @@ def command(
         stdout.print(f"{weight.weight}: rank {weight.rank}, off by {weight.error:.2g} of its change")
     stdout.print(f"{kind}: {folder} (rank {done.rank})")
     for line in commands:
-        click.echo(line)
+        say(line)
 
 
 def _check_swap(url: str | None, kind: str) -> None:

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from patchkit.cli.common import choice, model_options, stdout
+from patchkit.cli.common import (
+    ModelOptions,
+    model_options,
+    print_json,
+    say,
+    stdout,
+)
 
 if TYPE_CHECKING:
     from patchkit.evaluate.generation import Answer
@@ -55,10 +61,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     prompts: tuple[str, ...],
-    model_name: str | None,
-    device: str,
-    dtype: str,
-    device_map: str | None,
+    model: ModelOptions,
     patches: tuple[str, ...],
     compare: bool,
     chat: bool,
@@ -79,7 +82,7 @@ def command(
 
     read = [Patch.load(patch_folder(patch)) for patch in patches]
     asked = [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in prompts]
-    chosen = choice(model_name or read[0].manifest.base.name, device, dtype, device_map)
+    chosen = model.choice(read[0].manifest.base)
     loaded = chosen.load()
     chat = chat or bool(system or turns)
     sampling = Sampling(max_new_tokens, temperature, seed, chat, system, turns)
@@ -87,12 +90,12 @@ def command(
     found = answers(loaded.model, loaded.tokenizer, attached, asked, sampling, compare)
     if as_json:
         rows = [{key: text for key, text in asdict(answer).items() if text is not None} for answer in found]
-        click.echo(json.dumps({"model": chosen.name, "patches": patches, "answers": rows}))
+        print_json(json.dumps({"model": chosen.name, "patches": patches, "answers": rows}))
     elif compare:
         _print_table(found)
     else:
         for answer in found:
-            click.echo(answer.patched.strip("\n") if chat else answer.prompt + answer.patched)
+            say(answer.patched.strip("\n") if chat else answer.prompt + answer.patched)
 
 
 @contextmanager

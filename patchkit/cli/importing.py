@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from patchkit.cli.common import force_option, quiet_transformers, refuse_place, stdout
+from patchkit.cli.common import (
+    force_option,
+    print_json,
+    quiet_transformers,
+    refuse_place,
+    stdout,
+)
 from patchkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,7 +56,7 @@ def command(
     patch = _imported(lora, diff, base, energy, rank)
     patch.save(folder)
     if as_json:
-        click.echo(patch.manifest.model_dump_json(indent=1))
+        print_json(patch.manifest.model_dump_json(indent=1))
         return
     stdout.print(patch_table(patch.manifest))
     stdout.print(f"patch: {folder} (`patchkit verify {folder} --facts F` measures it)", soft_wrap=True)

@@ -32,8 +32,10 @@ from patchkit.imports.assemble import without_import
 from patchkit.io.files import finish_folder
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
-from patchkit.model.loading import LoadedModel, ModelChoice, load_config, load_model, load_tokenizer
+from patchkit.model.loading import LoadedModel, ModelChoice, load_model
+from patchkit.patch.bases import public_name
 from patchkit.patch.history import Incoming, choose_facts, import_chosen
+from patchkit.patch.manifest import BaseInfo
 from patchkit.patch.patch import OWN_FILES, Patch
 from patchkit.runs.dry_run import PlannedRun, planned
 from patchkit.runs.execute import SMALL_TEXT, run, take_out
@@ -89,7 +91,7 @@ class ApplyRequest:
     yes: bool = False
 
     def prepared(
-        self, choose: Callable[[str | None], ModelChoice], say: Callable[[str], None]
+        self, choose: Callable[[BaseInfo | None], ModelChoice], say: Callable[[str], None]
     ) -> tuple[Prepared, Callable[[], LoadedModel]]:
         """The run that can start, and what loads the model that it is for; `choose` is told the base of `onto`, if any.
 
@@ -100,15 +102,15 @@ class ApplyRequest:
         # A bad recipe or fact file should not wait for a model to load.
         recipe = earlier.manifest.history[-1].recipe if earlier else None
         config = load_recipe(self.method, self.recipe, self.overrides, recipe)
-        chosen = choose(earlier.manifest.base.name if earlier else None)
+        chosen = choose(earlier.manifest.base if earlier else None)
         read = (
             partial(read_facts, self.facts, zsre_target=self.zsre_target, skip_bad=self.skip_bad)
             if isinstance(self.facts, str)
             else partial(parse_facts, typed_facts(self.facts), skip_bad=self.skip_bad)
         )
-        limits, load = Limits.of(load_config(chosen.name)), cache(chosen.load)
+        limits, load = Limits.of(chosen.config()), cache(chosen.load)
         finder = SubjectFinder(load)
-        tokenizer = load_tokenizer(chosen.name)
+        tokenizer = chosen.tokenizer()
         prepared = prepare(read, tokenizer, config, earlier, limits=limits, find_subject=finder)
         self._confirm(finder.proposed, say)
         for note in prepared.notes:
@@ -131,7 +133,7 @@ class ApplyRequest:
 
 def dry_run(
     request: ApplyRequest,
-    choose: Callable[[str | None], ModelChoice],
+    choose: Callable[[BaseInfo | None], ModelChoice],
     *,
     text: str | None,
     stats: str | None,
@@ -151,7 +153,7 @@ def dry_run(
 
 def apply_file(
     request: ApplyRequest,
-    choose: Callable[[str | None], ModelChoice],
+    choose: Callable[[BaseInfo | None], ModelChoice],
     folder: Path,
     *,
     text: str | None,
@@ -226,7 +228,7 @@ class Reverted:
 
 def revert_patch(
     name: str,
-    choose: Callable[[str], ModelChoice],
+    choose: Callable[[BaseInfo], ModelChoice],
     folder: Path,
     *,
     facts: Sequence[str],
@@ -249,7 +251,7 @@ def revert_patch(
         less.save(folder)
         return Reverted(less, None, folder)
     gone = choose_facts(patch.manifest, facts, since, last)
-    chosen = choose(patch.manifest.base.name)
+    chosen = choose(patch.manifest.base)
     loaded = chosen.load()
     workspace = Workspace.of(loaded.model, loaded.tokenizer, texts, stats, progress)
     less = take_out(workspace, patch, gone)
@@ -267,7 +269,7 @@ def revert_patch(
 
 def verify_patch(
     folder: Path,
-    choose: Callable[[str], ModelChoice],
+    choose: Callable[[BaseInfo], ModelChoice],
     *,
     facts: str | None,
     text: str | None,
@@ -283,11 +285,11 @@ def verify_patch(
         InputError: the patch, the model or the facts cannot be used.
     """
     patch = Patch.load(folder)
-    chosen = choose(patch.manifest.base.name)
-    tokenizer = load_tokenizer(chosen.name)
+    chosen = choose(patch.manifest.base)
+    tokenizer = chosen.tokenizer()
     known: tuple[Fact, ...] | None = None
     if facts is not None:
-        check = fitting(tokenizer, Limits.of(load_config(chosen.name)), GENERATED)
+        check = fitting(tokenizer, Limits.of(chosen.config()), GENERATED)
         read = read_facts(
             facts,
             zsre_target=zsre_target,
@@ -339,7 +341,9 @@ def _merged_before(
         found = Merged.model_validate_json((out / MANIFEST).read_bytes())
     except (OSError, ValidationError):
         return None
-    same = (found.base, found.forced, found.parents) == (base, force, tuple(patch.manifest for patch in patches))
+    parents = [patch.manifest.model_dump_json() for patch in patches]
+    same = (found.base, found.forced) == (public_name(base), force)
+    same = same and [manifest.model_dump_json() for manifest in found.parents] == parents
     rounded = rounding is None or all(tensor.rounding == rounding for tensor in found.tensors)
     return found if same and rounded and found.facts is None else None
 

@@ -6,7 +6,10 @@ import json
 
 import click
 
-from patchkit.cli.common import stdout
+from patchkit.cli.common import (
+    print_json,
+    stdout,
+)
 
 
 @click.command("log")
@@ -20,6 +23,6 @@ def command(patch: str, as_json: bool) -> None:
 
     manifest = read_manifest(patch_folder(patch, manifest_only=True))
     if as_json:
-        click.echo(json.dumps([run.model_dump(mode="json") for run in manifest.history], indent=1))
+        print_json(json.dumps([run.model_dump(mode="json") for run in manifest.history], indent=1))
     else:
         stdout.print(log_table(manifest), soft_wrap=True)

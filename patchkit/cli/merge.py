@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from patchkit.cli.common import note, quiet_transformers, stdout
+from patchkit.cli.common import (
+    base_of,
+    note,
+    print_json,
+    quiet_transformers,
+    stdout,
+)
 from patchkit.errors import InputError
 from patchkit.words import listed
 
@@ -73,7 +79,7 @@ def command(
         return
     merged = merge_patches(
         loaded,
-        base or loaded[0].manifest.base.name,
+        base or base_of(loaded[0].manifest.base),
         Path(out),
         rounding=rounding,
         stats=stats,
@@ -83,7 +89,7 @@ def command(
         say=note,
     )
     if as_json:
-        click.echo(merged.model_dump_json(indent=1))
+        print_json(merged.model_dump_json(indent=1))
     else:
         show_merged(merged, out)
 
@@ -95,7 +101,7 @@ def _merge_gguf(patches: Sequence[Patch], base: str, out: str, as_json: bool) ->
 
     merged = merge_gguf(patches, base, out, note)
     if as_json:
-        click.echo(merged.model_dump_json(indent=1))
+        print_json(merged.model_dump_json(indent=1))
         return
     table = Table("tensor", "type", "unchanged", "error", box=None, pad_edge=False, header_style="bold")
     for t in merged.tensors:

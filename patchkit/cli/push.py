@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from patchkit.cli.common import note, quiet_transformers, stderr, stdout
+from patchkit.cli.common import (
+    note,
+    quiet_transformers,
+    say,
+    stderr,
+    stdout,
+)
 from patchkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,8 +58,8 @@ def command(
     package = packed(folder, repo, base=base, card=card, online=not dry_run, adapter=adapter)
     if dry_run:
         for name, size in package.sizes().items():
-            click.echo(f"{size:>14,}  {name}")
-        click.echo(f"\n{package.card}")
+            say(f"{size:>14,}  {name}")
+        say(f"\n{package.card}")
         return
     done = push(package, repo, private=private, pr=pr, branch=branch, tag=tag, message=message, say=note)
     show_pushed(done, usable=package.kind == "patch" and not pr, revision=tag or branch)

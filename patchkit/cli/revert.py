@@ -7,12 +7,13 @@ from pathlib import Path
 import click
 
 from patchkit.cli.common import (
-    choice,
+    ModelOptions,
     force_option,
     model_options,
     note,
     own_folder,
     place_of_its_own,
+    print_json,
     progress_bars,
     stdout,
 )
@@ -38,10 +39,7 @@ def command(
     facts: tuple[str, ...],
     since: str | None,
     last: int | None,
-    model_name: str | None,
-    device: str,
-    dtype: str,
-    device_map: str | None,
+    model: ModelOptions,
     texts: tuple[str, ...],
     stats: str | None,
     measured: bool,
@@ -61,7 +59,7 @@ def command(
     with place_of_its_own(folder, patch, force), progress_bars() as progress:
         done = revert_patch(
             patch,
-            lambda base: choice(model_name or base, device, dtype, device_map),
+            model.choice,
             folder,
             facts=facts,
             since=since,
@@ -73,7 +71,7 @@ def command(
             say=note,
         )
     if as_json:
-        click.echo(done.as_json())
+        print_json(done.as_json())
         return
     manifest = done.patch.manifest
     stdout.print(run_text(manifest, len(manifest.history) - 1), soft_wrap=True)

@@ -7,7 +7,7 @@ from pathlib import PurePath
 
 import click
 
-from patchkit.cli.common import choice, model_options, note, stdout
+from patchkit.cli.common import ModelOptions, model_options, note, stdout
 from patchkit.errors import InputError
 
 
@@ -24,10 +24,7 @@ from patchkit.errors import InputError
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 def command(
-    model_name: str | None,
-    device: str,
-    dtype: str,
-    device_map: str | None,
+    model: ModelOptions,
     patches: tuple[str, ...],
     host: str,
     port: int,
@@ -45,14 +42,14 @@ def command(
     from patchkit.serve.talker import Talker
 
     named = {name: Patch.load(where) for name, where in map(_named, patches)}
-    chosen = choice(model_name or next(iter(named.values())).manifest.base.name, device, dtype, device_map)
+    chosen = model.choice(next(iter(named.values())).manifest.base)
     loaded = chosen.load()
     talker = Talker(loaded.model, loaded.tokenizer)
     for name, patch in named.items():
         talker.load(name, patch)
     served = Served(talker, base_name(chosen.name))
-    for model in served.models():
-        stdout.print(f"model {model}", soft_wrap=True)
+    for name in served.models():
+        stdout.print(f"model {name}", soft_wrap=True)
     if host not in ("127.0.0.1", "localhost", "::1"):
         note("whoever reaches this address may load patches from this machine's folders")
     listen(served, host, port, lambda url: stdout.print(f"serving at {url}", soft_wrap=True))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import click
 
-from patchkit.cli.common import stdout
+from patchkit.cli.common import (
+    print_json,
+    stdout,
+)
 
 
 @click.command("show")
@@ -18,6 +21,6 @@ def command(patch: str, as_json: bool) -> None:
 
     stored = read_stored(patch_folder(patch, manifest_only=True))
     if as_json:
-        click.echo(stored.text, nl=False)
+        print_json(stored.text)
     else:
         stdout.print(patch_table(stored))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from patchkit.cli.common import choice, model_options, note, progress_bars, stdout
+from patchkit.cli.common import ModelOptions, model_options, note, progress_bars, stdout
 from patchkit.errors import InputError
 from patchkit.words import counted
 
@@ -22,10 +22,7 @@ from patchkit.words import counted
 @click.option("--pull", "pull_from", metavar="REPO", help="Compute nothing: fetch what others published there.")
 @click.option("--gradients", is_flag=True, help="Also the gradient of the text's loss, which O-Edit and O-Edit+ use.")
 def command(
-    model_name: str | None,
-    device: str,
-    dtype: str,
-    device_map: str | None,
+    model: ModelOptions,
     text: str | None,
     out: str | None,
     layers: str | None,
@@ -48,7 +45,7 @@ def command(
         return
     with progress_bars() as progress:
         computed = compute_statistics(
-            choice(model_name, device, dtype, device_map),
+            model.choice(),
             text=text,
             out=out,
             layers=layers,

@@ -8,9 +8,10 @@ import click
 
 from patchkit.cli.common import (
     GatedCommand,
-    choice,
+    ModelOptions,
     model_options,
     note,
+    print_json,
     progress_bars,
     quick_option,
     refuse_quick,
@@ -33,10 +34,7 @@ from patchkit.evaluate.gates import Gates
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     patch: str,
-    model_name: str | None,
-    device: str,
-    dtype: str,
-    device_map: str | None,
+    model: ModelOptions,
     facts: str | None,
     text: str | None,
     zsre_target: str,
@@ -56,7 +54,7 @@ def command(
     with progress_bars() as progress:
         report = verify_patch(
             Path(patch),
-            lambda base: choice(model_name or base, device, dtype, device_map),
+            model.choice,
             facts=facts,
             text=text,
             zsre_target=zsre_target,
@@ -66,7 +64,7 @@ def command(
             say=note,
         )
     if as_json:
-        click.echo(report.model_dump_json())
+        print_json(report.model_dump_json())
     else:
         stdout.print(apply_table(report))
     gates.check(report)

@@ -99,10 +99,11 @@ def _find(weight: str, checkpoint: Mapping[str, StoredTensor], source: Path) -> 
 
 def quantized_with(source: Path) -> str | None:
     """The method that a checkpoint says it is quantized with."""
+    file = source / "config.json"
     try:
-        config = json.loads((source / "config.json").read_bytes()).get("quantization_config") or {}
+        config = json.loads(file.read_bytes() if file.is_file() else b"{}").get("quantization_config") or {}
         method = config.get("quant_method")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return str(method) if method else None
 

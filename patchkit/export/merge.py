@@ -29,6 +29,7 @@ from patchkit.io.checkpoint import (
     visible_files,
 )
 from patchkit.io.files import refuse_unwritable
+from patchkit.patch.bases import public_name
 from patchkit.patch.patch import Patch
 from patchkit.version import patchkit_version
 
@@ -161,7 +162,7 @@ def _record(
 ) -> Merged:
     return Merged(
         when=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        base=str(base),
+        base=public_name(str(base)),
         commit=source.name if source.parent.name == "snapshots" else None,
         forced=force,
         parents=tuple(patch.manifest for patch in patches),

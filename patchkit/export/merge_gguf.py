@@ -22,6 +22,7 @@ from patchkit.export.job import Job
 from patchkit.io.files import write_atomically
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import additive, delta_of
+from patchkit.patch.bases import base_to_load, public_name
 from patchkit.patch.manifest import Manifest
 from patchkit.patch.patch import Patch
 from patchkit.version import patchkit_version
@@ -83,7 +84,7 @@ def merge_gguf(
 
     write_atomically(target, write)
     merged = GgufMerged(
-        base=str(source),
+        base=public_name(str(source)),
         parents=tuple(patch.manifest for patch in patches),
         tensors=tuple(found),
         patchkit=patchkit_version(),
@@ -100,8 +101,10 @@ def _write_text(path: Path, text: str) -> None:
 
 def _reader(file: Path) -> Any:
     try:
+        if not file.is_file():
+            raise ValueError("no plain file")
         return library().GGUFReader(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         raise InputError(f"{file}: cannot be read as GGUF: {error}") from None
 
 
@@ -111,7 +114,7 @@ def _deltas(patches: Sequence[Patch], reader: Any, file: Path) -> dict[str, tupl
     field = reader.get_field("general.architecture")
     deltas: dict[str, tuple[Any, Delta]] = {}
     for patch in patches:
-        job = Job(patch, patch.manifest.base.name, "")
+        job = Job(patch, base_to_load(patch.manifest.base.name), "")
         config, arch = job.tree.config, architecture(job.tree.config)
         if field is None or field.contents() != arch:
             raise InputError(f"{file}: holds no {arch} model, for which the patch is; give the GGUF file of its base")

@@ -24,12 +24,14 @@ from patchkit.export import formats
 from patchkit.export.beside import adapter_beside, renamed_base
 from patchkit.export.job import Exported
 from patchkit.export.record import MANIFEST, Merged
+from patchkit.io.checkpoint import leads_out, visible_files
 from patchkit.io.files import finish_folder
 from patchkit.io.hub import PATCH_FILES, hub_errors, is_repo_name
+from patchkit.patch.bases import is_path
 from patchkit.patch.card import Card, Kind, base_name
 from patchkit.patch.manifest import Manifest
 from patchkit.patch.patch import Patch
-from patchkit.patch.stored import manifest_text, read_stored
+from patchkit.patch.stored import digests_of, manifest_text, read_stored
 from patchkit.words import counted
 
 Say = Callable[[str], None]
@@ -102,6 +104,8 @@ def pack(
     files: dict[str, Path | bytes] = {**terms, **_files(folder, content.kind)}
     if base is not None:
         files |= content.naming(base, folder)
+    else:
+        files |= content.without_paths(folder)
     also = ""
     if adapter and content.kind == "patch":
         beside, also = adapter_beside(Patch.load(folder), base)
@@ -232,9 +236,23 @@ class _Content:
         parents = tuple(map(renamed, self.record.parents))
         if isinstance(self.record, Merged):
             return {MANIFEST: _json(self.record.model_copy(update={"parents": parents, "base": base, "commit": None}))}
-        texts = (name for name in formats.get(self.record.format).files if not name.endswith(_WEIGHTS))
-        renamed_texts = {name: renamed_base(folder / name, self.record.base.name, base) for name in texts}
-        return {MANIFEST: _json(self.record.model_copy(update={"parents": parents})), **renamed_texts}
+        return {MANIFEST: _json(self.record.model_copy(update={"parents": parents})), **self._texts(base, folder)}
+
+    def without_paths(self, folder: Path) -> dict[str, bytes]:
+        """The files that would tell others where the base lies on this machine, without that."""
+        if isinstance(self.record, Manifest):
+            stored = read_stored(folder)
+            text = manifest_text(self.record, digests_of(folder))
+            return {} if stored.digest else {"manifest.json": text.encode()}  # format 1 had the whole path
+        if isinstance(self.record, Exported) and is_path(self.record.base.name):
+            return self._texts(base_name(self.record.base.name), folder)
+        return {}
+
+    def _texts(self, base: str, folder: Path) -> dict[str, bytes]:
+        """An adapter's own texts, with another name for the base."""
+        assert isinstance(self.record, Exported)
+        names = (name for name in formats.get(self.record.format).files if not name.endswith(_WEIGHTS))
+        return {name: renamed_base(folder / name, self.record.base.name, base) for name in names}
 
 
 def _json(record: BaseModel) -> bytes:
@@ -269,9 +287,11 @@ def _kind(names: set[str]) -> Kind | None:
 def _files(folder: Path, kind: Kind) -> dict[str, Path]:
     if kind != "merged":  # beside them may lie what is nobody's business, such as rejected facts
         exported = (file for form in formats.available().values() for file in form.files)
-        return {name: folder / name for name in (*PATCH_FILES, *exported, MANIFEST) if (folder / name).is_file()}
-    found = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
-    return {name.as_posix(): path for name, path in found.items() if not any(p.startswith(".") for p in name.parts)}
+        found = {name: folder / name for name in (*PATCH_FILES, *exported, MANIFEST) if (folder / name).is_file()}
+        if links := [path for path in found.values() if leads_out(path, folder)]:
+            raise InputError(f"{links[0]}: a link to {links[0].resolve()}; put the file itself here")
+        return found
+    return {name.as_posix(): folder / name for name in visible_files(folder)}
 
 
 def _terms(cards: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -281,12 +301,13 @@ def _terms(cards: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Path]]:
         return {}, {}
     data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
     license = {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
-    return license, {path.name: path for form in _TERMS for path in card.parent.glob(form)}
+    terms = (path for form in _TERMS for path in card.parent.glob(form))
+    return license, {path.name: path for path in terms if path.is_file() and not leads_out(path, card.parent)}
 
 
 def _cards(base: str, commit: str | None, online: bool) -> list[Path]:
     """Where the base's card may lie."""
-    if Path(base).is_dir():
+    if Path(base).is_absolute():  # noted here; a path that only a manifest names is relative
         return [Path(base) / "README.md"]
     if not is_repo_name(base):
         return []

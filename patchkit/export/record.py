@@ -10,9 +10,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from patchkit.io.files import write_atomically
-from patchkit.patch.card import Card, cell
+from patchkit.patch.bases import is_path
+from patchkit.patch.card import Card
 from patchkit.patch.manifest import Manifest
-from patchkit.words import counted
+from patchkit.words import counted, in_markdown
 
 Rounding = Literal["keys", "nearest"]
 MANIFEST = "patchkit-manifest.json"
@@ -73,7 +74,7 @@ class Merged(_Record):
 
     def card(self, title: str, more: str = "", **published: Any) -> str:
         """The README.md; `more` is said of the tensors, `published` is what else `patchkit.patch.card.Card` takes."""
-        base = None if Path(self.base).is_dir() else self.base
+        base = None if is_path(self.base) else self.base
         card = Card(self.parents, title, "merged", details=self._tensors() + more, base=base, held=self._held())
         return replace(card, **{key: value for key, value in published.items() if value}).markdown()
 
@@ -85,13 +86,15 @@ class Merged(_Record):
         ]
         for t in self.tensors:
             errors = ("-" if error is None else f"{error:.2g}" for error in (t.key_error, t.key_error_nearest))
-            rows.append(f"| {t.weight} | {t.dtype} | {t.rounding} | {t.unchanged:.1%} | {' | '.join(errors)} |")
+            rows.append(
+                f"| {in_markdown(t.weight)} | {in_markdown(t.dtype)} | {t.rounding} | {t.unchanged:.1%} | {' | '.join(errors)} |"
+            )
         return "\n".join(rows) + "\n\n"
 
     def _held(self) -> str | None:
         if self.facts is None:
             return None
-        lost = f" These do not: {cell(', '.join(self.facts.lost))}." if self.facts.lost else ""
+        lost = f" These do not: {in_markdown(', '.join(self.facts.lost))}." if self.facts.lost else ""
         return f"Of {counted(self.facts.asked, 'fact')}, asked after rounding, {self.facts.hold} hold.{lost}"
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from glob import escape
-from pathlib import Path
+from math import prod
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from patchkit.io.files import flush
 ADAPTER = "adapter_config.json"
 """By this file PEFT, and transformers with it, tell that a folder holds an adapter."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_MOST_HEADER = 100_000_000
+"""Bytes of a safetensors file's header, as in its own library."""
 _UNFINISHED, _LOCK = ".unfinished", ".lock"
 
 
@@ -146,15 +149,24 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            outside = next((name for name in names if not _is_inside(name)), None)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise InputError(f"{index}: not an index of safetensors files; get the checkpoint again") from None
+        if outside is not None:
+            raise InputError(f"{index}: names {outside!r}, which is outside of the folder; do not use this checkpoint")
         if missing := next((name for name in names if not (folder / name).is_file()), None):
             raise InputError(f"{folder}: {missing}, which the index names, is missing; get the checkpoint again")
         return [folder / name for name in names]
-    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    files = [single] if single.is_file() else sorted(file for file in folder.glob("*.safetensors") if file.is_file())
     if not files:
         raise InputError(f"{folder}: no safetensors files; convert the checkpoint with save_pretrained first")
     return files
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a file's name in an index stays in its folder, on any system."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not (".." in parts or name.startswith("/") or set(name) & set("\\:\0"))
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -167,9 +179,23 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     entries.pop("__metadata__", None)
     try:
         spans = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in entries.items()}
+        _check_spans(list(spans.values()), path.stat().st_size - start)
         return {name: StoredTensor(path, d, s, start + a, b - a) for name, (d, s, a, b) in spans.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: not a whole safetensors file; get it again") from None
+
+
+def _check_spans(spans: Sequence[tuple[Any, ...]], size: int) -> None:
+    """Raises ValueError where (dtype, shape, first, end) of tensors in `size` bytes cannot all be true."""
+    before = 0
+    for dtype, shape, first, end in sorted(spans, key=lambda span: (span[2], span[3])):
+        if not all(type(number) is int and number >= 0 for number in (first, end, *shape)):
+            raise ValueError("not numbers of bytes")
+        if not before <= first <= end <= size:
+            raise ValueError("tensors overlap, or end after the file")
+        if dtype in DTYPES and end - first != prod(shape) * DTYPES[dtype].itemsize:
+            raise ValueError("a shape and its bytes do not match")
+        before = end
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -185,20 +211,48 @@ def read_metadata(path: Path) -> dict[str, str]:
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """The JSON at the beginning of a safetensors file, and where the bytes that it describes start."""
     try:
+        if not path.is_file():  # opening a pipe would wait for somebody to write into it
+            raise ValueError
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if length > path.stat().st_size:
+            if length > min(path.stat().st_size, _MOST_HEADER):
                 raise ValueError
             entries: dict[str, Any] = dict(json.loads(file.read(length)))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         raise InputError(f"{path}: not a whole safetensors file; get it again") from None
     return entries, 8 + length
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Every file below `folder`, relative to it, but what is hidden: locks, download caches, version control."""
-    files = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
-    return [path for path in files if not any(part.startswith(".") for part in path.parts)]
+    """Every file below `folder`, relative to it, but what is hidden: locks, download caches, version control.
+
+    Raises:
+        InputError: there is a pipe or device, or a link that leads out of the folder (`leads_out`).
+    """
+    found = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if any(part.startswith(".") for part in name.parts) or (path.is_dir() and not path.is_symlink()):
+            continue
+        if not path.is_file():
+            raise InputError(f"{path}: neither a file nor a folder; remove it, or choose another folder")
+        if leads_out(path, folder):
+            raise InputError(
+                f"{path}: a link to {path.resolve()}, outside of the folder; it would be copied under this name: put "
+                "the file itself here"
+            )
+        found.append(name)
+    return found
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether a file below `folder` is a link to what may be anybody's: not in the folder, nor in the Hub cache's
+    copy of the same repository. Weights are read before they are copied, so that a link to them tells nothing else."""
+    if path.resolve() == folder.resolve() / path.relative_to(folder) or path.suffix == ".safetensors":
+        return False
+    root = folder.resolve()
+    snapshot = root.parent.name == "snapshots" and (root.parent.parent / "blobs").is_dir()
+    return not path.resolve().is_relative_to(root.parent.parent if snapshot else root)
 
 
 @dataclass(frozen=True)

@@ -41,25 +41,52 @@ def embedded_model() -> Path:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """A model not loaded yet; `notice` says which one it is when the user named none."""
+    """A model not loaded yet; `notice` says which one it is when the user named none.
+
+    run_code: whether Python code that comes with it may run, which the user has to ask for.
+    """
 
     name: str
     device: str
     dtype: str
     notice: str | None = None
     device_map: str | None = None
+    run_code: bool = False
 
     def load(self) -> LoadedModel:
         """Load it; see `load_model`."""
-        return load_model(self.name, self.device, self.dtype, self.device_map)
+        return load_model(self.name, self.device, self.dtype, self.device_map, self.run_code)
+
+    def tokenizer(self) -> Any:
+        """Its tokenizer alone; see `load_tokenizer`."""
+        return load_tokenizer(self.name, self.run_code)
+
+    def config(self) -> Any:
+        """Its configuration alone; see `load_config`."""
+        return load_config(self.name, self.run_code)
 
 
 def choose_model(
-    option: str | None, device: str = "auto", dtype: str = "auto", device_map: str | None = None
+    option: str | None,
+    device: str = "auto",
+    dtype: str = "auto",
+    device_map: str | None = None,
+    run_code: bool = False,
+    named: str | None = None,
 ) -> ModelChoice:
-    """--model, else $PATCHKIT_MODEL, else the embedded model."""
+    """--model, else the base that a patch has `named`, else $PATCHKIT_MODEL, else the embedded model.
+
+    Raises:
+        InputError: code is to be run of a model that the user did not name.
+    """
     if option:
-        return ModelChoice(option, device, dtype, device_map=device_map)
+        return ModelChoice(option, device, dtype, None, device_map, run_code)
+    if run_code:
+        raise InputError(
+            "--trust-remote-code: runs whatever code comes with a model, so that you have to say which: add --model"
+        )
+    if named:
+        return ModelChoice(named, device, dtype, f"model: {named} (the base that the patch names)", device_map)
     if named := os.environ.get("PATCHKIT_MODEL"):
         return ModelChoice(named, device, dtype, f"model: {named} (from $PATCHKIT_MODEL)", device_map)
     notice = "model: factworld, the small one that comes with patchkit (no --model, no $PATCHKIT_MODEL)"
@@ -94,13 +121,20 @@ def _placement(device: str, device_map: str | None) -> tuple[bool, dict[str, Any
     return choose_device("auto").type == "cpu", {"device_map": device_map}
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto", device_map: str | None = None) -> LoadedModel:
+def load_model(
+    name: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    device_map: str | None = None,
+    run_code: bool = False,
+) -> LoadedModel:
     """Load a local folder or a Hub repository, straight to where it will be.
 
     Args:
         device: "auto", or what `torch.device` takes.
         dtype: "auto" is float32 on the CPU, where half precision is slow and coarse, the checkpoint's own elsewhere.
         device_map: one of `DEVICE_MAPS`, to spread the model over all GPUs, and the CPU if they are too small.
+        run_code: let Python code that comes with the model run; without it nothing is asked, and such code is refused.
 
     Raises:
         InputError: there is no such model, it is not a language model, or its tokenizer has no offsets.
@@ -109,10 +143,12 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", device_map:
     if dtype not in ("auto", *DTYPES):
         raise InputError(f"--dtype {dtype}: choose one of: auto, {', '.join(DTYPES)}")
     kind: Any = DTYPES.get(dtype, torch.float32 if on_cpu else "auto")
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, run_code)
     try:
-        encodes = getattr(AutoConfig.from_pretrained(name), "is_encoder_decoder", False)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=kind, output_loading_info=True, **placement)
+        encodes = getattr(_config_of(name, run_code), "is_encoder_decoder", False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=kind, output_loading_info=True, trust_remote_code=run_code, **placement
+        )
     except Exception as error:  # a damaged checkpoint makes its readers raise anything
         raise _not_loaded(name, error) from None
     model, found = loaded
@@ -133,7 +169,11 @@ def _is_causal(model: PreTrainedModel) -> bool:
     return float((logits[0] - logits[1]).abs().max()) <= tolerance * float(logits.abs().max())
 
 
-def load_tokenizer(name: str) -> Any:
+def _config_of(name: str, run_code: bool) -> Any:
+    return AutoConfig.from_pretrained(name, trust_remote_code=run_code)
+
+
+def load_tokenizer(name: str, run_code: bool = False) -> Any:
     """The tokenizer of a local folder or a Hub repository.
 
     Raises:
@@ -141,14 +181,14 @@ def load_tokenizer(name: str) -> Any:
     """
     refuse_missing(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=run_code)
     except Exception as error:  # a damaged checkpoint makes its readers raise anything
         raise _not_loaded(name, error) from None
     check_tokenizer(tokenizer, name)
     return tokenizer
 
 
-def load_config(name: str) -> Any:
+def load_config(name: str, run_code: bool = False) -> Any:
     """The configuration of a local folder or a Hub repository.
 
     Raises:
@@ -156,7 +196,7 @@ def load_config(name: str) -> Any:
     """
     refuse_missing(name)
     try:
-        return AutoConfig.from_pretrained(name)
+        return _config_of(name, run_code)
     except Exception as error:  # a damaged checkpoint makes its readers raise anything
         raise _not_loaded(name, error) from None
 
@@ -191,6 +231,11 @@ def refuse_missing(name: str) -> None:
 
 
 def _not_loaded(name: str, error: Exception) -> InputError:
+    if "trust_remote_code" in str(error):
+        return InputError(
+            f"model {name}: it comes with Python code of its own, which is not run; if you trust whoever wrote it, add "
+            "--model with this name and --trust-remote-code"
+        )
     reason = shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
     nowhere = "" if Path(name).exists() else "there is no such folder, and from the Hub it "
     return InputError(f"model {name}: {nowhere}cannot be loaded: {reason}")

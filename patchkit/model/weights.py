@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -27,6 +27,7 @@ LINEAR = (nn.Linear, Conv1D)
 """The layers that multiply with a weight that patches can change; GPT-2's are Conv1Ds."""
 EDITABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _CHUNK = 1 << 21
+_MOST_MODULES = 10_000
 
 
 @dataclass(frozen=True)
@@ -128,15 +129,24 @@ def skeleton(name: str | Path, commit: str | None = None) -> PreTrainedModel:
         InputError: its config.json is not at hand or cannot be used.
     """
     try:
-        config = AutoConfig.from_pretrained(name, revision=commit or "main")
+        config = AutoConfig.from_pretrained(name, revision=commit or "main", trust_remote_code=False)
+        _check_size(config)
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(
             f"base {name}: its config.json is needed and cannot be used: {reason}; name the base with --model"
         ) from None
     return model
+
+
+def _check_size(config: Any) -> None:
+    """Raises ValueError where a configuration asks for more modules than any model has; building them would hang."""
+    for name in ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts"):
+        count = getattr(config.get_text_config(), name, None)
+        if isinstance(count, int) and count > _MOST_MODULES:
+            raise ValueError(f"{name} is {count:,}, which no model has")
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------

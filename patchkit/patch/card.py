@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -12,8 +14,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from patchkit.evaluate.metric import Metric
 from patchkit.evaluate.metrics import metrics
 from patchkit.evaluate.report import Summary, said
+from patchkit.patch.bases import is_path, public_name
 from patchkit.patch.manifest import EditedFact, Manifest, Run
-from patchkit.words import counted, listed
+from patchkit.words import counted, in_code, in_markdown, listed
 
 Kind = Literal["patch", "adapter", "merged"]
 FACT_ROWS = 100
@@ -68,7 +71,7 @@ _LEADS = {
     "patchkit: a complete checkpoint that needs nothing but transformers. ",
 }
 
-_BASE = """model = AutoModelForCausalLM.from_pretrained("{base}"{revision})"""
+_BASE = """model = AutoModelForCausalLM.from_pretrained({base}{revision})"""
 _USES = {
     "patch": """```python
 import patchkit
@@ -123,12 +126,12 @@ class Card:
             rows[FACT_ROWS:] = [f"| and {len(rows) - FACT_ROWS} more, in `{self._manifest_name()}` | | | | |"]
         return _TEMPLATE.format(
             front=self._front_matter(),
-            title=self.title,
-            lead=self._lead(base),
+            title=in_markdown(self.title),
+            lead=self._lead(in_code(base)),
             details=self.details,
-            base=base,
-            commit=info.commit or "-",
-            architecture=info.architecture,
+            base=in_code(base),
+            commit=in_markdown(info.commit or "-"),
+            architecture=in_markdown(info.architecture),
             layers=", ".join(map(str, layers)),
             use=self._use(base, info.commit),
             says="says after the edit" if len(self.manifests) == 1 else "says with its own patch alone",
@@ -155,7 +158,8 @@ class Card:
 
     def _lead(self, base: str) -> str:
         updates = [update for manifest in self.manifests for update in manifest.updates]
-        facts, methods = f"{counted(len(self._facts()), 'fact')} written", ", ".join(self._method_names())
+        facts, names = f"{counted(len(self._facts()), 'fact')} written", self._method_names()
+        methods = in_markdown(", ".join(names))
         if all(manifest.imported for manifest in self.manifests):
             facts, methods = "a change imported", "patchkit"
         return _LEADS[self.kind].format(
@@ -167,9 +171,10 @@ class Card:
         )
 
     def _use(self, base: str, commit: str | None) -> str:
-        revision = f', revision="{commit}"' if commit else ""
-        load = _BASE.format(base=base, revision=revision)
-        return ((self.use or _USES[self.kind]) + self.also).format(load=load, title=self.title, base=base)
+        revision = f", revision={_quoted(commit)}" if commit else ""
+        load = _BASE.format(base=_quoted(base), revision=revision)
+        title = in_code(self.title)
+        return ((self.use or _USES[self.kind]) + self.also).format(load=load, title=title, base=shlex.quote(base))
 
     def _front_matter(self) -> str:
         named = self.base or self.manifests[0].base.name
@@ -192,7 +197,7 @@ class Card:
             outcome = outcomes.get(fact.id)
             says = "not measured" if outcome is None else said(outcome, fact.target_new)
             cells = (fact.prompt, fact.target_new, says, fact.target_true or "", fact.source or "")
-            yield f"| {' | '.join(map(cell, cells))} |"
+            yield f"| {' | '.join(map(in_markdown, cells))} |"
 
     def _held(self) -> str:
         """How many of the facts hold, and the names of those that do not."""
@@ -202,7 +207,7 @@ class Card:
         if not outcomes:
             return "\nWhich of them hold was not measured."
         lost = [name for manifest in self.manifests for name in manifest.lost()]
-        missing = f" These do not: {listed(list(map(cell, lost)), FACT_ROWS)}." if lost else ""
+        missing = f" These do not: {listed(list(map(in_markdown, lost)), FACT_ROWS)}." if lost else ""
         return f"\nOf {counted(len(outcomes), 'fact')}, {len(outcomes) - len(lost)} hold.{missing}"
 
     def _measured(self) -> Summary | None:
@@ -238,17 +243,18 @@ class Card:
     def _method_list(self) -> str:
         cited = {run.method: run for run in self._runs()}
         return "\n".join(
-            f"- {method}: {run.paper}. Statistics from {run.text.tokens:,} tokens of plain text."
+            f"- {in_markdown(method)}: {in_markdown(run.paper)}. Statistics from {run.text.tokens:,} tokens of plain "
+            "text."
             if run.source is None
-            else f"- import of `{base_name(run.source.name)}` ({run.source.kind}), which does not say: "
-            f"{', '.join(run.source.unknown)}."
+            else f"- import of `{in_code(base_name(run.source.name))}` ({run.source.kind}), which does not say: "
+            f"{in_markdown(', '.join(run.source.unknown))}."
             for method, run in sorted(cited.items())
         )
 
     def _license_note(self, base: str) -> str:
         if not (name := self.license.get("license_name") or self.license.get("license")):
             return ""
-        return f"\n\n## License\n{name}, carried over from `{base}`."
+        return f"\n\n## License\n{in_markdown(str(name))}, carried over from `{in_code(base)}`."
 
 
 def model_card(manifest: Manifest, title: str) -> str:
@@ -258,16 +264,13 @@ def model_card(manifest: Manifest, title: str) -> str:
 
 def base_name(name: str) -> str:
     """A local folder is known to others by its last part only."""
-    return PurePath(name).name if name.startswith((".", "/", "~")) or "\\" in name else name
+    return PurePath(public_name(name)).name if is_path(name) else name
+
+
+def _quoted(text: str) -> str:
+    """As a string of Python, which ends where it should."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _metric_row(metric: Metric, measured: Summary) -> str:
     return f"| {metric.label} | {metric.shown(measured)} | {metric.items(measured)} | {metric.explained(measured)} |"
-
-
-def cell(text: str) -> str:
-    """Text in a table's cell, shown as it is: no markup, link, image or line break of it takes effect."""
-    shown = "".join(" " if char in "\r\n\t" else char for char in text if char.isprintable() or char in "\r\n\t")
-    for char in "\\`*[]|!~":
-        shown = shown.replace(char, f"\\{char}")
-    return shown.replace("&", "&amp;").replace("<", "&lt;")

@@ -5,11 +5,20 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_serializer,
+    model_validator,
+)
 
 from patchkit.errors import InputError
 from patchkit.evaluate.report import Outcome, Summary
 from patchkit.facts.schema import Fact
+from patchkit.patch.bases import known_here, public_name
 from patchkit.patch.consistency import check
 from patchkit.statistics.corpus import TextRecord
 
@@ -64,12 +73,24 @@ class _Record(BaseModel):
 
 
 class BaseInfo(_Record):
-    """The model a patch belongs to; `weights` maps the on-disk name of each edited weight to its digest."""
+    """The model a patch belongs to; `weights` maps the on-disk name of each edited weight to its digest.
 
-    name: str
-    commit: str | None
+    A folder's name is its whole path here, and in JSON the last part of it (`patchkit.patch.bases`).
+    """
+
+    name: Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
+    commit: Annotated[str, Field(pattern=r"^[\w./-]{1,200}$")] | None
     architecture: str
     weights: dict[str, str]
+
+    @field_serializer("name", when_used="json")
+    def _without_path(self, name: str) -> str:
+        return public_name(name)
+
+    @model_validator(mode="after")
+    def _where_it_is(self, info: ValidationInfo) -> BaseInfo:
+        here = known_here(self.name, self.weights) if info.mode == "json" else self.name
+        return self if here == self.name else self.model_copy(update={"name": here})
 
     @property
     def advice(self) -> str:

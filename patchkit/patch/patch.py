@@ -34,6 +34,7 @@ from patchkit.maths.updates import Chain, delta_of
 from patchkit.model.arch import Architecture
 from patchkit.model.openers import all_sites
 from patchkit.model.weights import Site, find_weight, read_weight, tensor_digest, weight_digest
+from patchkit.patch.bases import remember
 from patchkit.patch.card import model_card
 from patchkit.patch.manifest import Manifest
 from patchkit.patch.stored import MANIFEST, digests_of, manifest_text, read_stored, warn_without_digests
@@ -159,6 +160,7 @@ class Patch:
                 )
 
         write_folder(folder, OWN_FILES, write, check)
+        remember(self.manifest.base.name, self.manifest.base.weights)
 
     @classmethod
     def load(cls, folder: str | Path) -> Patch:

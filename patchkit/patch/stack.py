@@ -19,6 +19,7 @@ from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import Chain, Update
 from patchkit.model.hooks import LiveDelta
 from patchkit.model.weights import find_module
+from patchkit.patch.bases import base_to_load
 from patchkit.patch.locks import lock_of, uninterrupted
 from patchkit.patch.manifest import Manifest
 from patchkit.patch.passes import Passes, Version, reset_compiled
@@ -87,7 +88,8 @@ def from_pretrained(
         name: as in `load`.
         merged: as in `load`.
         force: as in `load`.
-        options: for `AutoModelForCausalLM.from_pretrained`: dtype, device_map, quantization_config and so on.
+        options: for `AutoModelForCausalLM.from_pretrained`: dtype, device_map, quantization_config and so on. Code that
+            comes with the base runs only with trust_remote_code=True, and only if `base` is given.
 
     Returns:
         The model, with its patches as `model.patchkit`, and its tokenizer.
@@ -101,13 +103,18 @@ def from_pretrained(
         1
     """
     read = _read(patch)
-    where = str(base or read.manifest.base.name)
+    if base is None and options.get("trust_remote_code"):
+        raise InputError("trust_remote_code=True: runs whatever code comes with a model; say which one with base=")
+    where = str(base or base_to_load(read.manifest.base.name, "base="))
     if not Path(where).exists() and not is_repo_name(where) and "/" in where:
         raise InputError(f"base model {where}: no such folder; base= says where else it is")
     if base is None and not Path(where).exists():
         options = {"revision": read.manifest.base.commit, **options}
+    options = {"trust_remote_code": False, **options}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=options.get("revision"))
+        tokenizer = AutoTokenizer.from_pretrained(
+            where, revision=options.get("revision"), trust_remote_code=options["trust_remote_code"]
+        )
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(where, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")

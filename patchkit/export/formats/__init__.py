@@ -21,6 +21,7 @@ from patchkit.export.job import Exported, Job, Options
 from patchkit.export.record import MANIFEST
 from patchkit.io.files import is_folder_with, is_free, write_folder
 from patchkit.model.loading import DTYPES
+from patchkit.patch.bases import base_to_load
 from patchkit.patch.card import Card
 from patchkit.patch.patch import Patch
 from patchkit.words import counted
@@ -128,7 +129,7 @@ def export(
     _check(form, wanted)
     if not is_free(folder) and not _holds(folder, form):
         raise InputError(f"--out {folder}: it exists and holds no export to {kind}; choose another folder")
-    job = Job(patch, base or patch.manifest.base.name, folder.absolute().name, wanted)
+    job = Job(patch, base or base_to_load(patch.manifest.base.name), folder.absolute().name, wanted)
     done: list[Exported] = []
 
     def write(into: Path) -> None:

@@ -17,6 +17,7 @@ from patchkit.export.formats import exporter
 from patchkit.export.gguf_names import architecture, in_gguf_order, library, tensor_name
 from patchkit.export.job import Exported, Job
 from patchkit.export.lora import lora_factors
+from patchkit.patch.card import base_name
 
 FILE, MODELFILE = "adapter.gguf", "Modelfile"
 
@@ -59,7 +60,7 @@ def gguf(job: Job, into: Path) -> Exported:
     writer.close()
     base = Path(job.options.gguf_base).absolute() if job.options.gguf_base else "./BASE.gguf"
     (into / MODELFILE).write_text(
-        f"# {exported.base.name} as a GGUF file, or its name in Ollama\nFROM {base}\nADAPTER ./{FILE}\n",
+        f"# {base_name(exported.base.name)} as a GGUF file, or its name in Ollama\nFROM {base}\nADAPTER ./{FILE}\n",
         encoding="utf-8",
     )
     return exported
