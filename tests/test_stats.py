@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from patchkit.errors import InputError
+from patchkit.io.checked import read_checked, write_checked
 from patchkit.maths.linalg import Covariance
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
@@ -282,9 +283,17 @@ def zeroed(file: Path) -> None:
     save_file({**tensors, "eigenvalues": torch.zeros_like(tensors["eigenvalues"])}, file, notes)
 
 
+def forged(file: Path) -> None:
+    """Eigenvalues of zero, with a checksum that says so."""
+    notes, stored = read_checked(file)
+    tensors = {name: tensor.read() for name, tensor in stored.items()}
+    write_checked(file, {**tensors, "eigenvalues": torch.zeros_like(tensors["eigenvalues"])}, notes)
+
+
 DAMAGE = {
     "cut": cut,
     "zeroed": zeroed,
+    "forged": forged,
     **{f"bit at {at}": partial(flipped, at=at) for at in (0.0, 0.0001, 0.001, 0.01, 0.3, 0.6, 0.9, 1.0)},
 }
 

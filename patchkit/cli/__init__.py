@@ -31,6 +31,7 @@ COMMANDS = {
     "export": "A patch for other runtimes: PEFT, vLLM, llama.cpp, MLX.",
     "pull": "Fetch a patch from the Hub into a folder.",
     "push": "Publish a patch, an adapter or a merged model on the Hub.",
+    "sign": "Sign a patch.",
     "bench": "Compare methods in a long sequence of edits.",
     "stats": "Compute a model's key statistics ahead of time.",
 }
@@ -126,9 +127,11 @@ def unforeseen(error: BaseException) -> str:
     )
 
 
-def _warning(message: Warning | str, category: type[Warning], file: str, *_: object) -> str:
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     """One line, as for a person; the place in the code only of what is not about the user's input."""
-    kind = "" if issubclass(category, UserWarning) else f"{category.__name__} in {file}: "
+    kind = "" if issubclass(category, UserWarning) else f"{category.__name__} in {filename}, line {lineno}: "
     return f"note: {kind}{visible(str(message))}\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -107,7 +108,9 @@ def command(
     from patchkit.cli.jobs import ApplyRequest, apply_file, dry_run
 
     overrides = (*overrides, *_settings(layers=layers, batch_size=batch_size, seed=seed))
-    request = ApplyRequest(_source(facts, typed), onto, method, recipe, overrides, zsre_target, skip_bad, yes)
+    request = ApplyRequest(
+        *(_source(facts, typed), onto, method, recipe, overrides, zsre_target, skip_bad, yes), tuple(sys.argv[1:])
+    )
     choose, folder = model.choice, _folder(out, onto, facts)
     if dry:
         show_planned(dry_run(request, choose, text=text, stats=stats, quick=quick, say=note), as_json)

@@ -32,7 +32,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 class HarmlessConsole(Console):
     """What it prints may come from anybody: characters that a terminal would obey are shown instead."""
 
-    def render_str(self, text: str, **how: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **how: Any) -> Text:
         return super().render_str(visible(text), **how)  # before there is a layout
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:

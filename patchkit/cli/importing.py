@@ -49,16 +49,18 @@ def command(
     The patch holds no facts; `verify --facts` measures it on some. It stacks, merges, exports and reverts as a whole.
     """
     from patchkit.cli.tables import patch_table
+    from patchkit.patch.stored import read_stored
 
     quiet_transformers()
     folder = Path(out)
     refuse_place(folder, None, force)
     patch = _imported(lora, diff, base, energy, rank)
     patch.save(folder)
+    stored = read_stored(folder)
     if as_json:
-        print_json(patch.manifest.model_dump_json(indent=1))
+        print_json(stored.text)
         return
-    stdout.print(patch_table(patch.manifest))
+    stdout.print(patch_table(stored))
     stdout.print(f"patch: {folder} (`patchkit verify {folder} --facts F` measures it)", soft_wrap=True)
 
 

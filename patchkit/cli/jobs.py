@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from pydantic import ValidationError
@@ -33,9 +34,9 @@ from patchkit.io.files import finish_folder
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import LoadedModel, ModelChoice, load_model
-from patchkit.patch.bases import public_name
+from patchkit.patch.bases import public_argument, public_name
 from patchkit.patch.history import Incoming, choose_facts, import_chosen
-from patchkit.patch.manifest import BaseInfo
+from patchkit.patch.manifest import BaseInfo, Origin
 from patchkit.patch.patch import OWN_FILES, Patch
 from patchkit.runs.dry_run import PlannedRun, planned
 from patchkit.runs.execute import SMALL_TEXT, run, take_out
@@ -89,6 +90,7 @@ class ApplyRequest:
     zsre_target: Any
     skip_bad: bool
     yes: bool = False
+    command: tuple[str, ...] = ()
 
     def prepared(
         self, choose: Callable[[BaseInfo | None], ModelChoice], say: Callable[[str], None]
@@ -179,9 +181,20 @@ def apply_file(
     report = measure_in(workspace, patch, quick=quick)
     if known := _known_before(prepared, report):
         say(f"the base says the target already, so that an edit shows nothing there: {listed(known)}")
-    patch = patch.with_metrics(report.summary(), report.outcomes())
+    origin = _origin(request.command, report, prepared.read) if prepared.incoming.new else None
+    patch = patch.with_metrics(report.summary(), report.outcomes(), origin)
     _save(patch, folder, _in_place(prepared.onto, request.onto, folder), prepared.read, say)
     return Applied(patch, report, folder, prepared.incoming, loaded.name)
+
+
+def _origin(command: Sequence[str], report: Report, read: FactFile) -> Origin:
+    """What a run was started from; of paths, which are nobody else's business, only the last parts."""
+    return Origin(
+        command=tuple(public_argument(each) for each in command),
+        facts=PurePath(read.path).name if read.digest else None,
+        facts_sha256=read.digest,
+        report=hashlib.sha256(report.model_dump_json().encode()).hexdigest(),
+    )
 
 
 def _known_before(prepared: Prepared, report: Report) -> list[str]:

@@ -21,7 +21,7 @@ def command(repo: str, out: str | None, force: bool) -> None:
     Commands that only read a patch take REPO itself; a folder is for keeping it, changing it, or having it at hand.
     """
     from patchkit.io.hub import patch_folder
-    from patchkit.patch.patch import Patch
+    from patchkit.patch.patch import Patch, copy_patch
 
     if Path(repo).exists():
         raise InputError(f"{repo}: a folder on this machine; give the name of a Hub repository")
@@ -29,7 +29,7 @@ def command(repo: str, out: str | None, force: bool) -> None:
     refuse_place(folder, None, force)
     fetched = patch_folder(repo)
     patch = Patch.load(fetched)
-    patch.save(folder)
+    copy_patch(fetched, folder)
     facts, commit = counted(len(patch.manifest.facts), "fact"), fetched.name
     stdout.print(
         f"patch: {folder} ({facts}, commit {commit[:12]}, digest {patch.manifest.digest[:16]})", soft_wrap=True

@@ -31,6 +31,10 @@ from patchkit.evaluate.gates import Gates
 @zsre_option
 @click.option("--skip-bad", is_flag=True, help="Leave out facts of --facts that cannot be used.")
 @quick_option
+@click.option("--signature", is_flag=True, help="First check the patch's signature; say whose it should be.")
+@click.option("--public-key", metavar="F", help="For --signature: the public key, as PEM.")
+@click.option("--identity", metavar="WHO", help="For --signature: the e-mail address or workflow that signed by OIDC.")
+@click.option("--issuer", metavar="URL", help="For --signature: who is sure of that identity.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     patch: str,
@@ -40,6 +44,10 @@ def command(
     zsre_target: str,
     skip_bad: bool,
     quick: bool,
+    signature: bool,
+    public_key: str | None,
+    identity: str | None,
+    issuer: str | None,
     as_json: bool,
     gates: Gates,
 ) -> None:
@@ -49,8 +57,14 @@ def command(
     """
     from patchkit.cli.jobs import verify_patch
     from patchkit.cli.tables import apply_table
+    from patchkit.io.hub import patch_folder
 
     refuse_quick(quick, gates)
+    if signature or public_key or identity or issuer:
+        from patchkit.patch.signing import Expected, check_signature
+
+        check_signature(patch_folder(patch), Expected(public_key, identity, issuer))
+        note(f"{patch}: its signature holds")
     with progress_bars() as progress:
         report = verify_patch(
             Path(patch),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,8 @@ from patchkit.patch.bases import is_path
 from patchkit.patch.card import Card, Kind, base_name
 from patchkit.patch.manifest import Manifest
 from patchkit.patch.patch import Patch
-from patchkit.patch.stored import digests_of, manifest_text, read_stored
+from patchkit.patch.provenance import provenance_text
+from patchkit.patch.stored import PROVENANCE, SIGNATURE, digests_of, manifest_text, read_stored
 from patchkit.words import counted
 
 Say = Callable[[str], None]
@@ -231,8 +233,12 @@ class _Content:
             return manifest.model_copy(update={"base": info})
 
         if isinstance(self.record, Manifest):
-            text = manifest_text(renamed(self.record), read_stored(folder).files)
-            return {"manifest.json": text.encode()}
+            if (folder / SIGNATURE).is_file():
+                raise InputError(
+                    f"--base {base}: the patch is signed, and another name for its base would break that; leave out "
+                    f"--base, or remove {SIGNATURE}"
+                )
+            return _manifest_and_provenance(renamed(self.record), folder)
         parents = tuple(map(renamed, self.record.parents))
         if isinstance(self.record, Merged):
             return {MANIFEST: _json(self.record.model_copy(update={"parents": parents, "base": base, "commit": None}))}
@@ -241,9 +247,8 @@ class _Content:
     def without_paths(self, folder: Path) -> dict[str, bytes]:
         """The files that would tell others where the base lies on this machine, without that."""
         if isinstance(self.record, Manifest):
-            stored = read_stored(folder)
-            text = manifest_text(self.record, digests_of(folder))
-            return {} if stored.digest else {"manifest.json": text.encode()}  # format 1 had the whole path
+            current = read_stored(folder).digest is not None
+            return {} if current else _manifest_and_provenance(self.record, folder)  # format 1 had the whole path
         if isinstance(self.record, Exported) and is_path(self.record.base.name):
             return self._texts(base_name(self.record.base.name), folder)
         return {}
@@ -253,6 +258,14 @@ class _Content:
         assert isinstance(self.record, Exported)
         names = (name for name in formats.get(self.record.format).files if not name.endswith(_WEIGHTS))
         return {name: renamed_base(folder / name, self.record.base.name, base) for name in names}
+
+
+def _manifest_and_provenance(manifest: Manifest, folder: Path) -> dict[str, bytes]:
+    """Both of a patch's files that say what it is, for the tensors in `folder`."""
+    files = {name: digest for name, digest in digests_of(folder).items() if name != PROVENANCE}
+    statement = provenance_text(manifest, files).encode()
+    files[PROVENANCE] = hashlib.sha256(statement).hexdigest()
+    return {PROVENANCE: statement, "manifest.json": manifest_text(manifest, files).encode()}
 
 
 def _json(record: BaseModel) -> bytes:

@@ -86,9 +86,8 @@ class Merged(_Record):
         ]
         for t in self.tensors:
             errors = ("-" if error is None else f"{error:.2g}" for error in (t.key_error, t.key_error_nearest))
-            rows.append(
-                f"| {in_markdown(t.weight)} | {in_markdown(t.dtype)} | {t.rounding} | {t.unchanged:.1%} | {' | '.join(errors)} |"
-            )
+            weight, dtype = in_markdown(t.weight), in_markdown(t.dtype)
+            rows.append(f"| {weight} | {dtype} | {t.rounding} | {t.unchanged:.1%} | {' | '.join(errors)} |")
         return "\n".join(rows) + "\n\n"
 
     def _held(self) -> str | None:

@@ -111,6 +111,8 @@ def _of_model(candidates: Sequence[_Candidate], base: Path) -> list[_Candidate]:
 def _spectrum(entry: Entry) -> Spectrum:
     stored = entry.verified()
     values = stored["eigenvalues"].read()  # (d_in,), ascending
+    if not bool(torch.isfinite(values).all()) or float(values[-1]) <= 0:
+        raise Damaged(f"{entry.file}: its eigenvalues cannot be those of second moments")
     count = min(TEXT_DIRECTIONS, len(values))
     rest = values[: len(values) - count]
     tail = float(rest.mean()) if len(rest) else 0.0

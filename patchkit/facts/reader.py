@@ -12,7 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,9 @@ def read_facts(
         ('Pine Kelmel was born in the city of', 'Liscombe')
     """
     known = layouts(Options(zsre_target, needs_subject, tuple(subjectless), chat, find_subject))
-    name, entries = file_entries(path)
+    name, entries, digest = file_entries(path)
     reading = _Reading(name, f"{name} ", "--skip-bad", known, _all_checks(token_count, check))
-    return reading.run(entries, limit, skip_bad)
+    return replace(reading.run(entries, limit, skip_bad), digest=digest)
 
 
 def parse_facts(

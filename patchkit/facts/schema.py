@@ -156,7 +156,7 @@ class FactFile:
     """What one file held. `format` is the name of a layout, such as native or counterfact, or mixed when they differ.
 
     `lines` has the line of each fact, counted as in `Rejected`; `notes` has, a sentence each, what else a user should
-    know, such as fields that are not used.
+    know, such as fields that are not used. `digest` is the sha256 of a file's bytes.
     """
 
     facts: tuple[Fact, ...]
@@ -165,6 +165,7 @@ class FactFile:
     format: str
     lines: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    digest: str | None = None
 
 
 def fact_schema() -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import hashlib
 import json
 import sys
 import zlib
@@ -22,14 +23,16 @@ from patchkit.facts.yaml_records import yaml_entries
 HUB = "hf://datasets/"
 
 
-def file_entries(path: str | Path) -> tuple[str, Iterator[Entry]]:
-    """The name of a file in messages, and its records; "-" is standard input, and a name may be on the Hub.
+def file_entries(path: str | Path) -> tuple[str, Iterator[Entry], str]:
+    """The name of a file in messages, its records, and the sha256 of its bytes; "-" is standard input, and a name may
+    be on the Hub.
 
     Raises:
         InputError: the file cannot be read at all.
     """
     name = "<stdin>" if str(path) == "-" else str(path) if str(path).startswith(HUB) else str(Path(path))
     data = sys.stdin.buffer.read() if name == "<stdin>" else _read_bytes(_local(name), name)
+    digest = hashlib.sha256(data).hexdigest()
     if data.startswith(b"\x1f\x8b"):
         data = _unzipped(data, name)
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -37,8 +40,8 @@ def file_entries(path: str | Path) -> tuple[str, Iterator[Entry]]:
     data = data.removeprefix(codecs.BOM_UTF8)
     ending = PurePosixPath(name.removesuffix(".gz")).suffix.lower()
     if ending in (".csv", ".tsv"):
-        return name, table_entries(data, name, "," if ending == ".csv" else "\t")
-    return name, (yaml_entries if ending in (".yaml", ".yml") else json_entries)(data, name)
+        return name, table_entries(data, name, "," if ending == ".csv" else "\t"), digest
+    return name, (yaml_entries if ending in (".yaml", ".yml") else json_entries)(data, name), digest
 
 
 def object_entries(records: Iterable[Mapping[str, Any] | Fact]) -> Iterator[Entry]:

@@ -127,7 +127,7 @@ def without_import(patch: Patch) -> Patch:
     """The patch with nothing left of what was imported, and a run in its history that says so."""
     manifest, nothing = patch.manifest, dict[str, Chain]()
     empty = Patch(manifest.model_copy(update={"updates": (), "digest": updates_digest(nothing)}), nothing)
-    gone = {"action": "revert", "metrics": None, "source": None, **_stamp()}
+    gone = {"action": "revert", "metrics": None, "source": None, "origin": None, **_stamp()}
     return with_run(empty, manifest.history[-1].model_copy(update=gone), manifest.digest)
 
 

@@ -24,7 +24,10 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from patchkit.errors import InputError, PatchkitError
 
-PATCH_FILES = ("manifest.json", "patch.safetensors", "state.safetensors", "README.md")
+PATCH_FILES = (
+    *("manifest.json", "patch.safetensors", "state.safetensors", "provenance.json", "patch.sig"),
+    "README.md",
+)
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[
     1
 ]  # of httpx or httpx2, whichever this huggingface_hub is built on

@@ -31,6 +31,13 @@ def public_name(name: str) -> str:
     return f"./{last}"
 
 
+def public_argument(argument: str) -> str:
+    """An argument of a command line as others may see it: of a path that leads from the root only the last part."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    rooted = value.startswith(("/", "~")) or bool(PureWindowsPath(value).drive)
+    return option + equals + public_name(value) if rooted else argument
+
+
 def remember(name: str, weights: Mapping[str, str]) -> None:
     """Note where the model with these weights (digests by on-disk name) is, if `name` is a folder here."""
     if not weights or not Path(name).is_absolute() or not Path(name).is_dir() or _noted(weights) == name:

@@ -1,4 +1,4 @@
-"""What has to agree in a manifest, beside the kinds of its values: checked once, when it is read or made.
+"""What has to agree in a manifest, beside the kinds of its values: checked once, when it is read.
 
 Everything that reads a manifest may then rely on it: that a fact's run is in the history, that updates are in the order
 of their places, and so on.

@@ -7,7 +7,9 @@ my-patch/
                       that open the feed-forward are among them, and the first update of the output projection is by
                       what its other neurons make up for them (patchkit.editing.neurons)
   manifest.json       patchkit.patch.manifest.Manifest
+  provenance.json     how it came about, in SLSA's form (patchkit.patch.provenance)
   README.md           model card made from the manifest
+  patch.sig           a signature, of a patch that was signed (patchkit.patch.signing)
   state.safetensors   <weight>.keys (d_in, n), <weight>.residuals (d_out, n): the columns of each fact in each solve, in
                       the order of patch.history.solve_records; values.targets, values.start (d, n): one for each fact
 """
@@ -15,6 +17,7 @@ my-patch/
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -36,11 +39,20 @@ from patchkit.model.openers import all_sites
 from patchkit.model.weights import Site, find_weight, read_weight, tensor_digest, weight_digest
 from patchkit.patch.bases import remember
 from patchkit.patch.card import model_card
-from patchkit.patch.manifest import Manifest
-from patchkit.patch.stored import MANIFEST, digests_of, manifest_text, read_stored, warn_without_digests
+from patchkit.patch.manifest import Manifest, Origin
+from patchkit.patch.provenance import provenance_text
+from patchkit.patch.stored import (
+    MANIFEST,
+    PROVENANCE,
+    SIGNATURE,
+    digests_of,
+    manifest_text,
+    read_stored,
+    warn_without_digests,
+)
 from patchkit.patch.tensors import STATE, UPDATES, check_state, numbers_of, read_tensors, updates_in
 
-OWN_FILES = (UPDATES, STATE, "rejected.jsonl", "README.md", MANIFEST)
+OWN_FILES = (UPDATES, STATE, "rejected.jsonl", "README.md", PROVENANCE, SIGNATURE, MANIFEST)
 """What patchkit writes, replaces and removes in a patch's folder. The manifest, which has the digest of the tensors,
 comes last: of a write that was cut off, no mixture is taken for a patch."""
 
@@ -118,9 +130,16 @@ class Patch:
         """(d_out, d_in) of each weight with updates, by its on-disk name."""
         return {info.weight: info.shape for info in self.manifest.updates}
 
-    def with_metrics(self, metrics: Mapping[str, Any], outcomes: Mapping[str, Outcome] | None = None) -> Patch:
-        """The patch with `metrics` noted in the last run of its history, and what became of each fact by its id."""
-        last = self.manifest.history[-1].model_copy(update={"metrics": dict(metrics)})
+    def with_metrics(
+        self,
+        metrics: Mapping[str, Any],
+        outcomes: Mapping[str, Outcome] | None = None,
+        origin: Origin | None = None,
+    ) -> Patch:
+        """The patch with `metrics` noted in the last run of its history, what became of each fact by its id, and what
+        the run was started from."""
+        more = {"origin": origin} if origin else {}
+        last = self.manifest.history[-1].model_copy(update={"metrics": dict(metrics), **more})
         noted = {"history": (*self.manifest.history[:-1], last), "outcomes": dict(outcomes or {})}
         return replace(self, manifest=self.manifest.model_copy(update=noted))
 
@@ -148,6 +167,8 @@ class Patch:
             save_file(numbers_of(self.updates), into / UPDATES, {"format": "pt"})
             if self.state:
                 save_file(dict(self.state), into / STATE, {"format": "pt"})
+            statement = provenance_text(self.manifest, digests_of(into))
+            (into / PROVENANCE).write_text(statement, encoding="utf-8")
             (into / MANIFEST).write_text(manifest_text(self.manifest, digests_of(into)), encoding="utf-8")
             (into / "README.md").write_text(model_card(self.manifest, folder.absolute().name), encoding="utf-8")
             beside(into)
@@ -173,8 +194,8 @@ class Patch:
         folder = patch_folder(folder)
         stored = read_stored(folder)
         manifest = stored.manifest
-        with_state = (folder / STATE).exists() or (folder / STATE).is_symlink()
-        for name in (UPDATES, STATE) if with_state else (UPDATES,):
+        with_state = _is_there(folder / STATE)
+        for name in (UPDATES, *(each for each in (STATE, PROVENANCE) if _is_there(folder / each))):
             stored.check(folder, name)
         updates = updates_in(manifest, read_tensors(folder / UPDATES), folder)
         if updates_digest(updates) != manifest.digest:
@@ -184,6 +205,22 @@ class Patch:
         if stored.digest is None:
             warn_without_digests(folder)
         return cls(manifest, updates, state)
+
+
+def copy_patch(source: Path, folder: Path) -> None:
+    """Put the files of the patch in `source` into `folder` as they are, signature included; see `Patch.save`."""
+
+    def write(into: Path) -> None:
+        for name in OWN_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, into / name)
+
+    write_folder(folder, OWN_FILES, write)
+
+
+def _is_there(file: Path) -> bool:
+    """Whether anything has the name, a pipe or a link that leads nowhere included."""
+    return file.exists() or file.is_symlink()
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from math import isfinite
 from typing import Any
 
 import torch
@@ -360,6 +361,10 @@ def update_infos(name: str, weight: Tensor, chain: Chain) -> Iterator[UpdateInfo
     for place, update in enumerate(chain):
         made = delta_of(chain[: place + 1], lambda: weight.float())
         norm = made.norm()
+        if not isfinite(norm):  # its square may be too large for the dtype, where it is not
+            norm = made.to(torch.float64).norm()
+        if not isfinite(norm) or not isfinite(weight_norm):
+            raise InputError(f"{name}: the change, or the weight itself, is not finite; nothing can be made of it")
         yield UpdateInfo(
             weight=name,
             place=place,

@@ -20,8 +20,9 @@ from patchkit.errors import InputError
 from patchkit.io.files import finish_folder
 from patchkit.patch.manifest import FORMAT_VERSION, Manifest
 
-MANIFEST = "manifest.json"
-COVERED = ("patch.safetensors", "state.safetensors")
+MANIFEST, SIGNATURE = "manifest.json", "patch.sig"
+PROVENANCE = "provenance.json"
+COVERED = ("patch.safetensors", "state.safetensors", PROVENANCE)
 """Files that the manifest has the digest of."""
 _MOST = 1 << 30
 """Bytes of a manifest that are read."""
@@ -57,14 +58,10 @@ class Stored:
 
 def file_digest(file: Path) -> str:
     """sha256 of a file's bytes."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow(opened)
-
-
-def _slow(opened: Any) -> str:  # Python 3.10
     digest = hashlib.sha256()
-    for chunk in iter(lambda: opened.read(1 << 20), b""):
-        digest.update(chunk)
+    with file.open("rb") as opened:
+        while chunk := opened.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 

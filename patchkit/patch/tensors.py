@@ -55,7 +55,9 @@ def updates_in(manifest: Manifest, tensors: Mapping[str, Tensor], folder: Path) 
         parts: dict[str, Any] = {name: tensors[prefix + name] for name in names if prefix + name in tensors}
         if len(parts) < len(names) or not _fits(info, parts):
             raise InputError(f"{folder}: {UPDATES} is not the one in manifest.json; get the patch again")
-        update = kind(**parts, **({"side": info.side} if kind is Rotation else {}))
+        if kind is Rotation:
+            parts["side"] = info.side
+        update = kind(**parts)
         updates[info.weight] = (*updates.get(info.weight, ()), update)
         known |= {prefix + name for name in names}
     if tensors.keys() - known:

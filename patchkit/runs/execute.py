@@ -146,6 +146,7 @@ def take_out(workspace: Workspace, patch: Patch, facts: Sequence[str]) -> Patch:
             "batches": (),
             "seconds": {"solve": round(time.perf_counter() - began, 3)},
             "metrics": None,
+            "origin": None,
             "superseded": {},
             "skipped": (),
             "removed": tuple(fact for fact in manifest.facts if fact.id in gone),

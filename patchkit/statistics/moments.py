@@ -48,7 +48,7 @@ def statistics(
     def compute(missing: Sequence[int], resumable: Partial) -> Iterator[tuple[int, Tensors]]:
         return _computed(runner, [runner.arch.sites[layer] for layer in missing], corpus, resumable, progress)
 
-    found = StatisticsStore(folder).get(wanted, compute)
+    found = StatisticsStore(folder).get(wanted, compute, are_moments)
     return {layer: _covariance(tensors, corpus.tokens) for layer, tensors in found.items()}
 
 
@@ -86,6 +86,24 @@ def tensors_of(mean: Tensor) -> Tensors:
         "eigenvalues": values,
         "eigenvectors": vectors.float().contiguous(),
     }
+
+
+def are_moments(stored: Tensors) -> bool:
+    """Whether stored tensors are second moments with their factorization: of one size, finite, no eigenvalue below zero
+    but for rounding, and as large in all as the diagonal is."""
+    try:
+        mean, values, vectors = (stored[name] for name in ("second_moment", "eigenvalues", "eigenvectors"))
+    except KeyError:
+        return False
+    size = len(values)
+    if values.shape != (size,) or not mean.shape == vectors.shape == (size, size) or not size:
+        return False
+    finite = all(bool(torch.isfinite(tensor).all()) for tensor in (mean, values, vectors))
+    total, largest = float(values.double().sum()), float(values.max())
+    if not finite or largest <= 0 or float(values.min()) < -1e-3 * largest:
+        return False
+    lengths = vectors.double().square().sum(0)
+    return abs(total - float(mean.double().trace())) < 1e-3 * total and bool((lengths - 1).abs().max() < 1e-3)
 
 
 def _covariance(stored: Tensors, tokens: int) -> Covariance:

@@ -110,6 +110,8 @@ class Partial:
         self.file.unlink(missing_ok=True)
 
 
+Sound = Callable[[Tensors], bool]
+"""Whether tensors can be the statistics that they are said to be."""
 Compute = Callable[[Sequence[int], Partial], Iterable[tuple[int, Tensors]]]
 """(layers, partial) -> for each of the layers its statistics."""
 
@@ -131,7 +133,7 @@ class StatisticsStore:
         """Whether there is a file of the statistics that `origin` made; it is not read."""
         return (self.root / origin.file).is_file()
 
-    def load(self, origin: Origin) -> dict[str, Tensor] | None:
+    def load(self, origin: Origin, sound: Sound = lambda tensors: True) -> dict[str, Tensor] | None:
         """The statistics that `origin` made; None where they are not there, or damaged, which a warning says."""
         file = self.root / origin.file
         if not file.is_file():
@@ -140,7 +142,10 @@ class StatisticsStore:
             notes, stored = read_checked(file)
             if Origin.model_validate_json(notes["origin"]).key != origin.key:
                 raise Damaged(f"{file}: statistics of something else")
-            return {name: tensor.read() for name, tensor in stored.items()}
+            tensors = {name: tensor.read() for name, tensor in stored.items()}
+            if not sound(tensors):
+                raise Damaged(f"{file}: no statistics can be so; damaged")
+            return tensors
         except (Damaged, KeyError, ValidationError) as error:
             _tell_damaged(error)
             return None
@@ -149,20 +154,22 @@ class StatisticsStore:
         """Keep the statistics that `origin` made."""
         write_checked(self.root / origin.file, tensors, {"origin": origin.model_dump_json()})
 
-    def get(self, wanted: Mapping[int, Origin], compute: Compute) -> dict[int, Tensors]:
-        """Statistics by layer: those that are there, and what `compute` gives for the others.
+    def get(
+        self, wanted: Mapping[int, Origin], compute: Compute, sound: Sound = lambda tensors: True
+    ) -> dict[int, Tensors]:
+        """Statistics by layer: those that are there and `sound`, and what `compute` gives for the others.
 
         `compute` runs under a lock, so that of two processes that want the same, one waits and takes what the other
         made. All of `wanted` are of one text and dtype.
         """
-        found = self._load_all(wanted)
+        found = self._load_all(wanted, sound)
         for origin in wanted.values():
             remove_left((self.root / origin.file).parent)
         if len(found) < len(wanted):
             folder = (self.root / next(iter(wanted.values())).file).parent
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / ".lock"):
-                found |= self._load_all({layer: wanted[layer] for layer in wanted.keys() - found.keys()})
+                found |= self._load_all({layer: wanted[layer] for layer in wanted.keys() - found.keys()}, sound)
                 missing = [layer for layer in wanted if layer not in found]
                 if missing:
                     partial = Partial(self.root, [wanted[layer] for layer in missing])
@@ -173,8 +180,8 @@ class StatisticsStore:
                 self._remove_leftovers(folder)
         return {layer: found[layer] for layer in wanted}
 
-    def _load_all(self, wanted: Mapping[int, Origin]) -> dict[int, Tensors]:
-        loaded = {layer: self.load(origin) for layer, origin in wanted.items()}
+    def _load_all(self, wanted: Mapping[int, Origin], sound: Sound) -> dict[int, Tensors]:
+        loaded = {layer: self.load(origin, sound) for layer, origin in wanted.items()}
         return {layer: tensors for layer, tensors in loaded.items() if tensors is not None}
 
     def _remove_leftovers(self, folder: Path) -> None:

@@ -66,8 +66,16 @@ def text_gradients(
     def compute(missing: Sequence[int], resumable: Partial) -> Iterator[tuple[int, Tensors]]:
         return _computed(runner, [runner.arch.sites[layer] for layer in missing], beginning, resumable, progress)
 
-    found = StatisticsStore(folder).get(wanted, compute)
+    found = StatisticsStore(folder).get(wanted, compute, are_gradients)
     return {layer: TextGradient(each["left"].double(), each["values"].double()) for layer, each in found.items()}
+
+
+def are_gradients(stored: Tensors) -> bool:
+    """Whether stored tensors are singular vectors and values: one for each other, finite, none of them below zero."""
+    left, values = stored.get("left"), stored.get("values")
+    if left is None or values is None or left.ndim != 2 or values.shape != left.shape[1:]:
+        return False
+    return all(bool(torch.isfinite(each).all()) for each in (left, values)) and bool((values >= 0).all())
 
 
 def _computed(

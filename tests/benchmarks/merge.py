@@ -44,14 +44,14 @@ CONSTANT = 256 << 20
 
 _RUN = Run(
     action="apply",
-    when="",
+    when="2026-01-01T00:00:00+00:00",
     method="random",
     paper="",
     recipe={},
     recipe_digest="",
     facts=(),
     batches=(),
-    layers=(),
+    layers=tuple(range(TOUCHED)),
     value_at="",
     contexts=(),
     text={},
