@@ -36,6 +36,14 @@ def _offline(socket_disabled: None) -> None:
     """No test may reach a network; those of the Hub open loopback for themselves."""
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_users_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What fixtures of whole modules keep does not go to the user's cache either."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PATCHKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics are shared by the tests of one run and never with the user's cache."""

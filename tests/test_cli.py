@@ -81,7 +81,7 @@ def test_apply_prints_a_table_and_writes_the_patch(run: Command, model: Path) ->
     assert ended.out.count("✓") == 2
     assert "patch: facts-patch" in ended.out
     written = {file.name for file in Path("facts-patch").iterdir()}
-    assert written == {"patch.safetensors", "manifest.json", "README.md", "state.safetensors"}
+    assert written == {"patch.safetensors", "manifest.json", "README.md", "state.safetensors", "provenance.json"}
     assert {file.name: file.read_bytes() for file in model.iterdir()} == before
 
 
@@ -464,11 +464,11 @@ def test_verify_json_has_this_schema(run: Command, patch: Path, model: Path) -> 
     assert ada["locality"] == {"success": None, "unchanged": None}
 
 
-def test_verify_uses_the_base_that_the_patch_names(run: Command, patch: Path) -> None:
+def test_verify_uses_the_base_that_the_patch_names(run: Command, patch: Path, model: Path) -> None:
     ended = run("verify", "--quick", patch, "--json")
     assert ended.status == 0
     assert ended.json()["efficacy"]["exact"] == 1.0
-    assert ended.err == ""
+    assert ended.err == f"model: {model} (the base that the patch names)\n"
 
 
 def test_verify_repeats_what_apply_measured(run: Command, patch: Path) -> None:
@@ -493,7 +493,7 @@ def test_gates(run: Command, patch: Path) -> None:
     failed = run("verify", "--quick", patch, "--min-efficacy", 1, "--max-perplexity-ratio", "0.01", "--json")
     assert failed.status == 1
     assert failed.json()["facts"] == 2  # the report is printed all the same
-    assert failed.err.startswith("error: gate failed: perplexity ratio ")
+    assert failed.err.splitlines()[-1].startswith("error: gate failed: perplexity ratio ")
     assert "asked for at most 0.01" in failed.err
 
 

@@ -140,11 +140,11 @@ def test_a_fact_format_from_outside_works_in_every_command(printed: Printed, mod
 
 
 @pytest.mark.usefixtures("shift")
-def test_a_metric_from_outside_is_found_in_every_command(printed: Printed, model: Path) -> None:
+def test_a_metric_from_outside_is_found_in_every_command(run: Command, printed: Printed, model: Path) -> None:
     apply = ("apply", "facts.jsonl", "--model", model, "--method", "memit", *SMALL, "--out")
     assert "how much likelier the target is, nats per token" in printed(*apply, "p")
     printed(*apply, "q")
-    report = json.loads(printed("verify", "p", "--quick", "--json"))
+    report = run("verify", "p", "--quick", "--json").json()
     shift = report["more"]["shift"]["nats"]
     assert shift == pytest.approx(sum(fact["more"]["shift"]["nats"] for fact in report["per_fact"]) / 2)
     assert shift > 0.1

@@ -72,13 +72,14 @@ def test_what_was_pushed_comes_back(hub: Hub, folder: Path) -> None:
     pushed = send(folder, tag="v1")
     repo = hub.repos[NAME]
     assert repo.branches["main"] == repo.tags["v1"] == pushed.commit
-    assert set(repo.files()) == {".gitattributes", "LICENSE", "README.md", "manifest.json", "patch.safetensors"}
+    wanted = {".gitattributes", "LICENSE", "README.md", "manifest.json", "patch.safetensors", "provenance.json"}
+    assert set(repo.files()) == wanted
     assert not repo.private
-    wanted = Patch.load(folder)
+    patch = Patch.load(folder)
     for name in (NAME, f"{NAME}@v1", f"{NAME}@{pushed.commit}"):
         found = Patch.load(patch_folder(name))
-        assert found.manifest == wanted.manifest
-        for weight, (delta,) in wanted.updates.items():
+        assert found.manifest == patch.manifest
+        for weight, (delta,) in patch.updates.items():
             assert delta.left.equal(found.updates[weight][0].left)
 
 
@@ -193,7 +194,7 @@ def test_somebody_else_pushing_meanwhile_is_not_overwritten(hub: Hub, folder: Pa
 
 def test_what_an_earlier_push_left_goes(hub: Hub, folder: Path, make: Callable[..., Patch]) -> None:
     patch = make()
-    state = {f"{weight}.keys": delta.right for weight, (delta,) in patch.updates.items()}
+    state = {f"{weight}.keys": delta.right.T.contiguous() for weight, (delta,) in patch.updates.items()}
     Patch(patch.manifest, patch.updates, state).save(folder)
     send(folder)
     assert "state.safetensors" in hub.repos[NAME].files()

@@ -206,7 +206,7 @@ def add_other_files(folder: Path) -> None:
 
 
 def other_files(folder: Path) -> dict[str, str]:
-    own = {"patch.safetensors", "state.safetensors", "manifest.json", "README.md"}
+    own = {"patch.safetensors", "state.safetensors", "manifest.json", "README.md", "provenance.json"}
     files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
     return {name: file.read_text() for name, file in files.items() if name not in own}
 

@@ -440,7 +440,9 @@ def test_from_pretrained_loads_base_and_patch(saved: tuple[Path, Path]) -> None:
     assert (model.dtype, model.patchkit.merged, model.patchkit.active) == (torch.float64, True, ("r",))
 
     moved = base.rename(base.parent / "moved")
-    with pytest.raises(InputError, match=r"base: no such folder; base= says where"):
+    with pytest.raises(
+        InputError, match=r"from a folder called base, which is not known here; name its base with base="
+    ):
         patchkit.from_pretrained(patch)
     model, _ = patchkit.from_pretrained(patch, base=moved)
     assert model.patchkit.active == ("rome",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,15 +86,17 @@ class ModelOptions:
         """The model to work on, `base` where the user named none; says on stderr which one it is then.
 
         Raises:
-            InputError: the base is a folder that is not known here, or code is to be run of a model nobody named.
+            InputError: the base is a folder that is not known here, with no $PATCHKIT_MODEL that says where it is; or
+                code is to be run of a model nobody named.
         """
         from patchkit.model.loading import choose_model
 
         named = None
         if base is not None and not self.name and not self.run_code:
-            from patchkit.patch.bases import base_to_load
+            from patchkit.patch.bases import base_to_load, is_known
 
-            named = base_to_load(base.name)
+            if is_known(base.name) or not os.environ.get("PATCHKIT_MODEL"):
+                named = base_to_load(base.name)
         chosen = choose_model(self.name, self.device, self.dtype, self.device_map, self.run_code, named)
         if chosen.notice:
             note(chosen.notice)

@@ -89,8 +89,11 @@ def patch_table(stored: Stored) -> RenderableType:
     base = manifest.base
     head = Text(f"base {base.name} ({base.architecture}{f', commit {base.commit}' if base.commit else ''})\n")
     whole = f"digest {stored.digest}" if stored.digest else "format 1, without a digest of the whole"
-    head.append(f"{whole}; of the weights' change {manifest.digest[:16]}\n")
-    head.append(f"{counted(len(manifest.facts), 'fact')}, {counted(len(manifest.updates), 'update')}\n")
+    head.append(f"{whole}\n")
+    head.append(
+        f"{counted(len(manifest.facts), 'fact')}, {counted(len(manifest.updates), 'update')} with digest "
+        f"{manifest.digest[:16]}\n"
+    )
     updates = Table("weight", "kind", "rank", "change", box=None, pad_edge=False, header_style="bold")
     for u in manifest.updates:
         turned = f", planes turn by {u.angles[0]:.2g} to {u.angles[2]:.2g} rad" if u.angles else ""

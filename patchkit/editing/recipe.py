@@ -135,7 +135,9 @@ def load_recipe(
     if "method" not in data:
         raise InputError(f'{where}: no "method"; add one of: {", ".join(methods.available())}')
     if not isinstance(data["method"], str):
-        raise InputError(f"{where}: method: not a name; choose one of: {', '.join(methods.available())}")
+        raise InputError(
+            f"{where}: unknown method, its name is no text; choose one of: {', '.join(methods.available())}"
+        )
     if isinstance(data.get("settings"), dict):
         data["settings"] = methods.get(data["method"]).config.renamed(data["settings"])
     for override in overrides:

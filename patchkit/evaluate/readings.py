@@ -97,7 +97,7 @@ def generate(runner: LayerRunner, tokenizer: Any, pairs: Sequence[Pair], extra: 
     return said
 
 
-WORST = 1e30
+WORST = 1e300
 """A perplexity that is no better than none, and still a number, which a manifest can hold."""
 
 

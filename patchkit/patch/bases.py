@@ -15,6 +15,7 @@ from pathlib import Path, PurePath, PureWindowsPath
 from patchkit.errors import InputError
 from patchkit.io.files import write_atomically
 from patchkit.io.places import cache_folder
+from patchkit.model.loading import embedded_model
 
 
 def is_path(name: str) -> bool:
@@ -47,10 +48,17 @@ def remember(name: str, weights: Mapping[str, str]) -> None:
 
 
 def known_here(name: str, weights: Mapping[str, str]) -> str:
-    """The folder that was noted for these weights, if it is there and has that name; else the public name."""
+    """The folder that was noted for these weights, if it is there and has that name, or the model that comes with
+    patchkit; else the public name."""
     public = public_name(name)
-    noted = _noted(weights) if is_path(name) else None
-    return noted if noted and public_name(noted) == public and Path(noted).is_dir() else public
+    folders = (_noted(weights), str(embedded_model())) if is_path(name) else ()
+    there = (folder for folder in folders if folder and public_name(folder) == public and Path(folder).is_dir())
+    return next(there, public)
+
+
+def is_known(name: str) -> bool:
+    """Whether a base's name leads anywhere: to the Hub, or to a folder that was noted here."""
+    return bool(name) and (not is_path(name) or Path(name).is_absolute())
 
 
 def base_to_load(name: str, option: str = "--model") -> str:
@@ -62,7 +70,7 @@ def base_to_load(name: str, option: str = "--model") -> str:
     Raises:
         InputError: it is a folder's name, and not known here.
     """
-    if is_path(name) and not Path(name).is_absolute():
+    if name and not is_known(name):
         raise InputError(
             f"the patch was made from a folder called {PurePath(name).name}, which is not known here; name its base "
             f"with {option}"

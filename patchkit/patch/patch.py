@@ -180,8 +180,8 @@ class Patch:
                     "the same command again"
                 )
 
-        write_folder(folder, OWN_FILES, write, check)
         remember(self.manifest.base.name, self.manifest.base.weights)
+        write_folder(folder, OWN_FILES, write, check)
 
     @classmethod
     def load(cls, folder: str | Path) -> Patch:
