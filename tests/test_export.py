@@ -170,7 +170,7 @@ def test_command_says_what_a_server_needs(checkpoint, tmp_path: Path) -> None:
         (tmp_path / "out" / mine).write_text("mine")
     printed = CliRunner().invoke(cli, [*arguments, "--json"], catch_exceptions=False)
     assert (tmp_path / "out" / ".git" / "HEAD").read_text() == (tmp_path / "out" / "notes.md").read_text() == "mine"
-    assert json.loads(printed.output)["commands"][0].startswith("vllm serve ")
+    assert json.loads(printed.stdout)["commands"][0].startswith("vllm serve ")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "library_name: peft" in card
     assert "--max-lora-rank 1 " in card

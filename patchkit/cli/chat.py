@@ -13,7 +13,7 @@ from patchkit.cli.common import (
     ModelOptions,
     model_options,
     note,
-    say,
+    say_answer,
     stdout,
 )
 from patchkit.errors import InputError
@@ -138,7 +138,7 @@ def _show(session: Session, question: str) -> None:
         for side, piece in session.ask(question):
             answers[side] += piece
         for side, text in answers.items():
-            say(f"{side}: {text.strip()}")
+            say_answer(f"{side}: {text.strip()}")
         return
     from rich.live import Live
     from rich.table import Table

@@ -51,6 +51,11 @@ def say(text: str) -> None:
     click.echo(visible(text))
 
 
+def say_answer(text: str) -> None:
+    """What a model said: into a file or a pipe every character of it, on a terminal what the terminal does not obey."""
+    click.echo(visible(text) if stdout.is_terminal else text)
+
+
 def print_json(text: str) -> None:
     """A text of JSON on stdout."""
     click.echo(in_json(text.rstrip("\n")))

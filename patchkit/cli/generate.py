@@ -16,7 +16,7 @@ from patchkit.cli.common import (
     ModelOptions,
     model_options,
     print_json,
-    say,
+    say_answer,
     stdout,
 )
 
@@ -95,7 +95,7 @@ def command(
         _print_table(found)
     else:
         for answer in found:
-            say(answer.patched.strip("\n") if chat else answer.prompt + answer.patched)
+            say_answer(answer.patched.strip("\n") if chat else answer.prompt + answer.patched)
 
 
 @contextmanager
