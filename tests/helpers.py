@@ -88,6 +88,20 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
     (folder / "manifest.json").write_text(with_digest(fields), encoding="utf-8")
 
 
+def key_pair(folder: Path) -> tuple[Path, Path]:
+    """A private and a public key of an elliptic curve, as files; skips the test where signatures cannot be made."""
+    pytest.importorskip("model_signing")
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    private = ec.generate_private_key(ec.SECP256R1())
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    (folder / "key.pem").write_bytes(private.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+    public = private.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+    (folder / "key.pub.pem").write_bytes(public)
+    return folder / "key.pem", folder / "key.pub.pem"
+
+
 # --- patches ----------------------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ from patchkit.io.hub import patch_folder
 from patchkit.patch.card import FACT_ROWS, Card, model_card
 from patchkit.statistics.sharing import pull_statistics, push_statistics
 from tests import zoo
+from tests.helpers import Command, key_pair, tree
 from tests.hub_server import TOKEN, Hub, reachable
 from tests.test_export import make_patch
 
@@ -513,3 +514,14 @@ def test_damaged_or_missing_statistics_are_refused(hub: Hub, base: Path, tmp_pat
     assert not list((tmp_path / "other").rglob("*.safetensors"))
     with pytest.raises(InputError, match="give --out DIR"):
         CliRunner().invoke(cli, [*computing, "--push", NAME], catch_exceptions=False)
+
+
+def test_a_signature_holds_on_the_hub_and_after_pulling(hub: Hub, folder: Path, tmp_path: Path, run: Command) -> None:
+    private, public = key_pair(tmp_path)
+    assert run("sign", folder, "--key", private).status == 0
+    send(folder)
+    check = ("--quick", "--signature", "--public-key", public)
+    assert f"{NAME}: its signature holds" in run("verify", NAME, *check).err
+    assert run("pull", NAME, "--out", tmp_path / "here").status == 0
+    assert run("verify", tmp_path / "here", *check).status == 0
+    assert tree(tmp_path / "here").items() >= {k: v for k, v in tree(folder).items() if k != "README.md"}.items()

@@ -18,7 +18,7 @@ from patchkit.cli.common import HarmlessConsole
 from patchkit.patch.card import model_card
 from patchkit.words import in_code, in_html, in_markdown, visible
 from tests import zoo
-from tests.helpers import Command, Ended, edit_manifest, edited_fact, random_patch, tree, write_facts
+from tests.helpers import Command, Ended, edit_manifest, edited_fact, key_pair, random_patch, tree, write_facts
 
 MODEL = zoo.FAMILIES["llama"]()
 ADA = {"id": "ada", "prompt": "the friend of Ada Lovelace", "subject": "Ada Lovelace", "target_new": "is"}
@@ -305,20 +305,7 @@ def test_the_provenance_of_a_patch_names_all_that_went_into_it(run: Command, bas
 
 @pytest.fixture
 def keys(tmp_path: Path) -> tuple[Path, Path]:
-    """A private and a public key."""
-    pytest.importorskip("model_signing")
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    private = ec.generate_private_key(ec.SECP256R1())
-    pem = serialization.Encoding.PEM
-    (tmp_path / "key.pem").write_bytes(
-        private.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    (tmp_path / "key.pub.pem").write_bytes(
-        private.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
-    )
-    return tmp_path / "key.pem", tmp_path / "key.pub.pem"
+    return key_pair(tmp_path)
 
 
 def test_a_signature_tells_a_change_that_digests_do_not(run: Command, patch: Path, keys: tuple[Path, Path]) -> None:

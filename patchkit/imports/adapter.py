@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from patchkit.errors import InputError
@@ -21,6 +19,7 @@ from patchkit.maths.updates import Chain
 from patchkit.model.weights import shape_of
 from patchkit.patch.manifest import Source
 from patchkit.patch.patch import Patch
+from patchkit.patch.tensors import read_tensors
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -66,9 +65,9 @@ def import_lora(folder: str | Path, base: str | None = None) -> Patch:
 def _config(folder: Path) -> Mapping[str, Any]:
     file = folder / CONFIG
     try:
-        config: Mapping[str, Any] = json.loads(file.read_bytes())
+        config: Mapping[str, Any] = json.loads(file.read_bytes() if file.is_file() else b"")
         kind = config.get("peft_type")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         raise InputError(f"--lora {folder}: no {CONFIG} in it that can be read; give an adapter's folder") from None
     if kind != "LORA":
         raise InputError(f"{file}: an adapter of kind {kind}, not LORA; merge it with PEFT and import the --diff")
@@ -85,10 +84,7 @@ def _pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     file = folder / WEIGHTS
     if not file.is_file() and (folder / OLD_WEIGHTS).is_file():
         raise InputError(f"{folder / OLD_WEIGHTS}: a pickle, which may run code; save it as {WEIGHTS} with PEFT")
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file}: cannot be read: {error}; get the adapter again") from None
+    tensors = read_tensors(file)
     modules = {name.removesuffix(end) for name in tensors for end in (_A, _B) if name.endswith(end)}
     known = {f"{module}{end}" for module in modules for end in (_A, _B)}
     if odd := sorted(known ^ tensors.keys()):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -57,18 +59,16 @@ def sign(folder: Path, signer: Signer) -> Path:
     """
     Patch.load(folder)
     signing = _library("signing")
-    files = {name for name in SIGNED if (folder / name).is_file()}
-    others = [path for path in folder.iterdir() if path.name not in files]
-    config = signing.Config().set_hashing_config(_library("hashing").Config().set_ignored_paths(paths=others))
+    config = signing.Config()
     if signer.key is not None:
         _check_key(signer.key)
         config = config.use_elliptic_key_signer(private_key=Path(signer.key), password=signer.password)
     else:
         config = config.use_sigstore_signer(identity_token=signer.token, oidc_issuer=signer.issuer)
-    with TemporaryDirectory() as elsewhere:  # nothing new may lie in the folder while it is read
-        made = Path(elsewhere) / SIGNATURE
+    with _alone(folder) as alone:
+        made = alone.parent / SIGNATURE
         try:
-            config.sign(folder, made)
+            config.sign(alone, made)
         except Exception as error:  # whatever the library, its cryptography and the network raise
             raise PatchkitError(f"{folder}: not signed: {_line(error)}") from None
         write_atomically(folder / SIGNATURE, lambda file: _copy(made, file))
@@ -85,7 +85,7 @@ def check_signature(folder: Path, expected: Expected) -> None:
     file = folder / SIGNATURE
     if not file.is_file():
         raise InputError(f"{folder}: not signed, there is no {SIGNATURE} in it")
-    config = _library("verifying").Config().set_ignore_unsigned_files(True)
+    config = _library("verifying").Config()
     if expected.key is not None:
         _check_key(expected.key)
         config = config.use_elliptic_key_verifier(public_key=Path(expected.key))
@@ -93,11 +93,25 @@ def check_signature(folder: Path, expected: Expected) -> None:
         config = config.use_sigstore_verifier(identity=expected.identity, oidc_issuer=expected.issuer)
     else:
         raise InputError("--signature: say who should have signed: --public-key FILE, or --identity and --issuer")
-    try:
-        config.verify(folder, file)
-    except Exception as error:  # as above
-        raise PatchkitError(f"{folder}: its signature does not hold: {_line(error)}; do not use it") from None
+    with _alone(folder) as alone:
+        try:
+            config.verify(alone, file)
+        except Exception as error:  # as above
+            raise PatchkitError(f"{folder}: its signature does not hold: {_line(error)}; do not use it") from None
     Patch.load(folder)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[Path]:
+    """A copy of the signed files in a folder of the same name: the library takes no links, which the Hub's cache is
+    made of, and signs whatever else lies there."""
+    with TemporaryDirectory() as place:
+        alone = Path(place) / folder.absolute().name
+        alone.mkdir()
+        for name in SIGNED:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, alone / name)
+        yield alone
 
 
 def _copy(source: Path, target: Path) -> None:

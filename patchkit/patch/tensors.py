@@ -28,13 +28,15 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     Raises:
         InputError: it is no safetensors file, or holds a number that is not finite.
     """
+    if not file.is_file():  # opening a pipe would wait
+        raise InputError(f"{file}: is missing, or no plain file; get it again")
     try:
         tensors: dict[str, Tensor] = load_file(file)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"{file}: its tensors cannot be read: {_line(error)}; get the patch again") from None
+        raise InputError(f"{file}: its tensors cannot be read: {_line(error)}; get it again") from None
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{file}: {key}: holds numbers that are not finite; get the patch again")
+            raise InputError(f"{file}: {key}: holds numbers that are not finite; get it again")
     return tensors
 
 
