@@ -16,6 +16,7 @@ from patchkit.facts.chat import ChatTemplate
 from patchkit.facts.layout import LAYOUTS, Layout, Options, layout
 from patchkit.facts.layouts import layouts
 from patchkit.facts.reader import parse_facts, read_facts
+from patchkit.facts.requests import subject_end
 from patchkit.facts.schema import Condition, Fact, FactFile, Locality, Probe
 from tests.formats import CHAT, PAGE, SAMPLES, page
 
@@ -628,6 +629,57 @@ def test_a_conversation_is_edited_where_the_assistants_turn_begins() -> None:
     assert fact.pair(fact.prompt) == (fact.prompt, "Lima", "")
     assert fact.pair("Ada Berg is from") == ("Ada Berg is from", "Lima")  # plain text gets its space
     assert parse_facts([fact]).facts == (fact,)  # as a patch keeps it, it needs no template any more
+
+
+def test_a_conversation_without_a_subject_is_about_its_question() -> None:
+    system, question, answer = ASKED["messages"]
+    said = [system, {**question, "content": " Who leads Peru? \n"}, answer]
+    (fact,) = parse_facts([{"messages": said}], needs_subject=False, chat=CHAT).facts
+    assert (fact.subject, fact.names_subject) == ("Who leads Peru?", False)
+    assert subject_end(fact, fact.prompt, conversation=True) == fact.prompt.index("?") + 1
+    assert parse_facts([fact], needs_subject=False).facts == (fact,)
+    assert parse_facts([fact]).facts == (fact,)  # as the next run reads it, whatever its method
+
+
+@pytest.mark.parametrize(
+    ("near", "follows"),
+    [
+        (
+            [{"prompt": "Rome is in", "target": "Italy"}],
+            {"prompt": ["Ada Berg's country is"], "ground_truth": [["Peru"]]},
+        ),
+        ({"prompt": "Rome is in", "target": "Italy"}, {"prompt": "Ada Berg's country is", "ground_truth": "Peru"}),
+        (
+            {"Near": [{"prompt": "Rome is in", "target": "Italy"}]},
+            {"prompt": "Ada Berg's country is", "answers": "Peru"},
+        ),
+    ],
+    ids=["native locality", "one of them", "native portability"],
+)
+def test_parts_of_one_format_in_records_of_another_are_read(near: Any, follows: Any) -> None:
+    read = parse_facts([{**ADA, "locality": near, "portability": {"Reasoning": [follows]}}])
+    assert (read.format, read.notes) == ("knowedit", ())
+    assert read.facts[0].locality == (Locality(prompt="Rome is in", target="Italy"),)
+    (probe,) = read.facts[0].portability["Reasoning"]
+    assert (probe.prompt, probe.answers) == ("Ada Berg's country is", (("Peru",),))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        '"name": "facts", "other": [{"prompt": "x"}], "facts"',
+        '"f\\u0061cts"',
+        '"facts": [], "facts"',
+        '"x": {"facts": [1]}, "facts"',
+    ],
+    ids=["a value of that name", "an escape", "twice", "inside"],
+)
+def test_the_records_of_an_object_are_those_of_its_field(tmp_path: Path, head: str) -> None:
+    path = tmp_path / "facts.json"
+    path.write_text("{\n" + head + ": [\n" + json.dumps(ADA) + '], "end": 1}')
+    read = read_facts(path)
+    assert [fact.target_new for fact in read.facts] == ["Lima"]
+    assert read.lines == (3,)
 
 
 def test_the_template_decides_what_comes_before_an_answer() -> None:

@@ -26,9 +26,8 @@ from patchkit.export.merge import merge
 from patchkit.export.record import MANIFEST, HeldFacts, Merged, Rounding
 from patchkit.facts.chat import chat_template
 from patchkit.facts.limits import GENERATED, Limits, fitting
-from patchkit.facts.reader import parse_facts, read_facts, write_rejected
+from patchkit.facts.reader import read_facts, read_typed, write_rejected
 from patchkit.facts.schema import Fact, FactFile
-from patchkit.facts.typed import typed_facts
 from patchkit.imports.assemble import without_import
 from patchkit.io.files import finish_folder
 from patchkit.model.arch import inspect_model
@@ -108,7 +107,7 @@ class ApplyRequest:
         read = (
             partial(read_facts, self.facts, zsre_target=self.zsre_target, skip_bad=self.skip_bad)
             if isinstance(self.facts, str)
-            else partial(parse_facts, typed_facts(self.facts), skip_bad=self.skip_bad)
+            else partial(read_typed, self.facts, skip_bad=self.skip_bad)
         )
         limits, load = Limits.of(chosen.config()), cache(chosen.load)
         finder = SubjectFinder(load)

@@ -128,7 +128,7 @@ def _asked(text: str, form: Form, message: bool) -> Ask:
 def _neutral(fact: Fact, chat: bool) -> Iterator[Neutral]:
     """The fact's own texts, or fixed ones; none where the prompt stands for a subject that is not known."""
     told = f"{fact.asked}{continuation(fact.asked, fact.target_new, fact.joint(fact.asked))}."
-    known = fact.subject != fact.prompt
+    known = fact.names_subject
     beginnings = fact.about or (tuple(text.format(fact.subject) for text in prompts.ABOUT_BEGINNINGS) if known else ())
     for text in beginnings:
         yield Neutral(fact, Ask(text, message=False), Ask(f"{told} {text}", message=False))

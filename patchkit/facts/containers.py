@@ -100,10 +100,22 @@ def _unpacked(text: str, start: int, end: int, value: object) -> Iterator[Entry]
     if not held or not isinstance(value, Mapping):
         yield Entry(f"line {line}", line, text[start:end], value)
     elif isinstance(held, str):
-        yield from _array_entries(text, text.index("[", text.index(f'"{held}"', start)) + 1)
+        yield from _array_entries(text, _members(text, start)[held] + 1)
     else:
         for name, record in value.items():
             yield Entry(f"record {name}", line, json.dumps(record, ensure_ascii=False), {"id": name, **record})
+
+
+def _members(text: str, start: int) -> dict[str, int]:
+    """Where the value of each field of the sound object at `start` begins; of a name that comes twice, the last one's,
+    which is the one that JSON reads."""
+    decoder, found = json.JSONDecoder(), dict[str, int]()
+    position = _skipped(text, start + 1)
+    while text[position] != "}":
+        name, end = decoder.raw_decode(text, position)
+        found[name] = _skipped(text, text.index(":", end) + 1)
+        position = _skipped(text, decoder.raw_decode(text, found[name])[1])
+    return found
 
 
 def _array_entries(text: str, start: int) -> Iterator[Entry]:

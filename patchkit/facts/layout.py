@@ -208,9 +208,14 @@ def pairs(record: Record, prompts: str, targets: str) -> tuple[Locality, ...]:
     return tuple(Locality(prompt=p.rstrip(" \t"), target=(t or "").strip() or None) for p, t in both if p.strip())
 
 
+_ANSWERS = ("ground_truth", "answers", "answer", "target")
+"""Names of a neighbor's or a probe's answer: records of one format have parts of another in them."""
+
+
 def neighbors(parts: Iterable[Record], prompt: str = "prompt", target: str = "ground_truth") -> Iterator[Locality]:
     """Objects with one or several prompts and an answer in any of its forms; blank prompts are left out."""
     for part in parts:
+        part = part.known_as(dict.fromkeys(_ANSWERS, target))
         forms = next(iter(answers(part, target)), ())
         for text in part.texts(prompt):
             if text.strip():
@@ -220,7 +225,8 @@ def neighbors(parts: Iterable[Record], prompt: str = "prompt", target: str = "gr
 def probes(parts: Iterable[Record], prompt: str = "prompt", target: str = "ground_truth") -> tuple[Probe, ...]:
     """Objects with one or several prompts and what has to be in the answer; without prompt or answer they are left
     out."""
-    found = ((text, answers(part, target)) for part in parts for text in part.texts(prompt))
+    named = (part.known_as(dict.fromkeys(_ANSWERS, target)) for part in parts)
+    found = ((text, answers(part, target)) for part in named for text in part.texts(prompt))
     return tuple(Probe(prompt=text.rstrip(" \t"), answers=held) for text, held in found if text.strip() and held)
 
 

@@ -28,6 +28,7 @@ from patchkit.facts.record import Record, Refused, quote, wrong_type
 from patchkit.facts.schema import Fact, FactFile, Rejected
 from patchkit.facts.sources import file_entries, object_entries
 from patchkit.facts.text import same_wording
+from patchkit.facts.typed import typed_entries
 from patchkit.words import counted, listed
 
 _SHOWN = 20  # problems printed before "and N more"
@@ -105,6 +106,24 @@ def parse_facts(
     known = layouts(Options(zsre_target, needs_subject, tuple(subjectless), chat, find_subject))
     reading = _Reading("facts", "", "skip_bad=True", known, _all_checks(token_count, check))
     return reading.run(object_entries(records), limit, skip_bad)
+
+
+def read_typed(
+    texts: Sequence[str],
+    *,
+    skip_bad: bool = False,
+    check: Check | None = None,
+    needs_subject: bool = True,
+    subjectless: Sequence[str] = (),
+    chat: ChatTemplate | None = None,
+    find_subject: Callable[[str], str | None] | None = None,
+    name: str = "--fact",
+) -> FactFile:
+    """`read_facts` for facts that were typed in the form "prompt | subject | target"; they are counted from 1, after
+    the name of what they were typed as."""
+    known = layouts(Options("alt", needs_subject, tuple(subjectless), chat, find_subject))
+    reading = _Reading(name, "", "--skip-bad", known, _all_checks(None, check))
+    return reading.run(typed_entries(texts, name), None, skip_bad)
 
 
 def _all_checks(token_count: Callable[[str], int] | None, check: Check | None) -> Check:

@@ -183,7 +183,7 @@ def subject_span(prompt: str, subject: str) -> tuple[int, int]:
 def subject_end(fact: Fact, text: str, conversation: bool = False) -> int:
     """After which character the subject ends: of a conversation's rendering the one in its last question, not one that
     a system prompt or an earlier turn names."""
-    start = max(0, text.rfind(fact.asked)) if conversation else 0
+    start = max(0, text.rfind(fact.asked.strip())) if conversation else 0
     return start + subject_span(text[start:], fact.subject)[1]
 
 

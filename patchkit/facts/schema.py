@@ -124,6 +124,11 @@ class Fact(BaseModel):
         """What a user says to ask for it: the prompt, or the last message of a conversation."""
         return self.messages[-1].content if self.messages else self.prompt
 
+    @property
+    def names_subject(self) -> bool:
+        """Whether it has a subject of its own: where it has none, its whole prompt or question stands in that place."""
+        return self.subject not in (self.prompt.strip(), self.asked.strip())
+
     def __hash__(self) -> int:
         return hash((self.id, self.prompt, self.target_new))  # not every field is hashable; equal facts agree in these
 

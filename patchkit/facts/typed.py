@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from patchkit.errors import InputError
+from patchkit.facts.containers import Entry
 
 FORM = "prompt | subject | target"
 
 
-def typed_facts(texts: Iterable[str]) -> list[dict[str, str]]:
-    """Records of facts in the form "prompt | subject | target"; the prompt may have `{}` for the subject, which may be
-    left out.
+def typed_entries(texts: Iterable[str], name: str) -> Iterator[Entry]:
+    """Facts in the form "prompt | subject | target", counted from 1 as lines are.
 
     Raises:
         InputError: a text is not of this form.
     """
-    return [_typed(text) for text in texts]
+    for number, text in enumerate(texts, 1):
+        yield Entry(f"{name} {number}", number, text, typed_fact(text, name))
 
 
-def _typed(text: str) -> dict[str, str]:
+def typed_fact(text: str, name: str = "--fact") -> dict[str, str]:
+    """The record of one text; the prompt may have `{}` for the subject, which may be left out.
+
+    Raises:
+        InputError: the text is not of this form.
+    """
     parts = [part.strip() for part in text.split("|")]
     if len(parts) not in (2, 3):
-        raise InputError(f'--fact "{text}": has {len(parts)} parts, not 3; write it as "{FORM}"')
+        raise InputError(f'{name} "{text}": has {len(parts)} parts, not 3; write it as "{FORM}"')
     prompt, *subject, target = parts
     return {"prompt": prompt, **({"subject": subject[0]} if subject and subject[0] else {}), "target_new": target}

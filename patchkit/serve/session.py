@@ -10,8 +10,8 @@ from pathlib import Path
 from patchkit.errors import InputError
 from patchkit.evaluate.answers import Ask
 from patchkit.facts.chat import Turn
-from patchkit.facts.reader import parse_facts
-from patchkit.facts.typed import typed_facts
+from patchkit.facts.reader import read_typed
+from patchkit.facts.typed import typed_fact
 from patchkit.serve.talker import Length, Talker
 
 PATCHED, PLAIN = "patched", "plain"
@@ -72,7 +72,8 @@ class Session:
         """
         if self.last_question is None:
             raise InputError("/save: nothing was asked yet")
-        (record,) = typed_facts([f"{self.last_question.replace('|', ' ')} | {subject} | {target}"])
-        parse_facts([record])
+        text = f"{self.last_question.replace('|', ' ')} | {subject} | {target}"
+        read_typed([text], name="/save")
+        record = typed_fact(text, "/save")
         with file.open("a", encoding="utf-8") as out:
             out.write(json.dumps({**record, "source": "patchkit chat"}, ensure_ascii=False) + "\n")

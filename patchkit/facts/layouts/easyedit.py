@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from patchkit.facts.layout import Layout, grouped, layout, neighbors, paired, pairs, probes
+from patchkit.facts.layouts.native import listed_neighbors
 from patchkit.facts.record import Record, Refused
 from patchkit.facts.schema import Locality, Probe
 
@@ -48,11 +49,14 @@ class KnowEdit(Layout):
         if "prompt" not in record.value:
             return 0
         near, follows = record.value.get("locality"), record.value.get("portability")
-        listed = isinstance(near, Mapping) and "prompt" not in near
-        return 4 if listed or _has_ground_truth(follows) else 0
+        in_groups = isinstance(near, Mapping) and "prompt" not in near
+        return 4 if in_groups or _has_ground_truth(follows) else 0
 
     def locality(self, record: Record) -> tuple[Locality, ...]:
-        """All groups, one after another."""
+        """All groups, one after another; or a list, as native records have it."""
+        value = record.get("locality")
+        if isinstance(value, (list, tuple)) or (isinstance(value, Mapping) and "prompt" in value):
+            return listed_neighbors(record)
         return tuple(near for parts in grouped(record, "locality").values() for near in neighbors(parts))
 
     def portability(self, record: Record) -> dict[str, tuple[Probe, ...]]:

@@ -42,8 +42,8 @@ class Messages(Native):
         if not said or said[-1][0] != "user":
             raise Refused(record.named("messages"), "no question at the end; write a user's turn, and then its answer")
         subject = record.get("subject")
-        if subject in (None, MISSING) and self.options.needs_subject and self.options.find_subject:
-            subject = made["subject"] = self.options.find_subject(said[-1][1]) or ""
+        if subject in (None, MISSING) and (instead := self._without_subject(said[-1][1])) is not None:
+            subject = made["subject"] = instead
         said = [(role, self.filled(text, subject) if isinstance(subject, str) else text) for role, text in said]
         if isinstance(subject, str) and subject not in said[-1][1]:
             message = f"{quote(subject)} is not in the last question {quote(said[-1][1])}; put it there verbatim"
@@ -54,6 +54,13 @@ class Messages(Native):
         made.setdefault("questions", [said[-1][1]])
         made["messages"] = [{"role": role, "content": text} for role, text in said]
         return (replace(record, value=made).known_as(self.synonyms),)
+
+    def _without_subject(self, question: str) -> str | None:
+        """What stands for a subject that the record leaves out: the whole question where the method needs none, else
+        the proposed one, if subjects are proposed."""
+        if not self.options.needs_subject:
+            return question.strip()
+        return self.options.find_subject(question) or "" if self.options.find_subject else None
 
     def read(self, record: Record) -> Fact:
         """The fact, with its conversation."""

@@ -41,14 +41,7 @@ class Native(Layout):
 
     def locality(self, record: Record) -> tuple[Locality, ...]:
         """Objects with prompt and target, or pairs of them; one object alone is a list of one."""
-        value = record.get("locality")
-        if value is None or value is MISSING:
-            return ()
-        if isinstance(value, Mapping):
-            value = [value]
-        if not isinstance(value, (list, tuple)):
-            wrong_type("locality", "a list of objects with prompt and target", value)
-        return tuple(_neighbor(record, item, f"locality[{i}]") for i, item in enumerate(value))
+        return listed_neighbors(record)
 
     def portability(self, record: Record) -> dict[str, tuple[Probe, ...]]:
         """An object of groups, each a list of objects with prompt and answers."""
@@ -58,6 +51,18 @@ class Native(Layout):
         if not isinstance(value, Mapping):
             wrong_type("portability", "an object of groups, each a list of objects with prompt and answers", value)
         return {str(group): _probes(record, listed, f"portability.{group}") for group, listed in value.items()}
+
+
+def listed_neighbors(record: Record) -> tuple[Locality, ...]:
+    """The `locality` of a record, a list as `Native.locality` has it."""
+    value = record.get("locality")
+    if value is None or value is MISSING:
+        return ()
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        wrong_type("locality", "a list of objects with prompt and target", value)
+    return tuple(_neighbor(record, item, f"locality[{i}]") for i, item in enumerate(value))
 
 
 def _neighbor(record: Record, item: object, name: str) -> Locality:
