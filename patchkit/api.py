@@ -19,6 +19,7 @@ from patchkit.facts.chat import chat_template
 from patchkit.facts.limits import GENERATED, Limits, fitting
 from patchkit.facts.reader import parse_facts
 from patchkit.facts.schema import Fact
+from patchkit.model.finite import refuse_not_finite
 from patchkit.model.loading import check_tokenizer
 from patchkit.patch.failures import with_reasons
 from patchkit.patch.patch import Patch
@@ -87,6 +88,7 @@ def apply(
         (192, 1024)
     """
     check_tokenizer(tokenizer, str(model.config._name_or_path))
+    refuse_not_finite(model, str(model.config._name_or_path))
     config = load_recipe(method, recipe, overrides, onto.manifest.history[-1].recipe if onto else None)
     prepared = prepare(
         partial(parse_facts, facts), tokenizer, config, onto, limits=Limits.of(model.config), unit="positions"
@@ -177,6 +179,7 @@ def measure(
         >>> report.facts, report.efficacy.success, report.locality.unchanged
         (2, 1.0, 1.0)
     """
+    refuse_not_finite(model, str(model.config._name_or_path))
     return measure_in(Workspace.of(model, tokenizer, progress=progress), patch, facts, text, quick)
 
 

@@ -347,7 +347,7 @@ ONE_BAD_RECORD = [
     ({**ADA, "locality": [{"prompt": "x", "traget": "y"}]}, r'line 2: locality\[0\].traget: unknown .* "target"'),
     (
         {**FLAT, "locality_prompt": ["a", "b"]},
-        "line 2: locality_ground_truth: has 1 entries, but locality_prompt has 2; pair them up",
+        "line 2: locality_ground_truth: has 1 item, but locality_prompt has 2; pair them up",
     ),
     ({**FLAT, "paraphrases": ["a"]}, 'line 2: paraphrases: is a native field, but "ground_truth" makes this'),
     ({**ADA, "target_new": ""}, "line 2: target_new: is empty"),

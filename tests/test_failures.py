@@ -133,3 +133,6 @@ def test_long_facts_keep_tables_short_and_ids_whole(
         assert "a-rather-long-name-2026" in shown
         assert len(shown.splitlines()) <= most
         assert max(map(len, run("log", tmp_path / "patch").out.splitlines())) < 400
+    monkeypatch.delenv("COLUMNS")  # a pipe: a row is a line, for grep
+    (row,) = [line for line in run("show", tmp_path / "patch").out.splitlines() if "a-rather-long-name-2026" in line]
+    assert all(part in row for part in ("The city of", "x x x", "not measured"))

@@ -437,7 +437,7 @@ def test_parallel_lists() -> None:
     assert second.locality == ()
     assert second.portability == {"one_hop": (Probe(prompt="Nils's is", answers=(("EC",),)),)}
     assert second.paraphrases == ("The home of Nils Dahl is",)
-    with pytest.raises(InputError, match="subject: has 1 entries, but prompts has 2; pair them up"):
+    with pytest.raises(InputError, match="subject: has 1 item, but prompts has 2; pair them up"):
         parse_facts([{**record, "subject": ["Ada Berg"]}])
 
 

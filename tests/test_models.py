@@ -11,8 +11,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+import patchkit
 from patchkit.errors import InputError
 from patchkit.model.arch import inspect_model
+from patchkit.model.finite import refuse_not_finite
 from patchkit.model.loading import choose_model, embedded_model, load_model
 from patchkit.model.weights import disk_name, model_digest, same_weight, tensor_digest
 from tests import zoo
@@ -132,6 +134,42 @@ def test_a_saved_checkpoint_has_the_digest_of_the_model(tmp_path: Path) -> None:
     assert model_digest(model.named_parameters()) == model_digest(again.named_parameters())
 
 
+# --- numbers that are none --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("value", "what"), [(float("nan"), "not a number"), (float("-inf"), "infinite")])
+@pytest.mark.parametrize("weight", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"])
+def test_a_base_with_a_number_that_is_none_is_refused_by_its_place(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: str, value: float, what: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = zoo.FAMILIES["llama"]()
+    random_patch(model, "base", [edited_fact()], ranks={1: 1}).save("patch")
+    with torch.no_grad():
+        model.get_parameter(weight)[7, 2] = value
+    zoo.save(model, zoo.tiny_tokenizer(), "base")
+    there = tree(tmp_path)
+    for arguments in (("apply", *FACT), ("verify", "patch"), ("generate", "--patch", "patch", "Rome"), ("stats",)):
+        ended = run(*arguments, "--model", "base")
+        assert ended.status == 2
+        assert f"error: model base: {weight} is {what} at [7, 2]; fetch the checkpoint again" in ended.err
+        assert len(ended.err.splitlines()) == 1
+    assert tree(tmp_path) == there
+    with pytest.raises(InputError, match=rf"{weight} is {what} at \[7, 2\]"):
+        patchkit.apply(
+            model, zoo.tiny_tokenizer(), [{"prompt": "Rome lies in", "subject": "Rome", "target_new": "Peru"}]
+        )
+
+
+def test_of_many_the_first_is_named_and_in_half_precision_the_dtype_may_be_to_blame() -> None:
+    model = zoo.FAMILIES["llama"]().half()
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.mlp.up_proj.weight")[1] = float("inf")
+    count = model.get_parameter("model.layers.0.mlp.up_proj.weight").shape[1] - 1
+    with pytest.raises(InputError, match=rf"at \[1, 0\], as are {count} other values of it; .*try --dtype bfloat16"):
+        refuse_not_finite(model, "base")
+
+
 # --- an adapter beside the base ---------------------------------------------------------------------------------------
 
 
@@ -153,6 +191,8 @@ FACT = ("--fact", "Rome lies in | Rome | Peru")
         ("apply", *FACT),
         ("verify", "patch"),
         ("generate", "--patch", "patch", "Rome"),
+        ("chat", "--patch", "patch"),
+        ("serve", "--patch", "patch", "--port", "0"),
         ("revert", "patch", "--last", "1", "--out", "less"),
         ("merge", "patch", "--out", "merged"),
         ("stats",),

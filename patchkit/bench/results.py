@@ -81,8 +81,8 @@ class Results:
             if other:
                 what = " and ".join(other).replace("_", " ")
                 raise InputError(
-                    f"--out {self.folder}: its row of {row.method} after {row.edits} edits is from a run with "
-                    f"different {what}; choose another folder"
+                    f"--out {self.folder}: its row of {row.method} after {counted(row.edits, 'edit')} is from a run "
+                    f"with different {what}; choose another folder"
                 )
 
 

@@ -154,7 +154,7 @@ def _run(runs: Sequence[MethodRun], marks: Sequence[int], say: Say) -> dict[str,
             try:
                 patch = run.run_to(left[0], clock)
             except PatchkitError as error:
-                stopped[run.name] = f"stopped on the way to {left[0]} edits: {error}"
+                stopped[run.name] = f"stopped on the way to {counted(left[0], 'edit')}: {error}"
                 say(f"{run.name}: {stopped[run.name]}")
                 left.clear()
                 continue

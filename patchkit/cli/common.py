@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.text import Text
@@ -41,9 +41,27 @@ class HarmlessConsole(Console):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
+_UNBOUNDED = 10_000
+"""Columns where nobody has said how many there are."""
+
+
+class _Stdout(HarmlessConsole):
+    """Standard output; in a pipe or a file a row is one line, for grep and cut, unless $COLUMNS says otherwise."""
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        found = super().size
+        bounded = self.is_terminal or os.environ.get("COLUMNS", "").isdigit()
+        return found if bounded else ConsoleDimensions(_UNBOUNDED, found.height)
+
+    @size.setter
+    def size(self, new_size: tuple[int, int]) -> None:
+        self._width, self._height = new_size
+
+
 # Prompts and paths are printed as they are: "[/b]" is no markup here and ":smile:" no emoji.
 stderr = HarmlessConsole(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
-stdout = HarmlessConsole(highlight=False, markup=False, emoji=False)
+stdout = _Stdout(highlight=False, markup=False, emoji=False)
 
 
 def say(text: str) -> None:

@@ -57,7 +57,7 @@ def command(
         )
     for weight, tokens_seen, width, rank in computed:
         gradient = "" if rank is None else f", gradient of rank {rank}"
-        stdout.print(f"{weight}: {width} x {width} from {tokens_seen:,} tokens{gradient}", soft_wrap=True)
+        stdout.print(f"{weight}: {width} x {width} from {counted(tokens_seen, 'token')}{gradient}", soft_wrap=True)
     if push_to:
         from patchkit.statistics.sharing import push_statistics
 
@@ -71,5 +71,5 @@ def _pull(repo: str, out: str | None) -> None:
 
     for entry in pull_statistics(repo, out):
         origin = entry.origin
-        what = f"{origin.kind.replace('_', ' ')} of {origin.weight} from {origin.text.tokens:,} tokens"
+        what = f"{origin.kind.replace('_', ' ')} of {origin.weight} from {counted(origin.text.tokens, 'token')}"
         stdout.print(f"{what}, model {origin.model[:12]}", soft_wrap=True)

@@ -171,7 +171,7 @@ def run_text(manifest: Manifest, number: int) -> Text:
     lines = [f"when    {run.when}", f"method  {run.method}, layers {', '.join(map(str, run.layers))}"]
     if run.action == "apply":
         lines.append(f"recipe  {run.recipe_digest[:16]}, seed {run.recipe.get('seed')}")
-        lines.append(f"text    {run.text.source}, {run.text.tokens:,} tokens")
+        lines.append(f"text    {run.text.source}, {counted(run.text.tokens, 'token')}")
     if source := run.source:
         lines.append(f"source  {source.name} ({source.kind}), off by at most {source.error:.1g} of a change")
         lines.append(f"unknown {', '.join(source.unknown)}")

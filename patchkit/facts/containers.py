@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from patchkit.errors import InputError
 from patchkit.facts.record import Refused
+from patchkit.words import counted
 
 LISTS = ("facts", "data")  # fields of an object that holds all records
 
@@ -185,7 +186,8 @@ def table_entries(data: bytes, name: str, separator: str) -> Iterator[Entry]:
 def _row(head: list[str], row: list[str], line: int) -> Entry:
     raw = json.dumps(dict(zip(head, row, strict=False)), ensure_ascii=False)
     if len(row) > len(head):
-        more = f"has {len(row)} cells, but the first row names {len(head)}; put quotes around cells with separators"
+        more = f"has {counted(len(row), 'cell')}, but the first row names {len(head)}"
+        more += "; put quotes around cells with separators"
         return Entry(f"line {line}", line, raw, Refused(None, more))
     cells = {field: _cell(cell) for field, cell in zip(head, row, strict=False) if field and cell.strip()}
     return Entry(f"line {line}", line, raw, cells)

@@ -22,6 +22,7 @@ from typing import ClassVar, Literal
 from patchkit.facts.chat import ChatTemplate
 from patchkit.facts.record import MISSING, Record, Refused, quote
 from patchkit.facts.schema import Fact, Locality, Probe
+from patchkit.words import counted
 
 ZsreTarget = Literal["alt", "answers"]
 LAYOUTS: dict[str, type[Layout]] = {}
@@ -203,7 +204,7 @@ def pairs(record: Record, prompts: str, targets: str) -> tuple[Locality, ...]:
     asked = record.texts(prompts)
     said: tuple[str | None, ...] = record.texts(targets) or (None,) * len(asked)
     if len(said) != len(asked):
-        raise Refused(targets, f"has {len(said)} entries, but {prompts} has {len(asked)}; pair them up")
+        raise Refused(targets, f"has {counted(len(said), 'item')}, but {prompts} has {len(asked)}; pair them up")
     both = zip(asked, said, strict=True)
     return tuple(Locality(prompt=p.rstrip(" \t"), target=(t or "").strip() or None) for p, t in both if p.strip())
 

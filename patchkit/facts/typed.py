@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from patchkit.errors import InputError
 from patchkit.facts.containers import Entry
+from patchkit.words import counted
 
 FORM = "prompt | subject | target"
 
@@ -28,6 +29,6 @@ def typed_fact(text: str, name: str = "--fact") -> dict[str, str]:
     """
     parts = [part.strip() for part in text.split("|")]
     if len(parts) not in (2, 3):
-        raise InputError(f'{name} "{text}": has {len(parts)} parts, not 3; write it as "{FORM}"')
+        raise InputError(f'{name} "{text}": has {counted(len(parts), "part")}, not 3; write it as "{FORM}"')
     prompt, *subject, target = parts
     return {"prompt": prompt, **({"subject": subject[0]} if subject and subject[0] else {}), "target_new": target}

@@ -18,6 +18,7 @@ from patchkit.io.checkpoint import refuse_adapter
 from patchkit.io.hub import ask_once
 from patchkit.io.places import shipped
 from patchkit.model.devices import home_of
+from patchkit.model.finite import refuse_not_finite
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -137,7 +138,8 @@ def load_model(
         run_code: let Python code that comes with the model run; without it nothing is asked, and such code is refused.
 
     Raises:
-        InputError: there is no such model, it is not a language model, or its tokenizer has no offsets.
+        InputError: there is no such model, it is not a language model, its tokenizer has no offsets, or a weight is
+            not finite.
     """
     on_cpu, placement = _placement(device, device_map)
     if dtype not in ("auto", *DTYPES):
@@ -152,6 +154,8 @@ def load_model(
     except Exception as error:  # a damaged checkpoint makes its readers raise anything
         raise _not_loaded(name, error) from None
     model, found = loaded
+    if not found["missing_keys"]:  # those are made up, and may be anything
+        refuse_not_finite(model, name)
     if encodes or found["missing_keys"] or not _is_causal(model):
         what = "an encoder-decoder" if encodes else "a model that sees later tokens too"
         if found["missing_keys"]:

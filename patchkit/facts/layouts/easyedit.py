@@ -10,6 +10,7 @@ from patchkit.facts.layout import Layout, grouped, layout, neighbors, paired, pa
 from patchkit.facts.layouts.native import listed_neighbors
 from patchkit.facts.record import Record, Refused
 from patchkit.facts.schema import Locality, Probe
+from patchkit.words import counted
 
 
 @layout
@@ -181,7 +182,7 @@ def _of_length(record: Record, name: str, count: int) -> list[Any]:
     value = record.get(name)
     listed = list(value) if isinstance(value, (list, tuple)) else [value]
     if len(listed) != count:
-        raise Refused(record.named(name), f"has {len(listed)} entries, but prompts has {count}; pair them up")
+        raise Refused(record.named(name), f"has {counted(len(listed), 'item')}, but prompts has {count}; pair them up")
     return listed
 
 
