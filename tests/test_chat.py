@@ -78,6 +78,7 @@ def test_a_wrong_answer_is_saved_as_a_fact_that_apply_reads(
     assert "nothing was asked yet" in ended.err
     assert "write /save SUBJECT | TARGET" in ended.err
     assert ended.err.count("error: ") == 3
+    assert 'error: /save: subject: "Spain" is not in prompt' in ended.err
     (line,) = facts.read_text().splitlines()
     fact = {"prompt": QUESTION, "subject": "France", "target_new": "Rome", "source": "patchkit chat"}
     assert json.loads(line) == fact

@@ -142,7 +142,7 @@ def test_a_fact_may_be_typed(run: Command, model: Path) -> None:
     assert "give either FACTS or --fact" in run("apply", "--model", model).err
     bad = run("apply", "--fact", "{} lies in | Rome | Peru", "--fact", "Oslo is in | Bergen | Peru", "--model", model)
     assert '--fact 2: subject: "Bergen" is not in prompt "Oslo is in"' in bad.err
-    assert "correct them, or leave them out with --skip-bad" in bad.err
+    assert "correct it, or leave it out with --skip-bad" in bad.err
 
 
 def test_a_target_that_the_base_says_already_is_named_by_its_line(run: Command, model: Path) -> None:

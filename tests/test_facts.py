@@ -385,7 +385,7 @@ def test_each_mistake_names_file_line_and_field(tmp_path: Path, record: Any, mes
     head, problem, advice = refusal(path).split("\n")
     assert head == f"{path}: 1 of 2 facts cannot be used"
     assert re.match(f"{re.escape(str(path))} {message}", problem), problem
-    assert advice == "correct them, or leave them out with --skip-bad"
+    assert advice == "correct it, or leave it out with --skip-bad"
 
 
 def test_unrelated_extras_are_no_typos(tmp_path: Path) -> None:

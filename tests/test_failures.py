@@ -58,6 +58,16 @@ def test_a_value_that_was_never_found() -> None:
     assert "value.steps" in found.advice
 
 
+@pytest.mark.parametrize(
+    ("method", "setting"), [("ultraedit", "--set sweeps=N"), ("ft", "--set bound=X"), ("not-here", "value.steps")]
+)
+def test_what_to_try_are_settings_of_the_method(method: str, setting: str) -> None:
+    fact = edited_fact(target_loss=3.0)
+    found = why(random_patch(MODEL, "base", [fact], ranks={1: 1}, method=method), measured())
+    assert found is not None
+    assert setting in found.advice
+
+
 def test_a_prompt_that_is_completed_and_a_question_that_is_not_answered() -> None:
     found = why(patch_of(edited_fact()), measured(exact=True))
     assert found is not None

@@ -119,10 +119,10 @@ def read_typed(
     find_subject: Callable[[str], str | None] | None = None,
     name: str = "--fact",
 ) -> FactFile:
-    """`read_facts` for facts that were typed in the form "prompt | subject | target"; they are counted from 1, after
-    the name of what they were typed as."""
+    """`read_facts` for facts that were typed in the form "prompt | subject | target"; several are counted
+    from 1, after the name of what they were typed as."""
     known = layouts(Options("alt", needs_subject, tuple(subjectless), chat, find_subject))
-    reading = _Reading(name, "", "--skip-bad", known, _all_checks(None, check))
+    reading = _Reading(name, "", "--skip-bad", known, _all_checks(None, check), typed=True)
     return reading.run(typed_entries(texts, name), None, skip_bad)
 
 
@@ -173,6 +173,7 @@ class _Reading:
     skip_option: str
     known: tuple[Layout, ...]
     check: Check
+    typed: bool = False
     count: int = 0
     facts: list[Fact] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
@@ -270,6 +271,9 @@ class _Reading:
             yield f"{self.name}: {remark}: {listed(places)}"
 
     def _report(self, skip_bad: bool) -> str:
+        if self.typed and self.count == 1:
+            return self.problems[0]
+        them = "it" if len(self.problems) == 1 else "them"
         lines = [f"{self.name}: {len(self.problems)} of {counted(self.count, 'fact')} cannot be used"]
         lines += self.problems[:_SHOWN]
         if len(self.problems) > _SHOWN:
@@ -277,9 +281,9 @@ class _Reading:
         if skip_bad:
             lines.append("no usable fact is left")
         elif self.facts:
-            lines.append(f"correct them, or leave them out with {self.skip_option}")
+            lines.append(f"correct {them}, or leave {them} out with {self.skip_option}")
         else:
-            lines.append(f"correct them ({self.skip_option} would leave no fact at all)")
+            lines.append(f"correct {them} ({self.skip_option} would leave no fact at all)")
         return "\n".join(lines)
 
 

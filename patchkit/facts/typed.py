@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 from patchkit.errors import InputError
 from patchkit.facts.containers import Entry
@@ -11,14 +11,14 @@ from patchkit.words import counted
 FORM = "prompt | subject | target"
 
 
-def typed_entries(texts: Iterable[str], name: str) -> Iterator[Entry]:
-    """Facts in the form "prompt | subject | target", counted from 1 as lines are.
+def typed_entries(texts: Sequence[str], name: str) -> Iterator[Entry]:
+    """Facts in the form "prompt | subject | target"; several are counted from 1, as lines are.
 
     Raises:
         InputError: a text is not of this form.
     """
     for number, text in enumerate(texts, 1):
-        yield Entry(f"{name} {number}", number, text, typed_fact(text, name))
+        yield Entry(name if len(texts) == 1 else f"{name} {number}", number, text, typed_fact(text, name))
 
 
 def typed_fact(text: str, name: str = "--fact") -> dict[str, str]:

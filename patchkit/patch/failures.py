@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from patchkit import methods
 from patchkit.evaluate.report import FactReport, Report, Why
 from patchkit.patch.history import solve_records
 from patchkit.patch.manifest import EditedFact, Manifest
@@ -19,6 +20,13 @@ LEARNED = math.log(2)
 """Nats: a value that predicts the target's tokens with less than a half each was never found."""
 ALIKE = 0.5
 """Cosine of two facts' keys, averaged over the edited weights, from which on one may have overwritten the other."""
+
+_MORE = {
+    "values": "try more steps (--set value.steps=N), a longer change (--set value.clamp=X)",
+    "gradients": "try more sweeps (--set sweeps=N), a larger step (--set rate=X)",
+    "none": "try more steps (--set steps=N), a larger bound (--set bound=X)",
+}
+"""What to try, by what the method's solves are for (`Method.targets`)."""
 
 
 def with_reasons(report: Report, patch: Patch, sites: Sites) -> Report:
@@ -39,12 +47,7 @@ def with_reasons(report: Report, patch: Patch, sites: Sites) -> Report:
 
 def _why(found: FactReport, fact: EditedFact, manifest: Manifest, keys: Mapping[str, list[Tensor]]) -> Why:
     if fact.target_loss > LEARNED:
-        return Why(
-            kind="never learned",
-            because=f"never learned: after {counted(fact.steps, 'step')} its target's tokens have a mean probability "
-            f"of {math.exp(-fact.target_loss):.0%}",
-            advice="try more steps (--set value.steps=N), a longer change (--set value.clamp=X), or a shorter target",
-        )
+        return _never_learned(fact, manifest.history[fact.run].method)
     if found.efficacy.exact:
         return Why(
             kind="not in other words",
@@ -53,6 +56,18 @@ def _why(found: FactReport, fact: EditedFact, manifest: Manifest, keys: Mapping[
             advice="give it `rewordings`, or edit with --set prompts=in-use",
         )
     return _overwritten(fact, manifest, keys)
+
+
+def _never_learned(fact: EditedFact, method: str) -> Why:
+    known = method in methods.available()  # of one that is not installed here, no settings can be named
+    targets = methods.get(method).targets if known else "values"
+    after = f"after {counted(fact.steps, 'step')}" if targets == "values" else "after the edit"
+    return Why(
+        kind="never learned",
+        because=f"never learned: {after} its target's tokens have a mean probability of "
+        f"{math.exp(-fact.target_loss):.0%}",
+        advice=f"{_MORE[targets]}, or a shorter target",
+    )
 
 
 def _overwritten(fact: EditedFact, manifest: Manifest, keys: Mapping[str, list[Tensor]]) -> Why:
