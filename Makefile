@@ -5,6 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test test-slow test-thorough test-llama docs pages models table clean
 
 .venv/ready: pyproject.toml constraints.txt
+	@echo "installing into .venv: once, some minutes, and up to gigabytes where torch comes with CUDA"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
@@ -30,12 +31,12 @@ models: .venv/ready
 	$(BIN)/python examples/fetch_models.py all --out models
 
 test-slow: models
-	$(BIN)/pytest -m slow tests/test_real_models.py
+	$(BIN)/pytest -m slow tests/test_real_models.py tests/test_examples.py
 
 # Kills, generated files, every method on every kind of device, and whether README's real numbers are out of date: an
 # hour or more.
 test-thorough: models
-	$(BIN)/pytest -m slow --ignore=tests/test_real_models.py
+	$(BIN)/pytest -m slow --ignore=tests/test_real_models.py --ignore=tests/test_examples.py
 
 # llama.cpp is compiled here, which takes a quarter of an hour on two cores.
 test-llama: models

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+from datetime import datetime, timezone
 from importlib import metadata
+from typing import Any
 
 from patchkit.errors import InputError
 
@@ -22,3 +25,20 @@ def patchkit_version() -> str:
             f"the distribution {DISTRIBUTION} is not installed, so that the version of patchkit is unknown; "
             "run pip install -e . in its checkout"
         ) from None
+
+
+def stamp(**more: str) -> dict[str, Any]:
+    """When and with what a run of a patch's history was made, `more` being further versions."""
+    import torch
+    import transformers
+
+    return {
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {
+            "patchkit": patchkit_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            **more,
+        },
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,8 +14,22 @@ from tests.conftest import ROOT
 
 
 def run(script: str, *arguments: str) -> str:
-    command = [sys.executable, str(ROOT / "examples" / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return _printed(str(ROOT / "examples" / script), *arguments)
+
+
+def run_code(code: str, **environment: str) -> str:
+    """What the code prints, as a notebook in the repository's root would."""
+    return _printed("-c", code, **environment)
+
+
+def _printed(*arguments: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -37,6 +52,44 @@ def test_stack_patches_shows_each_state() -> None:
     out = run("stack_patches.py")
     assert "disabled:" in out
     assert out.rstrip().endswith("every weight is bit for bit as it was: True")
+
+
+def test_publish_shows_what_would_be_published() -> None:
+    out = run("publish.py")
+    assert {"adapter_model.safetensors", "manifest.json", "README.md"} <= set(out.split())
+    assert "2 facts written into `factworld`" in out
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
+    notebook = json.loads((ROOT / "examples" / "first_edit.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell.get("outputs") for cell in notebook["cells"])
+    out = run_code("\n".join(cells), PATCHKIT_EXAMPLE_OUT=str(tmp_path)).splitlines()
+    first, more, less = (line for line in out if line.startswith(("first", "more", "less")))
+    assert "Liscombe" in first
+    assert more != first
+    assert less.count("Liscombe") == 1
+    assert (tmp_path / "notebook-patch" / "patch.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_compare_methods_has_a_row_for_each() -> None:
+    head, *rows = run("compare_methods.py", "memit", "rome").splitlines()
+    assert head.split()[0] == "method"
+    assert [row.split()[0] for row in rows] == ["memit", "rome"]
+    assert all(row.split()[1].endswith("%") for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "models" / "smollm2-135m").is_dir(), reason="make models fetches the chat model")
+def test_a_chat_model_is_corrected(tmp_path: Path) -> None:
+    out = run("correct_a_chat_model.py", str(ROOT / "models" / "smollm2-135m"), str(tmp_path / "patch"))
+    before, after, other, same = (line.partition(": ")[2].strip() for line in out.splitlines() if line[:1] == " ")
+    assert "O'Brien" in after
+    assert "O'Brien" not in before
+    assert other == same
+    assert "kept: " in out
+    assert (tmp_path / "patch" / "manifest.json").is_file()
 
 
 @pytest.mark.slow

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import torch
-import transformers
 from torch import Tensor, nn
 
 from patchkit.errors import InputError
@@ -23,7 +18,7 @@ from patchkit.patch.manifest import BaseInfo, Manifest, Run, Source, UpdateInfo
 from patchkit.patch.patch import Patch, updates_digest
 from patchkit.patch.resolve import update_infos, with_run
 from patchkit.statistics.corpus import TextRecord
-from patchkit.version import patchkit_version
+from patchkit.version import stamp
 
 
 @dataclass(frozen=True)
@@ -115,7 +110,7 @@ def imported(base: Base, chains: Mapping[str, Chain], source: Source) -> Patch:
         text=TextRecord(),
         seconds={},
         source=source,
-        **_stamp(),
+        **stamp(),
     )
     manifest = Manifest(
         base=base.info(chains), facts=(), updates=tuple(infos), history=(run,), digest=updates_digest(chains)
@@ -127,7 +122,7 @@ def without_import(patch: Patch) -> Patch:
     """The patch with nothing left of what was imported, and a run in its history that says so."""
     manifest, nothing = patch.manifest, dict[str, Chain]()
     empty = Patch(manifest.model_copy(update={"updates": (), "digest": updates_digest(nothing)}), nothing)
-    gone = {"action": "revert", "metrics": None, "source": None, "origin": None, **_stamp()}
+    gone = {"action": "revert", "metrics": None, "source": None, "origin": None, **stamp()}
     return with_run(empty, manifest.history[-1].model_copy(update=gone), manifest.digest)
 
 
@@ -138,16 +133,3 @@ def _infos(base: Base, name: str, chain: Chain) -> list[UpdateInfo]:
 def _layers(name: str) -> list[int]:
     """The layer of a weight: the first number in its name."""
     return [int(number) for number in re.findall(r"\.(\d+)\.", name)[:1]]
-
-
-def _stamp() -> dict[str, Any]:
-    """When and with what something was imported."""
-    return {
-        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "patchkit": patchkit_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-    }

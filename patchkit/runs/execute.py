@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-
-import torch
-import transformers
 
 from patchkit import methods
 from patchkit.editing.editor import edit, frozen
@@ -33,7 +28,7 @@ from patchkit.runs.key_check import KeyCheck
 from patchkit.runs.prepare import Prepared
 from patchkit.runs.workspace import Workspace
 from patchkit.statistics.corpus import PACKAGE_TEXT, Corpus
-from patchkit.version import patchkit_version
+from patchkit.version import stamp
 
 SMALL_TEXT = "statistics: from the small English text that comes with patchkit; --text FILE with more text is better"
 
@@ -257,14 +252,5 @@ class _RunResult:
 
 def _stamp(workspace: Workspace) -> dict[str, Any]:
     """When and with what a run was made."""
-    return {
-        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "patchkit": patchkit_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-            "device": str(workspace.runner.device),
-            "dtype": str(next(workspace.model.parameters()).dtype).removeprefix("torch."),
-        },
-    }
+    dtype = str(next(workspace.model.parameters()).dtype).removeprefix("torch.")
+    return stamp(device=str(workspace.runner.device), dtype=dtype)
