@@ -140,7 +140,7 @@ def test_a_fact_may_be_typed(run: Command, model: Path) -> None:
             'not 3; write it as "prompt | subject | target"' in run("apply", *bad, "--model", model, "--out", "x").err
         )
     assert "give either FACTS or --fact" in run("apply", "--model", model).err
-    bad = run("apply", "--fact", "{} lies in | Rome | Peru", "--fact", "Oslo is in | Bergen | Peru", "--model", model)
+    bad = run("apply", "--fact", "{} lies in | Rome | Peru", "--fact", "Oslo is in | Bergen | Peru", "--out", "x")
     assert '--fact 2: subject: "Bergen" is not in prompt "Oslo is in"' in bad.err
     assert "correct it, or leave it out with --skip-bad" in bad.err
 
