@@ -243,8 +243,8 @@ class Card:
     def _method_list(self) -> str:
         cited = {run.method: run for run in self._runs()}
         return "\n".join(
-            f"- {in_markdown(method)}: {in_markdown(run.paper)}. Statistics from {counted(run.text.tokens, 'token')} of "
-            "plain text."
+            f"- {in_markdown(method)}: {in_markdown(run.paper)}. "
+            f"Statistics from {counted(run.text.tokens, 'token')} of plain text."
             if run.source is None
             else f"- import of `{in_code(base_name(run.source.name))}` ({run.source.kind}), which does not say: "
             f"{in_markdown(', '.join(run.source.unknown))}."
