@@ -388,7 +388,6 @@ def test_bad_input_ends_with_one_message_and_writes_nothing(
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ("mixtral", "mixture of experts"),
         ("mamba", "only decoders made of attention and feed-forward blocks can be edited"),
         ("t5", "cannot be loaded: Unrecognized configuration class"),
         # The library loads these three as causal language models, with random numbers for what is missing.

@@ -51,6 +51,8 @@ def _family(
         for name, weight in model.named_parameters():
             if "post_feedforward_layernorm" in name:  # grows with depth, as in trained models
                 torch.nn.init.constant_(weight, 2.0 ** int(name.split("layers.")[1].split(".")[0]))
+            if name.endswith("down_proj_bias"):  # zero in new models
+                torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
         return model
 
     return build
@@ -122,7 +124,53 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "phi": _gated("Phi"),
 }
 
-_MIXTURE = {**_COMMON, **_GROUPED, "intermediate_size": INNER, "num_experts_per_tok": 2}
+_CHOSEN = {"num_experts_per_tok": 2}
+
+MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
+    "mixtral": _gated("Mixtral", **_GROUPED, **_CHOSEN, num_local_experts=4),
+    "qwen2_moe": _gated(  # with an expert that all tokens share
+        "Qwen2Moe",
+        **_GROUPED,
+        **_CHOSEN,
+        num_experts=4,
+        moe_intermediate_size=48,
+        shared_expert_intermediate_size=40,
+    ),
+    "qwen3_moe": _gated(  # with a dense layer in between
+        "Qwen3Moe", **_WIDE_HEADS, **_CHOSEN, num_experts=6, moe_intermediate_size=24, mlp_only_layers=[1]
+    ),
+    "olmoe": _gated("Olmoe", **_GROUPED, **_CHOSEN, num_experts=4),
+    "granite_moe": _gated("GraniteMoe", **_GROUPED, **_CHOSEN, num_local_experts=4, residual_multiplier=0.4),
+    "gpt_oss": _gated("GptOss", **_WIDE_HEADS, **_CHOSEN, num_local_experts=4, sliding_window=16),
+    "deepseek_v3": _gated(  # grouped routing, a shared expert, the first layer dense
+        "DeepseekV3",
+        **_CHOSEN,
+        num_key_value_heads=4,
+        n_routed_experts=8,
+        n_group=2,
+        topk_group=1,
+        moe_intermediate_size=24,
+        first_k_dense_replace=1,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    ),
+    "llama4": _family(  # gates before the experts, every second layer dense
+        hf.Llama4ForCausalLM,
+        hf.Llama4TextConfig,
+        **_COMMON,
+        **_WIDE_HEADS,
+        intermediate_size=24,
+        intermediate_size_mlp=INNER,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=2,
+    ),
+}
+"""Mixtures of experts."""
+
 _T5_SHAPE = {"vocab_size": VOCAB, "d_model": HIDDEN, "d_ff": INNER, "d_kv": 8, "num_layers": 2, "num_heads": 4}
 _BART_SHAPE = {
     "vocab_size": VOCAB,
@@ -135,17 +183,27 @@ _BART_SHAPE = {
     "decoder_ffn_dim": INNER,
 }
 
+
+class _SeparateExperts(torch.nn.Module):
+    """As code that comes with a model may have it: experts in modules of their own."""
+
+    def __init__(self, mlp: torch.nn.Module) -> None:
+        super().__init__()
+        self.experts = torch.nn.ModuleList([mlp, mlp])
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return sum(expert(hidden) for expert in self.experts) / 2
+
+
+def _separate_experts() -> PreTrainedModel:
+    model = FAMILIES["llama"]()
+    for layer in model.model.layers:
+        layer.mlp = _SeparateExperts(layer.mlp)
+    return model
+
+
 BROKEN: dict[str, Callable[[], PreTrainedModel]] = {
-    "mixtral": _family(hf.MixtralForCausalLM, hf.MixtralConfig, **_MIXTURE, num_local_experts=4),
-    "qwen2_moe": _family(
-        hf.Qwen2MoeForCausalLM,
-        hf.Qwen2MoeConfig,
-        **_MIXTURE,
-        num_experts=4,
-        moe_intermediate_size=48,
-        shared_expert_intermediate_size=48,
-    ),
-    "granite_moe": _family(hf.GraniteMoeForCausalLM, hf.GraniteMoeConfig, **_MIXTURE, num_local_experts=4),
+    "separate_experts": _separate_experts,
     "t5": _family(hf.T5ForConditionalGeneration, hf.T5Config, **_T5_SHAPE),
     "bart": _family(hf.BartForConditionalGeneration, hf.BartConfig, **_BART_SHAPE),
     "bert": _family(hf.BertModel, hf.BertConfig, **_SHAPE, intermediate_size=INNER),

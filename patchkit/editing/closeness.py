@@ -7,7 +7,8 @@ lowest edited layer, before anything is edited:
 - template: the largest cosine with a key of what the chat template writes around a message, its default system prompt
   included. Every conversation goes through those.
 - common: how much more of the value than usual plain text gets. k' G k is what a solve has to itself at k; that of
-  plain text's keys is tr(C G) in the mean, and common is the quotient of the two.
+  plain text's keys is tr(C G) in the mean, and common is the quotient of the two. Of experts, those that the fact goes
+  to count: tokens that go elsewhere do not meet it.
 - other: the largest cosine with the key of a fact about another subject.
 
 G = (C + mean(eigenvalues) I)⁻¹. With this much damping what the two kinds have is furthest apart: with less, rare
@@ -38,7 +39,8 @@ from patchkit.facts.requests import Row, encode, pad, wording_row
 from patchkit.facts.schema import Fact
 from patchkit.maths.linalg import Covariance
 from patchkit.model.devices import exact, sent, solve_device
-from patchkit.model.forward import LayerRunner, watching
+from patchkit.model.forward import LayerRunner
+from patchkit.model.inputs import watching_site
 from patchkit.model.weights import Site
 
 TEMPLATE, TEMPLATE_REFUSED = 0.2, 0.5
@@ -107,20 +109,14 @@ def closeness(
     """
     keys = _fact_keys(runner, tokenizer, facts, site, chat)  # (d_in, n)
     covariance = covariance.on(keys.device)
-    solved, typical = covariance.solve(keys, DAMPING), _typical(covariance)
+    solved, typical = covariance.solve(keys, DAMPING), covariance.typical(keys, DAMPING)
     own = (keys * solved).sum(0)  # k' G k, (n,)
     template, tokens = _template_cosines(runner, tokenizer, solved / own.sqrt(), site, covariance, chat)
     known = [(fact.id, fact.subject) for fact in facts] + [(name, subject) for name, (subject, _) in earlier.items()]
     others = _others(keys, solved, own, covariance, known, [key.to(keys.device) for _, key in earlier.values()])
     return [
-        Closeness(fact, template[i], tokens[i], typical / float(own[i]), *others[i]) for i, fact in enumerate(facts)
+        Closeness(fact, template[i], tokens[i], float(typical[i] / own[i]), *others[i]) for i, fact in enumerate(facts)
     ]
-
-
-def _typical(covariance: Covariance) -> float:
-    """E k' G k over plain text, tr(C G)."""
-    values, _ = covariance.eigh
-    return float((values / (values + DAMPING * values.mean())).sum())
 
 
 def _fact_keys(
@@ -128,7 +124,8 @@ def _fact_keys(
 ) -> Tensor:
     rows = [[_inner_row(fact, tokenizer), *([_message_row(fact, tokenizer, chat)] if chat else [])] for fact in facts]
     texts = [row.ids[: row.subject + 1] for each in rows for row in each]
-    last = torch.stack([own[-1] for own in _keys(runner, texts, site)])  # (rows of all facts, d_in)
+    wanted = [[len(text) - 1] for text in texts]
+    last = torch.cat(_keys(runner, texts, wanted, site))  # (rows of all facts, d_in)
     return last.view(len(facts), -1, last.shape[1]).mean(1).T
 
 
@@ -147,23 +144,28 @@ def _message_row(fact: Fact, tokenizer: Any, chat: ChatTemplate) -> Row:
     return wording_row(fact, tokenizer, whole[:start], whole[start:])
 
 
-def _keys(runner: LayerRunner, texts: Sequence[Sequence[int]], site: Site) -> list[Tensor]:
-    """The keys (tokens, d_in) of each text, as solves at the site take them."""
+def _keys(
+    runner: LayerRunner, texts: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]], site: Site
+) -> list[Tensor]:
+    """The keys (n, d_in) at the wanted positions of each text, as solves at the site take them."""
     order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
     found: dict[int, Tensor] = {}
     for first in range(0, len(order), ROWS):
         places = order[first : first + ROWS]
-        keys = _batch_keys(runner, [texts[place] for place in places], site)
-        keys = exact(keys, solve_device(site.module))
-        found |= {place: keys[i, : len(texts[place])] for i, place in enumerate(places)}
+        each = [wanted[place] for place in places]
+        keys = exact(_batch_keys(runner, [texts[place] for place in places], each, site), solve_device(site.module))
+        found |= dict(zip(places, keys.split([len(at) for at in each]), strict=True))
     return [found[place] for place in range(len(texts))]
 
 
-def _batch_keys(runner: LayerRunner, texts: Sequence[Sequence[int]], site: Site) -> Tensor:
-    """Keys (texts, longest, d_in), what stands at padding included."""
+def _batch_keys(
+    runner: LayerRunner, texts: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]], site: Site
+) -> Tensor:
+    """Keys (n, d_in) at the wanted positions, text by text."""
     seen = list[Tensor]()
     ids, mask = pad(texts, runner.device)
-    with watching(site.module, len(texts), lambda keys, _: seen.append(keys)):
+    row, position = torch.tensor([(row, at) for row, each in enumerate(wanted) for at in each]).view(-1, 2).T
+    with watching_site(site, len(texts), lambda keys, _: seen.append(keys.at(row, position))):
         runner.run({"input_ids": ids, "attention_mask": mask, "use_cache": False}, stop=site.layer + 1)
     return seen[0]
 
@@ -180,11 +182,10 @@ def _template_cosines(
         start, encoded = whole.rfind(message), encode(tokenizer, whole)
         texts.append(encoded.ids)
         # The first token is an attention sink, with a key like no other's.
-        own.append([i > 0 and not start <= at < start + len(message) for i, (at, _) in enumerate(encoded.spans)])
-    written = torch.cat([keys[mask] for keys, mask in zip(_keys(runner, texts, site), own, strict=True)]).T
-    tokens = [
-        token for ids, mask in zip(texts, own, strict=True) for token, keep in zip(ids, mask, strict=True) if keep
-    ]
+        spans = enumerate(encoded.spans)
+        own.append([i for i, (at, _) in spans if i > 0 and not start <= at < start + len(message)])
+    written = torch.cat(_keys(runner, texts, own, site)).T
+    tokens = [ids[place] for ids, places in zip(texts, own, strict=True) for place in places]
     lengths = (written * covariance.solve(written, DAMPING)).sum(0).sqrt()
     cosines, places = ((solved.T @ written) / lengths).max(1)
     return cosines.tolist(), [str(tokenizer.decode([tokens[place]])) for place in places.tolist()]

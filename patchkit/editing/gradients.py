@@ -18,8 +18,9 @@ from torch import Tensor
 from patchkit.editing.suffixes import free_memory, graph_bytes
 from patchkit.facts.requests import EditRequest, pad
 from patchkit.model.devices import at, exact, home_of, sent, solve_device
-from patchkit.model.forward import LayerRunner, traced, watching, widen
-from patchkit.model.weights import Site, weight_of
+from patchkit.model.forward import LayerRunner, traced, widen
+from patchkit.model.inputs import SiteInput, watching_site
+from patchkit.model.weights import Site
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ class TargetLoss:
             found = torch.autograd.grad(losses[-1].sum(), [leaf for _, leaf in seen.values()])
             for (layer, (inputs, _)), gradient in zip(seen.items(), found, strict=True):
                 where = solve_device(self.runner.arch.sites[layer].module)
-                keys[layer].append(exact(at(inputs, group.row, group.at), where))  # (points, d_in)
+                with torch.no_grad():
+                    keys[layer].append(exact(inputs.at(group.row, group.at).detach(), where))  # (points, d_in)
                 gradients[layer].append(exact(at(gradient, group.row, group.at), where))  # (points, d_out)
         joined = [{layer: torch.cat(rows).T for layer, rows in parts.items()} for parts in (keys, gradients)]
         return TargetGradients(self._per_fact([each.detach() for each in losses]), *joined)
@@ -139,14 +141,13 @@ class TargetLoss:
     def _changed(
         self, group: _Group, site: Site, hidden: Tensor | None, change: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        weight = weight_of(site.module)
-        like = torch.zeros(site.d_out, site.d_in, device=home_of(site.module), dtype=widen(weight[:0]).dtype)
+        like = torch.zeros(site.d_out, site.d_in, device=home_of(site.module), dtype=widen(site.stored[:0]).dtype)
         leaf = (like if change is None else change.detach().to(like)).requires_grad_()
 
-        def add(keys: Tensor, output: Tensor) -> Tensor:
-            return output + F.linear(keys.to(leaf), leaf).to(output)
+        def add(keys: SiteInput, output: Tensor) -> Tensor:
+            return keys.through(leaf).to(output)
 
-        with torch.enable_grad(), watching(site.module, len(group.inputs["input_ids"]), add):
+        with torch.enable_grad(), watching_site(site, len(group.inputs["input_ids"]), add):
             loss = group.losses(self.runner, site.layer if hidden is not None else 0, hidden).sum()
         return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 

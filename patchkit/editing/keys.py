@@ -12,7 +12,8 @@ from patchkit.editing.suffixes import common_start
 from patchkit.editing.value_problem import ValueAt
 from patchkit.facts.requests import EditRequest, pad
 from patchkit.model.devices import at, exact, sent, solve_device
-from patchkit.model.forward import LayerRunner, Prefix, watching, watching_input
+from patchkit.model.forward import LayerRunner, Prefix, watching_input
+from patchkit.model.inputs import watching_site
 from patchkit.model.weights import Site
 
 
@@ -50,13 +51,13 @@ class SubjectStates:
         entering: list[Tensor] = []
         with watching_input(layer, entering.append):
             before = self._stem_states(start, last.layer + 1, len(every))
-            with watching(site.module, len(every), lambda seen, _: keys.append(self._at_subject(seen, every))):
+            with watching_site(site, len(every), lambda seen, _: keys.append(seen.at(*self._subjects(every)))):
                 out = self._run(every, before, start, hidden, site.layer + 1)
         self._resume = (site.layer, entering[0], entering[-1])
         if site.layer < last.layer or self.value_at == "module_out":
             # The last site itself is run once more for what it writes; it is but one layer of a few rows.
             again, entry = (site.layer + 1, out) if site.layer < last.layer else (site.layer, entering[-1])
-            with watching(last.module, len(first), lambda _, output: written.append(output)):
+            with watching_site(last, len(first), lambda _, output: written.append(output)):
                 out = self._run(first, before, again, at(entry, first), last.layer + 1)
         else:
             out = at(out, first)
@@ -84,5 +85,9 @@ class SubjectStates:
         return out
 
     def _at_subject(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        return at(hidden, *self._subjects(rows))  # (rows, d)
+
+    def _subjects(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the subjects' last tokens are in a pass over some rows: numbers of its rows, and positions."""
         ends = self._mask[rows].sum(1) - 1
-        return at(hidden, torch.arange(len(rows), device=ends.device), ends)  # (rows, d)
+        return torch.arange(len(rows), device=ends.device), ends

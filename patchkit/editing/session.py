@@ -14,6 +14,7 @@ from patchkit import methods
 from patchkit.editing.journal import Journal
 from patchkit.editing.neurons import OwnNeurons
 from patchkit.editing.recipe import EditConfig, resolve_layers
+from patchkit.editing.side_by_side import solve_block_by_block
 from patchkit.editing.state import EditRun, SiteHistory, base_weight, storable
 from patchkit.editing.value_problem import ValueAt
 from patchkit.editing.values import Values
@@ -146,7 +147,8 @@ class EditSession:
         history = self.run.state.sites.setdefault(site.layer, SiteHistory.empty(site))
         history.add(update, problem.keys, problem.residual, self.method.targets == "gradients")
         if isinstance(update, Rotation):  # it turns what was there before as well
-            self.live[site.layer].set([delta_of(history.chain, problem.read_base)])
+            whole = history.delta(problem.read_base)
+            self.live[site.layer].set([] if whole is None else [whole])
         else:
             self.live[site.layer].add(delta_of((update,), problem.read_base))
 
@@ -215,6 +217,7 @@ def problem_at(
         lambda: history.delta(lambda: base_weight(site)) if history else None,
         None if gradient is None else gradient.to(keys.device),
         gradient_columns=lambda: history.gradient_columns(count) if history and count else None,
+        blocks=site.blocks,
     )
 
 
@@ -227,7 +230,8 @@ def solve_at(method: Method, settings: MethodConfig, site: Site, problem: LayerP
     Raises:
         InputError: the edit is not finite.
     """
-    update = method.solve(problem, settings)
+    each = problem.blocks > 1 and method.block_by_block
+    update = solve_block_by_block(method, settings, problem) if each else method.solve(problem, settings)
     finite = [tensor.isfinite().all() for tensor in tensors_of(update).values() if tensor.is_floating_point()]
     if not torch.stack(finite).all():
         raise InputError(

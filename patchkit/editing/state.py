@@ -18,6 +18,7 @@ from torch import Tensor
 
 from patchkit.editing.values import Values, ValueStates
 from patchkit.facts.schema import Fact
+from patchkit.maths.blocks import compact, joined, split
 from patchkit.maths.linalg import Delta, PriorKeys
 from patchkit.maths.rotations import Rotation
 from patchkit.maths.updates import Chain, Update, delta_of, folded, mapped
@@ -39,24 +40,23 @@ class SiteHistory:
         self._residuals = [residuals]
         self._gradient_columns = list(gradient_columns)
 
-    @classmethod
-    def empty(cls, site: Site) -> SiteHistory:
+    @staticmethod
+    def empty(site: Site) -> SiteHistory:
         """Of a site that has not been edited."""
         none = torch.zeros(0, dtype=torch.float64, device=solve_device(site.module))
-        return cls((), none.view(site.d_in, 0), none.view(site.d_out, 0))
+        keys, residuals = none.view(site.d_in, 0), none.view(site.d_out, 0)
+        return SiteHistory((), keys, residuals) if site.blocks == 1 else BlockHistory({}, site.blocks, keys, residuals)
 
     def add(self, update: Update, keys: Tensor, residual: Tensor, gradients: bool = False) -> None:
         """Append a solve; `gradients` says whether its residual (d_out, n) is made of gradients."""
-        last = self._updates[-1] if self._updates else None
-        if isinstance(update, Rotation) and isinstance(last, Rotation) and last.side == update.side:
-            # Rounded each time as a patch's file will hold it, so that going on from the file is the same.
-            self._updates[-1] = mapped(last.then(update), storable)
-        else:
-            self._updates.append(update)
+        self._append(update)
         if gradients:
             self._gradient_columns += range(len(self.prior), len(self.prior) + keys.shape[1])
         self.prior = self.prior.extended(keys)
         self._residuals.append(residual)
+
+    def _append(self, update: Update) -> None:
+        _append(self._updates, update)
 
     @property
     def chain(self) -> Chain:
@@ -89,6 +89,67 @@ class SiteHistory:
         """A copy to add to while this one stays as it is."""
         copied = SiteHistory(self.chain, self.keys, self.residuals, self._gradient_columns)
         copied.prior = self.prior  # it never changes, and keeps what earlier solves have computed
+        return copied
+
+
+def _append(updates: list[Update], update: Update) -> None:
+    last = updates[-1] if updates else None
+    if isinstance(update, Rotation) and isinstance(last, Rotation) and last.side == update.side:
+        # Rounded each time as a patch's file will hold it, so that going on from the file is the same.
+        updates[-1] = mapped(last.then(update), storable)
+    else:
+        updates.append(update)
+
+
+class BlockHistory(SiteHistory):
+    """Edit history of a site that is several weights side by side: each block has updates of its own, and all of them
+    share the keys and residuals."""
+
+    def __init__(
+        self,
+        chains: Mapping[int, Chain],
+        blocks: int,
+        keys: Tensor,
+        residuals: Tensor,
+        gradient_columns: Sequence[int] = (),
+    ) -> None:
+        """With the updates of those of its `blocks` that have any."""
+        super().__init__((), keys, residuals, gradient_columns)
+        self.blocks = blocks
+        self._of_block: dict[int, list[Update]] = {block: list(chain) for block, chain in chains.items() if chain}
+
+    def _append(self, update: Update) -> None:
+        for block, part in split(update, self.blocks):
+            _append(self._of_block.setdefault(block, []), part)
+
+    @property
+    def chains(self) -> dict[int, Chain]:
+        """All updates by block, neighbors of one kind as one, and each in no more columns than it needs."""
+        for block, updates in self._of_block.items():
+            small = (compact(update) if isinstance(update, Delta) else update for update in folded(updates))
+            self._of_block[block] = list(small)
+        return {block: tuple(updates) for block, updates in sorted(self._of_block.items())}
+
+    @property
+    def chain(self) -> Chain:
+        """Not one chain, but many."""
+        raise NotImplementedError
+
+    def delta(self, weight: Callable[[], Tensor]) -> Delta | None:
+        """All updates as one low-rank delta of the weights side by side, (d_out, d_in)."""
+        width = len(self.keys) // self.blocks
+
+        def of(block: int) -> Tensor:
+            return weight()[:, block * width : (block + 1) * width]
+
+        parts = {block: delta_of(chain, partial(of, block)) for block, chain in sorted(self._of_block.items())}
+        return joined(parts, self.blocks) if parts else None
+
+    def copy(self) -> BlockHistory:
+        """A copy to add to while this one stays as it is."""
+        chains = {block: tuple(updates) for block, updates in self._of_block.items()}
+        copied = BlockHistory(chains, self.blocks, self.keys, self.residuals, self._gradient_columns)
+        copied.prior = self.prior
         return copied
 
 

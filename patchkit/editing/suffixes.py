@@ -217,7 +217,7 @@ def _kept(rows: Sequence[Row], targets: Sequence[int], texts: int, device: torch
 def graph_bytes(runner: LayerRunner, start: int) -> int:
     """Rough estimate of what a backward pass through the layers from `start` on keeps per position: in every layer 16
     vectors as wide as the residual stream and 6 as wide as the feed-forward."""
-    wide = 16 * runner.arch.hidden_size + 6 * max(site.d_in for site in runner.arch.sites)
+    wide = 16 * runner.arch.hidden_size + 6 * max(site.active for site in runner.arch.sites)
     return int((runner.depth - start) * wide * runner.dtype.itemsize)
 
 

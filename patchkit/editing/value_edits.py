@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from patchkit.editing.keys import SubjectStates
 from patchkit.editing.session import EditSession
+from patchkit.editing.side_by_side import constrain_block_by_block
 from patchkit.editing.state import storable
 from patchkit.editing.value_problem import ValueTerms
 from patchkit.editing.values import Values, optimize
@@ -59,8 +61,11 @@ class ValueTargets:
         )
         count = len(session.plan.sites)
         problem = problem.replace(sites=min(count, 1 + 2 * method.neighbors) if selects_layers(session) else count)
+        constrain = method.constrain
+        if constrain and method.block_by_block and problem.blocks > 1:
+            constrain = partial(constrain_block_by_block, method)
         return ValueTerms(
-            constrain=method.constrain and method.constrain(problem, settings),
+            constrain=constrain and constrain(problem, settings),
             penalty=method.penalty and method.penalty(problem, settings),
             attention=method.attention,
         )

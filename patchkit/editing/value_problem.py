@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -14,6 +14,7 @@ from torch import Tensor
 from patchkit.editing.buckets import Bucket
 from patchkit.model.arch import attention_of
 from patchkit.model.forward import LayerRunner, watching_output, widen
+from patchkit.model.inputs import watching_site
 from patchkit.model.weights import Site
 
 ValueAt = Literal["layer_out", "module_out"]
@@ -73,12 +74,19 @@ class ValueProblem:
     @contextmanager
     def _adding(self, rows: Tensor) -> Iterator[None]:
         # Where the value is at the layer's output, the layer's output moves by just as much as its module's.
-        with watching_output(self.site.module, len(rows), lambda output: _add_first(output, rows[:, 0])):
+        with self._adding_at_site(rows[:, 0]):
             if self.attention is None:
                 yield
                 return
             with watching_output(self.attention, len(rows), lambda output: _add_first(output, rows[:, 1])):
                 yield
+
+    def _adding_at_site(self, first: Tensor) -> AbstractContextManager[None]:
+        """`first` (rows, d) is added to what the site writes at the first suffix position."""
+        if self.site.experts is None:
+            return watching_output(self.site.module, len(first), lambda output: _add_first(output, first))
+        # What experts put out may come in parts for each token.
+        return watching_site(self.site, len(first), lambda _, output: _add_first(torch.zeros_like(output), first))
 
     def start_states(self, bucket: Bucket) -> Tensor:
         """The states that deltas are added to, at every row's subject, (rows, places, d), in float32."""
@@ -87,10 +95,10 @@ class ValueProblem:
             return widen(bucket.hidden[:, :1])
         seen: dict[str, Tensor] = {}
         with ExitStack() as stack:
-            for name, module in (("value", self.site.module), ("attention", self.attention)):
-                if module is not None:
-                    note = partial(seen.__setitem__, name)
-                    stack.enter_context(watching_output(module, len(bucket.row), note))
+            stack.enter_context(watching_site(self.site, len(bucket.row), lambda _, out: seen.update(value=out)))
+            if self.attention is not None:
+                note = partial(seen.__setitem__, "attention")
+                stack.enter_context(watching_output(self.attention, len(bucket.row), note))
             out = self.runner.run(bucket.inputs(), start=self.start, hidden=bucket.hidden, stop=self.start + 1).hidden
         if not self.at_module:
             assert out is not None

@@ -39,7 +39,8 @@ class Trial:
 
     def instruments(self) -> dict[str, Instrument]:
         """What measures the groups that are not read off the answers to the facts themselves, by group."""
-        groups = [group for group in GROUPS if not (self.quick and group.slow)]
+        experts = any(site.blocks > 1 for site in self.runner.arch.sites)
+        groups = [group for group in GROUPS if not (self.quick and group.slow) and (experts or not group.of_experts)]
         return {group.name: group.instrument() for group in groups if group.instrument}
 
 
@@ -77,19 +78,27 @@ class Group:
     """Metrics that are taken together, under one name in the report.
 
     instrument: makes what measures them, and imports for it only then; None for what `patchkit.evaluate.verify` reads
-    off the answers to the facts themselves. slow: the model writes texts for it, which may be left out.
+    off the answers to the facts themselves. slow: the model writes texts for it, which may be left out. of_experts: it
+    is for mixtures of experts alone.
     """
 
     name: str
     metrics: tuple[Metric, ...]
     instrument: Callable[[], Instrument] | None = None
     slow: bool = False
+    of_experts: bool = False
 
 
 def _in_use() -> Instrument:
     from patchkit.evaluate.in_use import InUse
 
     return InUse()
+
+
+def _routing() -> Instrument:
+    from patchkit.evaluate.routing import Routing
+
+    return Routing()
 
 
 def _portability() -> Instrument:
@@ -351,6 +360,29 @@ GROUPS: list[Group] = [
                 sides=("before", "after"),
             ),
         ),
+    ),
+    Group(
+        "routing",
+        (
+            Metric(
+                "routing",
+                "text",
+                "tokens of plain text go to the experts they went to",
+                "Of mixtures of experts: share of all choices, of a token of plain text for an expert in a layer, that "
+                "the patched model makes as well.",
+                "token",
+            ),
+            Metric(
+                "routing",
+                "prompts",
+                "tokens of the facts' prompts go to the experts they went to",
+                "Of mixtures of experts: as routing text, of the tokens of a fact's prompt: mean over facts. An edit "
+                "means to change what these read; solves at later layers take the experts that they go to by then.",
+                "fact",
+            ),
+        ),
+        _routing,
+        of_experts=True,
     ),
 ]
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from patchkit.errors import InputError
 from patchkit.io.checkpoint import (
@@ -18,7 +19,16 @@ from patchkit.io.checkpoint import (
 )
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import delta_of
-from patchkit.model.weights import find_module, find_weight, is_transposed, skeleton, tensor_digest
+from patchkit.model.experts import slice_name, split_name
+from patchkit.model.weights import (
+    ExpertPlace,
+    find_expert,
+    find_module,
+    find_weight,
+    is_transposed,
+    skeleton,
+    tensor_digest,
+)
 from patchkit.patch.patch import Patch
 
 _OTHER_MODEL = "the patch was made for another model"
@@ -31,7 +41,8 @@ _FULL_PRECISION = (
 class Edit:
     """The sum of all patches' changes to one tensor, with the keys of their facts (d_in, n), n possibly 0.
 
-    transposed: whether the tensor lies as (d_in, d_out). digests: per patch the tensor's name in it, and the digest of
+    transposed: whether the tensor lies as (d_in, d_out). of_expert: whether it is an expert's, of which statistics are
+    kept with those of all of its layer. digests: per patch the tensor's name in it, and the digest of
     the numbers it was made for.
     """
 
@@ -41,6 +52,7 @@ class Edit:
     delta: Delta
     keys: Tensor
     digests: frozenset[tuple[str, str]]
+    of_expert: bool = False
 
     @property
     def d_out(self) -> int:
@@ -60,41 +72,70 @@ class Edit:
         if (self.d_out, self.d_in) != (other.d_out, other.d_in):
             raise InputError(f"{self.weight}: the patches are for weights of different shapes; merge one of them")
         delta, keys = Delta.stack([self.delta, other.delta]), torch.cat([self.keys, other.keys], 1)
-        return Edit(self.weight, self.stored, self.transposed, delta, keys, self.digests | other.digests)
+        digests = self.digests | other.digests
+        return Edit(self.weight, self.stored, self.transposed, delta, keys, digests, self.of_expert)
 
 
 def collect_edits(patches: Sequence[Patch], checkpoint: Mapping[str, StoredTensor], source: Path) -> list[Edit]:
     """One edit per tensor: deltas add up in the order of the patches."""
     edits: dict[str, Edit] = {}
+    tree = cached_skeleton(source)
     for patch in patches:
         shapes = {info.weight: info.shape for info in patch.manifest.updates}
         for weight, chain in patch.updates.items():
-            name = _find(weight, checkpoint, source)
-            stored = checkpoint[name]
-            lies = _lies_transposed(name, stored, shapes[weight], source)
+            name, stored = _find(weight, checkpoint, source)
+            own = f"{weight}.keys" in patch.state
+            place = None if own or not _may_be_expert(weight) else find_expert(tree(), weight, shapes[weight])
+            lies = _lies_transposed(name, stored, shapes[weight], tree, place)
             delta = delta_of(chain, partial(_oriented, stored, lies))
-            keys = patch.state.get(f"{weight}.keys", delta.right.new_zeros(delta.right.shape[1], 0))
+            keys = _keys(patch, weight, place)
+            keys = delta.right.new_zeros(delta.right.shape[1], 0) if keys is None else keys
             digests = frozenset({(weight, patch.manifest.base.weights[weight])})
-            edit = Edit(name, stored, lies, delta, keys, digests)
+            edit = Edit(name, stored, lies, delta, keys, digests, place is not None)
             edits[name] = edits[name].plus(edit) if name in edits else edit
     return list(edits.values())
 
 
-def _find(weight: str, checkpoint: Mapping[str, StoredTensor], source: Path) -> str:
-    """The tensor's name in the checkpoint.
+def cached_skeleton(source: Path) -> Callable[[], PreTrainedModel]:
+    """Gives the model of a checkpoint without its numbers, made once if it is asked for."""
+    return cache(partial(skeleton, source))
+
+
+def _may_be_expert(weight: str) -> bool:
+    return split_name(weight)[1] is not None or ".experts." in weight
+
+
+def _keys(patch: Patch, weight: str, place: ExpertPlace | None) -> Tensor | None:
+    """The keys (d_in, n) of the weight's solves, those of an expert being a part of its layer's; None without any."""
+    if place is None:
+        return patch.state.get(f"{weight}.keys")
+    every = patch.state.get(f"{place.stack}.keys")
+    if every is None:
+        return None
+    own: Tensor = every.unflatten(0, (place.count, -1))[place.expert]
+    return own[:, own.any(0)]
+
+
+def _find(weight: str, checkpoint: Mapping[str, StoredTensor], source: Path) -> tuple[str, StoredTensor]:
+    """The tensor's name in the checkpoint, and the tensor, or the part of a stack that it is.
 
     Raises:
         InputError: it is not there, or quantized: a delta is never left out, nor added to packed numbers.
     """
     method = quantized_with(source)
     advice = _OTHER_MODEL if method is None else f"the checkpoint is quantized ({method}); {_FULL_PRECISION}"
-    name = find_weight(weight, checkpoint, str(source), advice)
+    whole, number = split_name(weight)
+    name = find_weight(whole, checkpoint, str(source), advice)
     if checkpoint[name].dtype not in DTYPES:
         raise InputError(
             f"{checkpoint[name].file}: {name} is stored as {checkpoint[name].dtype}"
             f"{f', quantized with {method}' if method else ''}; {_FULL_PRECISION}"
         )
-    return name
+    if number is None:
+        return name, checkpoint[name]
+    if len(checkpoint[name].shape) != 3 or number >= checkpoint[name].shape[0]:
+        raise InputError(f"{checkpoint[name].file}: {name} has no part {number}: {_OTHER_MODEL}")
+    return slice_name(name, number), checkpoint[name].slice(number)
 
 
 def quantized_with(source: Path) -> str | None:
@@ -112,13 +153,21 @@ def _oriented(stored: StoredTensor, transposed: bool) -> Tensor:
     return stored.read().T if transposed else stored.read()
 
 
-def _lies_transposed(name: str, stored: StoredTensor, shape: tuple[int, int], source: Path) -> bool:
+def _lies_transposed(
+    name: str,
+    stored: StoredTensor,
+    shape: tuple[int, int],
+    tree: Callable[[], PreTrainedModel],
+    place: ExpertPlace | None,
+) -> bool:
     """Whether the tensor lies as (d_in, d_out). Its shape tells, unless it is square; then its module's class does."""
     if stored.shape not in (shape, shape[::-1]):
         raise InputError(f"{stored.file}: {name} is {stored.shape}, the patch is for {shape}: it is another model's")
     if shape[0] != shape[1]:
         return stored.shape != shape
-    _, module = find_module(skeleton(source), name, _OTHER_MODEL)
+    if place is not None:
+        return place.transposed
+    _, module = find_module(tree(), name, _OTHER_MODEL)
     return is_transposed(module)
 
 

@@ -7,11 +7,13 @@ converter (convert_hf_to_gguf.py) beside the reordering of rows.
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
 
 from patchkit.errors import InputError
+from patchkit.model.experts import names_on_disk, split_name
 
 _OTHERWISE = {"mistral": "llama", "mixtral": "llama", "cohere": "command-r", "phi": "phi2", "gptbigcode": "starcoder"}
 """Model types, without underscores, whose architecture has another name in llama.cpp."""
@@ -64,6 +66,21 @@ def tensor_name(arch: str, layers: int, module: str) -> str:
     raise InputError(
         f"{module}: llama.cpp has no name for it in the architecture {arch}; export it to peft, or merge it"
     )
+
+
+def stack_name(arch: str, layers: int, tree: Any, stack: str, count: int) -> str:
+    """What llama.cpp calls the parameter `stack` of a model that has the weights of a layer's `count` experts, such as
+    blk.3.ffn_down_exps.weight: by its name in the model, or in the checkpoint's files.
+
+    Raises:
+        InputError: it has no name for it.
+    """
+    on_disk, number = split_name(names_on_disk(tree, stack, count)[0])
+    known = [] if number is None else [on_disk.removesuffix(".weight")]
+    for name in known:
+        with suppress(InputError):
+            return tensor_name(arch, layers, name)
+    return tensor_name(arch, layers, stack)
 
 
 def in_gguf_order(arch: str, name: str, rows: Tensor, config: Any) -> Tensor:

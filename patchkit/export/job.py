@@ -15,8 +15,17 @@ from patchkit.errors import InputError
 from patchkit.io.checkpoint import find_checkpoint, stored_tensors
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import delta_of
+from patchkit.model.experts import split_name
 from patchkit.model.loading import DTYPES
-from patchkit.model.weights import find_module, find_weight, oriented, shape_of, skeleton
+from patchkit.model.weights import (
+    ExpertPlace,
+    find_expert,
+    find_module,
+    find_weight,
+    oriented,
+    shape_of,
+    skeleton,
+)
 from patchkit.patch.manifest import BaseInfo, Manifest
 from patchkit.patch.patch import Patch
 from patchkit.version import patchkit_version
@@ -103,8 +112,23 @@ class Job:
 
     @cached_property
     def modules(self) -> dict[str, str]:
-        """Names in the tree by the on-disk names of the changed weights."""
-        return {weight: _module_of(self.tree, weight, self.patch.shapes[weight]) for weight in self.patch.updates}
+        """Names in the tree by the on-disk names of the changed weights, those of experts left out."""
+        linear = [weight for weight in self.patch.updates if weight not in self.experts]
+        return {weight: _module_of(self.tree, weight, self.patch.shapes[weight]) for weight in linear}
+
+    @cached_property
+    def experts(self) -> dict[str, ExpertPlace]:
+        """Where the changed weights of experts are in the tree, by their on-disk names."""
+        found = {weight: find_expert(self.tree, weight, self.patch.shapes[weight]) for weight in self.patch.updates}
+        return {weight: place for weight, place in found.items() if place is not None}
+
+    def refuse_experts(self, kind: str) -> None:
+        """Raises InputError where a format has no room for changes of experts, which the patch makes."""
+        if self.experts:
+            raise InputError(
+                f"--format {kind}: it has no adapters for the experts of a layer, such as "
+                f"{next(iter(self.experts))}; export to peft or gguf, or merge the patch"
+            )
 
     def delta(self, weight: str) -> Delta:
         """A weight's chain as one low-rank delta; of a rotation (R - I) W, with W from the base's files.
@@ -112,7 +136,7 @@ class Job:
         Raises:
             InputError: W is needed and is not on this machine.
         """
-        return delta_of(self.patch.updates[weight], partial(self._weight_on_disk, self.modules[weight]))
+        return delta_of(self.patch.updates[weight], partial(self._weight_on_disk, weight))
 
     def exported(self, kind: str, rank: int, weights: tuple[ExportedWeight, ...], zeros: tuple[str, ...]) -> Exported:
         """The record of what was written."""
@@ -126,10 +150,16 @@ class Job:
             patchkit=patchkit_version(),
         )
 
-    def _weight_on_disk(self, module: str) -> Tensor:
+    def _weight_on_disk(self, weight: str) -> Tensor:
         folder = find_checkpoint(self.base, self.commit)
         stored = stored_tensors(folder)
         advice = "which a rotation needs; name the patch's base with --model"
+        if place := self.experts.get(weight):
+            whole, number = split_name(weight)
+            tensor = stored[find_weight(whole, stored, str(folder), advice)]
+            numbers = (tensor if number is None else tensor.slice(number)).read().float()
+            return numbers.T if place.transposed else numbers
+        module = self.modules[weight]
         found = find_weight(f"{module}.weight", stored, str(folder), advice)
         return oriented(self.tree.get_submodule(module), stored[found].read()).float()
 

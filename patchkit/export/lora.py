@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,24 @@ from torch import Tensor, nn
 
 from patchkit.export.job import ExportedWeight, Job
 from patchkit.maths.linalg import Delta
-from patchkit.model.weights import shape_of
+from patchkit.model.weights import ExpertPlace, shape_of
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Low-rank changes of some of a layer's experts, by their numbers; `place` is that of one of them."""
+
+    place: ExpertPlace
+    deltas: Mapping[int, Delta]
+
+    def padded(self, rank: int) -> tuple[Tensor, Tensor]:
+        """A (E, rank, d_in) and B (E, d_out, rank), zeros where nothing changes."""
+        like = next(iter(self.deltas.values()))
+        a = like.right.new_zeros(self.place.count, rank, like.right.shape[1])
+        b = like.left.new_zeros(self.place.count, like.left.shape[0], rank)
+        for expert, delta in self.deltas.items():
+            a[expert, : delta.rank], b[expert, :, : delta.rank] = delta.right, delta.left
+        return a, b
 
 
 @dataclass(frozen=True)
@@ -22,6 +39,7 @@ class LoraFactors:
         deltas: left B (d_out, r) and right A (r, d_in) of every changed module, in the export's dtype.
         zeros: modules of other layers that are written with a change of nothing.
         weights: what the factors keep of each update.
+        stacks: changes of experts, by the name of the parameter that they are slices of.
     """
 
     deltas: Mapping[str, Delta]
@@ -29,11 +47,13 @@ class LoraFactors:
     shapes: Mapping[str, tuple[int, int]]
     weights: tuple[ExportedWeight, ...]
     dtype: torch.dtype
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
         """The one that every module is written with: of the runtimes, most know one rank for all."""
-        return max([1, *(delta.rank for delta in self.deltas.values())])
+        of_experts = [delta.rank for stack in self.stacks.values() for delta in stack.deltas.values()]
+        return max([1, *(delta.rank for delta in self.deltas.values()), *of_experts])
 
     def padded(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Module name, A (rank, d_in) and B (d_out, rank), where zeros fill up lower ranks."""
@@ -63,8 +83,17 @@ def lora_factors(job: Job, *, all_layers: bool) -> LoraFactors:
         deltas[module] = low_rank(wanted, job.options.rank).to(job.dtype)
         error = relative_error(deltas[module], wanted)
         weights.append(ExportedWeight(weight=weight, module=module, rank=deltas[module].rank, error=error))
+    experts, places = dict[str, dict[int, Delta]](), dict[str, ExpertPlace]()
+    for weight, place in job.experts.items():
+        wanted = job.delta(weight)
+        made = low_rank(wanted, job.options.rank).to(job.dtype)
+        experts.setdefault(place.stack, {})[place.expert] = made
+        places.setdefault(place.stack, place)
+        error = relative_error(made, wanted)
+        weights.append(ExportedWeight(weight=weight, module=place.module, rank=made.rank, error=error))
     zeros = untouched(job.tree, deltas) if all_layers else {}
-    return LoraFactors(deltas, tuple(zeros), zeros, tuple(weights), job.dtype)
+    stacks = {name: Stack(places[name], parts) for name, parts in experts.items()}
+    return LoraFactors(deltas, tuple(zeros), zeros, tuple(weights), job.dtype, stacks)
 
 
 def low_rank(delta: Delta, rank: int | None = None) -> Delta:

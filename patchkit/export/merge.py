@@ -67,7 +67,7 @@ def merge(
     source, target = find_base(str(base), _commit(patches, str(base)), out), Path(out)
     checkpoint = stored_tensors(source)
     edits = collect_edits(patches, checkpoint, source)
-    by_keys = {edit.weight: edit.d_in for edit in edits if rounding_of(edit, rounding) == "keys"}
+    by_keys = {edit.weight: edit.d_in for edit in edits if rounding_of(edit, rounding) == "keys" and not edit.of_expert}
     texts = find_spectra(by_keys, patches, source, statistics, say)
     tasks = [RoundingTask(edit, force, rounding_of(edit, rounding), texts.get(edit.weight)) for edit in edits]
     weights = {stored.file for stored in checkpoint.values()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from patchkit.errors import InputError
-from patchkit.export.gguf_names import architecture, in_gguf_order, library, tensor_name
+from patchkit.export.gguf_names import architecture, in_gguf_order, library, stack_name, tensor_name
 from patchkit.export.job import Job
 from patchkit.io.files import write_atomically
 from patchkit.maths.linalg import Delta
@@ -108,11 +109,31 @@ def _reader(file: Path) -> Any:
         raise InputError(f"{file}: cannot be read as GGUF: {error}") from None
 
 
-def _deltas(patches: Sequence[Patch], reader: Any, file: Path) -> dict[str, tuple[Any, Delta]]:
-    """By on-disk name of each weight its tensor in the file, and what the patches add to it, as its rows lie there."""
+@dataclass(frozen=True)
+class ExpertsChange:
+    """What is added to the weights (count, d_out, d_in) of a layer's experts, by their numbers."""
+
+    count: int
+    deltas: dict[int, Delta]
+
+    def dense(self) -> Tensor:
+        """All of it, (count, d_out, d_in)."""
+        like = next(iter(self.deltas.values())).dense()
+        whole = like.new_zeros(self.count, *like.shape)
+        for expert, delta in self.deltas.items():
+            whole[expert] = delta.dense()
+        return whole
+
+
+Change = Delta | ExpertsChange
+
+
+def _deltas(patches: Sequence[Patch], reader: Any, file: Path) -> dict[str, tuple[Any, Change]]:
+    """By on-disk name of each weight its tensor in the file, and what the patches add to it, as its rows lie there; the
+    experts of a layer are one tensor, under their name in the model."""
     there = {tensor.name: tensor for tensor in reader.tensors}
     field = reader.get_field("general.architecture")
-    deltas: dict[str, tuple[Any, Delta]] = {}
+    deltas: dict[str, tuple[Any, Change]] = {}
     for patch in patches:
         job = Job(patch, base_to_load(patch.manifest.base.name), "")
         config, arch = job.tree.config, architecture(job.tree.config)
@@ -123,16 +144,37 @@ def _deltas(patches: Sequence[Patch], reader: Any, file: Path) -> dict[str, tupl
             name = tensor_name(arch, layers, module)
             tensor = _checked(there, name, patch.shapes[weight], file)
             delta = _delta(patch, weight, tensor, partial(_ordered, arch, name, config))
-            earlier = [deltas[weight][1]] if weight in deltas else []
+            before = deltas[weight][1] if weight in deltas else None
+            earlier = [before] if isinstance(before, Delta) else []
             deltas[weight] = tensor, Delta.stack([*earlier, delta])
+        _add_experts(deltas, job, there, file, partial(stack_name, arch, layers, job.tree))
     return deltas
+
+
+def _add_experts(
+    deltas: dict[str, tuple[Any, Change]],
+    job: Job,
+    there: Mapping[str, Any],
+    file: Path,
+    named: Callable[[str, int], str],
+) -> None:
+    """Add what a patch changes of layers' experts, each layer's being one tensor."""
+    for weight, place in job.experts.items():
+        shape = job.patch.shapes[weight]
+        tensor = _checked(there, named(place.stack, place.count), (place.count, *shape), file)
+        numbers = partial(_numbers, tensor.data, tensor.tensor_type)
+        own = delta_of(job.patch.updates[weight], lambda numbers=numbers, at=place.expert: numbers()[at])  # type: ignore[misc]
+        whole = deltas.setdefault(place.stack, (tensor, ExpertsChange(place.count, {})))[1]
+        assert isinstance(whole, ExpertsChange)
+        earlier = [whole.deltas[place.expert]] if place.expert in whole.deltas else []
+        whole.deltas[place.expert] = Delta.stack([*earlier, own.to(torch.float64)])
 
 
 def _ordered(arch: str, name: str, config: Any, rows: Tensor) -> Tensor:
     return in_gguf_order(arch, name, rows, config)
 
 
-def _checked(there: Mapping[str, Any], name: str, shape: tuple[int, int], file: Path) -> Any:
+def _checked(there: Mapping[str, Any], name: str, shape: tuple[int, ...], file: Path) -> Any:
     tensor = there.get(name)
     if tensor is None or tuple(int(n) for n in reversed(tensor.shape)) != shape:
         found = "not there" if tensor is None else f"{tuple(int(n) for n in reversed(tensor.shape))}"
@@ -161,7 +203,7 @@ def _numbers(data: Any, kind: Any) -> Tensor:
     return torch.from_numpy(library().quants.dequantize(data, kind).copy()).float()
 
 
-def _merge_tensor(weight: str, tensor: Any, delta: Delta, copy: Path) -> GgufTensor:
+def _merge_tensor(weight: str, tensor: Any, delta: Change, copy: Path) -> GgufTensor:
     """Write W + Δ over a tensor in the copied file, and read back what came of it."""
     before = _numbers(tensor.data, tensor.tensor_type)
     change = delta.dense()  # (d_out, d_in), float64

@@ -51,6 +51,11 @@ class StoredTensor:
             _fill(memoryview(buffer), file.readinto, self.file)
         return torch.frombuffer(buffer, dtype=DTYPES[self.dtype]).view(self.shape)
 
+    def slice(self, number: int) -> StoredTensor:
+        """One of the tensors that it is a stack of, by the first dimension."""
+        size = self.size // self.shape[0]
+        return StoredTensor(self.file, self.dtype, self.shape[1:], self.start + number * size, size)
+
     def read_last_columns(self, count: int) -> Tensor:
         """The last `count` columns of a matrix, (rows, count), without the others passing through memory."""
         rows, columns = self.shape

@@ -6,7 +6,7 @@ Orientation throughout: a weight W is (d_out, d_in); keys K (d_in, n) and residu
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -65,7 +65,7 @@ class Covariance:
         """The same on `device`; it is moved there once, so that a metric of it stays the same metric."""
         if device not in self._copies:
             factors = self.known_eigh and (self.known_eigh[0].to(device), self.known_eigh[1].to(device))
-            self._copies[device] = Covariance(self.matrix.to(device), self.tokens, factors)
+            self._copies[device] = replace(self, matrix=self.matrix.to(device), known_eigh=factors)
         return self._copies[device]
 
     @cached_property
@@ -75,6 +75,15 @@ class Covariance:
             return self.known_eigh
         values, vectors = torch.linalg.eigh(self.matrix)
         return values.clamp_min(0), vectors
+
+    def typical(self, columns: Tensor, damping: float) -> Tensor:
+        """E k' G k over the text's tokens, G as in `solve`, for each of some keys (d_in, n): (n,), all the same."""
+        values, _ = self.eigh
+        return (values / (values + damping * values.mean())).sum().expand(columns.shape[1])
+
+    def times(self, weight: Tensor) -> Tensor:
+        """W C, (d_out, d_in)."""
+        return weight @ self.matrix
 
     def solve(self, columns: Tensor, damping: float) -> Tensor:
         """(C + damping·mean(eigenvalues)·I)⁻¹ @ columns, (d_in, n).
@@ -119,6 +128,72 @@ class Covariance:
         order = energy.argsort()
         vectors = torch.eye(len(energy), dtype=energy.dtype, device=energy.device)[:, order]
         return Covariance(energy.diag(), self.tokens, (energy[order], vectors))
+
+
+@dataclass(frozen=True, eq=False)
+class SideBySide(Covariance):
+    """C of keys that are made of blocks, one for each of several weights side by side, as far as the blocks by
+    themselves go: matrix (blocks, width, width), d_in = blocks·width, and nothing of size d_in² is made.
+
+    For experts a block is the mean over all tokens of g² k k', zero where a token is not routed to it.
+
+    few: the blocks of which the text says too little, which were filled up with the others' mean.
+    """
+
+    few: tuple[int, ...] = ()
+
+    def block(self, number: int) -> Covariance:
+        """One of them by itself."""
+        values, vectors = self.eigh
+        return Covariance(self.matrix[number], self.tokens, (values[number], vectors[number]))
+
+    def times(self, weight: Tensor) -> Tensor:
+        """W C, (d_out, d_in)."""
+        parts = weight.unflatten(1, (len(self.matrix), -1)).transpose(0, 1)  # (blocks, d_out, width)
+        found: Tensor = (parts @ self.matrix).transpose(0, 1).flatten(1)
+        return found
+
+    def solve(self, columns: Tensor, damping: float) -> Tensor:
+        """As that of the block-diagonal matrix (d_in, d_in): (d_in, n)."""
+        values, vectors = self.eigh
+        within = vectors.mT @ self._blocks(columns)  # (blocks, width, n)
+        return (vectors @ (within / (values + damping * values.mean()).unsqueeze(2))).flatten(0, 1)
+
+    def typical(self, columns: Tensor, damping: float) -> Tensor:
+        """For each key over those blocks in which it has anything, (n,): tokens in others do not meet it."""
+        values, _ = self.eigh
+        of_block = (values / (values + damping * values.mean())).sum(1)  # (blocks,)
+        there = self._blocks(columns).any(1)  # (blocks, n)
+        found: Tensor = there.to(of_block).T @ of_block
+        return found
+
+    def null_rank(self, energy: float) -> int:
+        """Of all blocks together."""
+        return int(self._null(energy).sum())
+
+    def null_energy(self, energy: float) -> float:
+        """E‖P x‖² over the text's tokens."""
+        return float((self.eigh[0] * self._null(energy)).sum())
+
+    def project_null(self, columns: Tensor, energy: float) -> Tensor:
+        """P @ columns (d_in, n), each block's own null space holding at most `energy` of its own energy: however seldom
+        a token is routed there, what it finds is as it was."""
+        _, vectors = self.eigh
+        within = (vectors.mT @ self._blocks(columns)) * self._null(energy).unsqueeze(2)
+        return (vectors @ within).flatten(0, 1)
+
+    def silent_at(self, places: Tensor) -> Covariance:
+        """Not of blocks: neurons are rewritten in ordinary feed-forward layers only."""
+        raise NotImplementedError
+
+    def _null(self, energy: float) -> Tensor:
+        """Which eigenvectors (blocks, width) are in the null space."""
+        values, _ = self.eigh
+        return values.cumsum(1) <= energy * values.sum(1, keepdim=True)
+
+    def _blocks(self, columns: Tensor) -> Tensor:
+        found: Tensor = columns.unflatten(0, (len(self.matrix), -1))  # (blocks, width, n)
+        return found
 
 
 @dataclass(frozen=True)

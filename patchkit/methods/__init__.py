@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, create_model, model_validator
 from torch import Tensor
 
 from patchkit.errors import InputError
-from patchkit.maths.linalg import Covariance, Delta, PriorKeys
+from patchkit.maths.linalg import Covariance, Delta, PriorKeys, SideBySide
 from patchkit.maths.updates import Update
 
 # facts (k,) numbers of facts, start (k, d) their states, delta (k, d) -> the delta that counts (k, d)
@@ -46,6 +46,7 @@ class LayerProblem:
         loss: for a method whose targets are "none", which gets no keys.
         gradient_columns: gives `prior_gradients`, None where there are none.
         sites: over how many sites the residual of a value is spread, for `constrain` and `penalty`.
+        blocks: how many weights side by side W is; the rows of K are in blocks, one for each.
         constants: what `once` has computed, kept by whoever makes the site's problems.
     """
 
@@ -59,6 +60,7 @@ class LayerProblem:
     loss: Loss | None = None
     gradient_columns: Callable[[], tuple[Tensor, Tensor] | None] = lambda: None
     sites: int = 1
+    blocks: int = 1
     constants: dict[Hashable, Any] = field(default_factory=dict)
 
     def once(self, function: Callable[..., Constant], *arguments: Hashable) -> Constant:
@@ -93,6 +95,22 @@ class LayerProblem:
     def weight(self) -> Tensor:
         """W as it is now, earlier edits included, (d_out, d_in)."""
         return self.base_weight + self.earlier.dense() if self.earlier.rank else self.base_weight
+
+    def of_block(self, block: int, residual: Tensor) -> LayerProblem:
+        """The problem of one of the weights side by side, for its share of the residual (d_out, n)."""
+        width = len(self.keys) // self.blocks
+        at = slice(block * width, (block + 1) * width)
+        covariance = self.covariance.block(block) if isinstance(self.covariance, SideBySide) else None
+        return LayerProblem(
+            self.keys[at],
+            residual,
+            covariance,
+            PriorKeys(self.prior.matrix[at]),
+            lambda: self.base_weight[:, at],
+            lambda: Delta(self.earlier.left, self.earlier.right[:, at]),
+            self.gradient,
+            sites=self.sites,
+        )
 
     def replace(self, **parts: Any) -> LayerProblem:
         """The same problem with some of its parts replaced."""
@@ -140,6 +158,8 @@ class Method:
             setting choose_layer is false.
         neighbors: how many of those layers on either side of it are edited with it.
         spends_directions: every fact uses up an output direction, so that users hear how many are left.
+        block_by_block: weights side by side are solved for one by one, each for its share of the residual; what it
+            does to one matrix would mix their keys.
     """
 
     name: str
@@ -162,6 +182,7 @@ class Method:
     choose: Callable[[Sequence[LayerProblem], Any], int] | None = None
     neighbors: int = 0
     spends_directions: bool = False
+    block_by_block: bool = False
 
     @property
     def needs_subject(self) -> bool:

@@ -77,7 +77,7 @@ def mose(problem: LayerProblem, config: MoseConfig) -> Rotation:
     targets = outputs + problem.residual
     if config.values == "sphere":
         targets = _resized(targets.T, outputs.T).T
-    text = weight @ covariance.matrix @ weight.T  # W C W' (d_out, d_out)
+    text = covariance.times(weight) @ weight.T  # W C W' (d_out, d_out)
     energy = outputs.square().sum() / max(1, outputs.shape[1])
     earlier = weight @ problem.prior_keys  # (d_out, m)
     moment = targets @ outputs.T + config.earlier * earlier @ earlier.T

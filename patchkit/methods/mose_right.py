@@ -26,6 +26,10 @@ class MoseRightConfig(MethodConfig):
     aliases: ClassVar[Mapping[str, str]] = {"still": "identity_weight"}
 
 
+HALVINGS = 60
+"""Of the interval in which a Lagrange multiplier is sought: to float64's precision."""
+
+
 @dataclass(frozen=True)
 class _Reach:
     """The null space N (d_in, q) as W maps it: keys a = N'K (q, n) turned to b of the same length give W N b.
@@ -48,6 +52,27 @@ class _Reach:
         outward = left[:, kept] / energy[kept].sqrt()  # (d_out, r)
         return _Reach(basis, basis.T @ problem.keys, through.T @ outward, outward)
 
+    @property
+    def whole(self) -> bool:
+        """Whether W sees all of N, as it does where it puts out more than it takes in: then only the direction of a key
+        can be chosen, and its output's length is what it is."""
+        return self.seen.shape[0] == self.seen.shape[1]
+
+    def _nearest(self, wanted: Tensor) -> Tensor:
+        """V'b (r, n) of the length of a whose outputs are nearest to those of `wanted`, V'y (r, n).
+
+        With σ² the energies of W N that is σ²V'y / (σ² + μ), with the μ that gives the length, found by halving.
+        """
+        energy = 1 / self.outward.square().sum(0).unsqueeze(1)  # σ² (r, 1)
+        pull, length = energy * wanted, self.keys.norm(dim=0)  # (r, n), (n,)
+        low, high = -energy.min().expand_as(length), pull.norm(dim=0) / length.clamp_min(torch.finfo(length.dtype).tiny)
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            longer = (pull / (energy + middle)).norm(dim=0) > length
+            low, high = torch.where(longer, middle, low), torch.where(longer, high, middle)
+        found: Tensor = pull / (energy + high)
+        return found
+
     def turned(self, residual: Tensor) -> Tensor:
         """b (q, n): the keys nearest to a, of the same length, with W N b = W N a + residual as far as possible.
 
@@ -55,6 +80,8 @@ class _Reach:
         y alone is longer than a, no rotation reaches the output, and y is cut to that length.
         """
         wanted = self.seen.T @ self.keys + self.outward.T @ residual  # V'y (r, n)
+        if self.whole:
+            return self.seen @ self._nearest(wanted)
         idle = self.keys - self.seen @ (self.seen.T @ self.keys)  # (q, n)
         length, reach = wanted.norm(dim=0), self.keys.norm(dim=0)  # (n,) each
         tiny = torch.finfo(length.dtype).tiny
@@ -77,7 +104,8 @@ def reach(problem: LayerProblem, config: MoseRightConfig) -> Constraint:
         keys, inward, through, most = parts(delta)
         before = keys[facts]  # (k, r)
         wanted = before + delta @ inward / sites  # (k, r)
-        met = wanted * (most[facts] / wanted.norm(dim=1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
+        stretch = most[facts] / wanted.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        met = wanted * (stretch if at.whole else stretch.clamp_max(1))
         held: Tensor = sites * (met - before) @ through  # (k, d_out)
         return held
 
@@ -92,6 +120,7 @@ def reach(problem: LayerProblem, config: MoseRightConfig) -> Constraint:
     use_when="long sequences where the weight's norm and condition number must not move at all",
     update="rotation",
     constrain=reach,
+    block_by_block=True,
 )
 def mose_right(problem: LayerProblem, config: MoseRightConfig) -> Rotation:
     """Rotates keys, W' = W R, inside the null space of plain text's: singular values stay, and text outside of it.

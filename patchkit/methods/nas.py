@@ -49,4 +49,4 @@ def nas(problem: LayerProblem, config: NasConfig, solve: Callable[[LayerProblem]
 
 def mean_output(weight: Tensor, covariance: Covariance) -> Tensor:
     """The root mean square of ‖Wk‖ over plain text, ()."""
-    return ((weight @ covariance.matrix) * weight).sum().clamp_min(0).sqrt()
+    return (covariance.times(weight) * weight).sum().clamp_min(0).sqrt()

@@ -7,7 +7,7 @@ like the known ones works without being added here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from patchkit.errors import InputError
 from patchkit.model.devices import exact, home_of
+from patchkit.model.experts import Experts, find_experts, stacks
 from patchkit.model.twin import twin_of
-from patchkit.model.weights import EDITABLE_DTYPES, Site, is_linear, is_offloaded, shape_of
+from patchkit.model.weights import EDITABLE_DTYPES, Site, is_linear, is_offloaded, shape_of, weight_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ def inspect_model(model: PreTrainedModel) -> Architecture:
     """Find the edit sites of a loaded causal language model. Weights, hooks and training mode are as before afterward.
 
     Raises InputError for what cannot be edited: encoder-decoders, models without a language-model head, mixtures of
-    experts, quantized or unloaded weights, models with a PEFT adapter, and layers whose feed-forward is not recognized.
+    experts that are laid out otherwise than transformers does, quantized or unloaded weights, models with a PEFT
+    adapter, and layers whose feed-forward is not recognized.
     """
     head = _causal_head(model)
     _refuse_unloaded(model)
@@ -49,7 +51,7 @@ def inspect_model(model: PreTrainedModel) -> Architecture:
         f"{layers_name}.{index}.{_output_projection(model, f'{layers_name}.{index}', layer, hidden_size)}"
         for index, layer in enumerate(layers)
     ]
-    sites = _sites(model, layers, names)
+    sites = _sites(model, layers, names, hidden_size)
     return Architecture(model, layers, layers_name, sites, hidden_size, head)
 
 
@@ -138,11 +140,16 @@ def _feed_forward(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
 
 
 def _output_projection(model: nn.Module, block_name: str, block: nn.Module, hidden_size: int) -> str:
-    """Name, relative to the block, of the projection from the feed-forward's inner width back to the stream."""
+    """Name, relative to the block, of the projection from the feed-forward's inner width back to the stream, or of the
+    module with the experts, which have one each. An expert that all tokens share is left as it is."""
     parts = list(_feed_forward(block))
     for name, module in parts:
-        _refuse_experts(model, f"{block_name}.{name}", module)
         _refuse_quantized(model, f"{block_name}.{name}", module)
+    mixtures = [name for name, module in parts if stacks(module)]
+    if len(mixtures) == 1 and not _has_separate_experts(parts):
+        return mixtures[0]
+    for name, module in parts:
+        _refuse_experts(model, f"{block_name}.{name}", module)
     widths = {name: _widths(module) for name, module in parts if is_linear(module)}
     outputs = [name for name in widths if _closes_feed_forward(name, widths, hidden_size)]
     # The factors of adapters and small side branches fit together like a feed-forward; it is wider than they are.
@@ -169,13 +176,20 @@ def _closes_feed_forward(name: str, widths: dict[str, tuple[int, int]], hidden_s
     return d_out == hidden_size and any(o_in == hidden_size and o_out in (d_in, 2 * d_in) for o_in, o_out in others)
 
 
+def _has_separate_experts(parts: Sequence[tuple[str, nn.Module]]) -> bool:
+    return any(isinstance(module, nn.ModuleList) and "expert" in name.lower() for name, module in parts)
+
+
 def _refuse_experts(model: nn.Module, name: str, module: nn.Module) -> None:
     own_name = f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
-    convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    stacked = not convolution and any(weight.ndim == 3 for weight in module.parameters(recurse=False))
-    if stacked or "expert" in own_name or "router" in own_name:
-        found = f"a mixture of experts ({name}, {type(module).__name__})"
-        raise _refusal(model, "one feed-forward per layer", found, "use a dense model")
+    if stacks(module) or "expert" in own_name or "router" in own_name:
+        raise _unknown_experts(model, name, f"{type(module).__name__}")
+
+
+def _unknown_experts(model: nn.Module, name: str, found: str) -> InputError:
+    advice = "load it with transformers' own code, which keeps a layer's experts in one module, or use another model"
+    looked_for = "experts whose weights are stacked in one module"
+    return _refusal(model, looked_for, f"a mixture of experts ({name}: {found})", advice)
 
 
 def _refuse_quantized(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -189,17 +203,64 @@ def _refuse_quantized(model: nn.Module, name: str, module: nn.Module) -> None:
             raise _refusal(model, "16, 32 or 64-bit floating-point weights", found, advice)
 
 
-def _sites(model: PreTrainedModel, layers: Sequence[nn.Module], names: Sequence[str]) -> tuple[Site, ...]:
+def _sites(
+    model: PreTrainedModel, layers: Sequence[nn.Module], names: Sequence[str], hidden_size: int
+) -> tuple[Site, ...]:
     sites, twin = [], twin_of(model)
-    known: dict[tuple[object, ...], bool] = {}  # layers built alike are probed once
+    known: dict[tuple[object, ...], tuple[bool, Experts | None]] = {}  # layers built alike are probed once
     for index, (layer, name) in enumerate(zip(layers, names, strict=True)):
         structure = (type(layer), tuple(child for child, _ in layer.named_modules()))
-        if structure not in known:
-            known[structure] = _is_direct(twin, index, name)
         module = model.get_submodule(name)
-        d_in, d_out = _widths(module)
-        sites.append(Site(index, f"{name}.weight", name, module, d_in, d_out, known[structure]))
+        if structure not in known:
+            known[structure] = _is_direct(twin, index, name), _experts(twin, name, module, hidden_size)
+        direct, alike = known[structure]
+        if alike is None:
+            d_in, d_out = _widths(module)
+            sites.append(Site(index, f"{name}.weight", name, module, d_in, d_out, direct))
+        else:
+            experts = replace(alike, name=name, module=module)
+            wide = experts.count * experts.width
+            sites.append(Site(index, experts.weight_name, name, module, wide, experts.d_out, direct, experts=experts))
     return tuple(sites)
+
+
+def experts_of(model: nn.Module, name: str) -> Experts:
+    """What a model's module of experts is made of. The model is as before afterward.
+
+    Raises:
+        InputError: it is made otherwise than is known.
+    """
+    assert isinstance(model, PreTrainedModel)
+    hidden_size = int(model.config.get_text_config().hidden_size)
+    found = _experts(twin_of(model), name, model.get_submodule(name), hidden_size)
+    if found is None:
+        raise _unknown_experts(model, name, "no stack of weights")
+    return found
+
+
+def _experts(twin: PreTrainedModel, name: str, module: nn.Module, hidden_size: int) -> Experts | None:
+    """What the module is made of if it has experts, seen in a pass over some dummy tokens."""
+    if not stacks(module):
+        return None
+    seen: list[tuple[tuple[object, ...], dict[str, object]]] = []
+
+    def stop(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        seen.append((args, kwargs))
+        raise _Reached(torch.empty(0))
+
+    if is_offloaded(module):
+        advice = "leave the layers that are edited on a device: experts cannot be offloaded while they are edited"
+        raise _refusal(twin, "experts in memory", f"{name} offloaded", advice)
+    vocabulary = weight_of(twin.get_input_embeddings()).shape[0]
+    tokens = torch.arange(16, device=home_of(twin.get_input_embeddings()))[None] % vocabulary  # (1, 16)
+    with twin.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True), torch.no_grad():
+        try:
+            twin(input_ids=tokens, use_cache=False)
+        except _Reached:
+            experts = find_experts(name, module, seen[0], lambda found: _unknown_experts(twin, name, found))
+            if experts.d_out == hidden_size:
+                return experts
+    raise _unknown_experts(twin, name, "experts that do not write to the stream")
 
 
 def _is_direct(twin: PreTrainedModel, index: int, name: str) -> bool:

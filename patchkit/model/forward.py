@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from patchkit.model.arch import Architecture
 from patchkit.model.devices import at, home_of
+from patchkit.model.inputs import SiteInput, watching_site
 from patchkit.model.linears import Linears
 from patchkit.model.threads import forward_in_this_thread, in_this_thread
 from patchkit.model.twin import twin_of
@@ -165,7 +166,7 @@ class LayerRunner:
     @property
     def dtype(self) -> torch.dtype:
         """What the edited weights, and so the hidden states, are held in."""
-        return weight_of(self.arch.sites[0].module).dtype
+        return self.arch.sites[0].stored.dtype
 
     @property
     def vocabulary(self) -> int:
@@ -346,19 +347,19 @@ def watching_input(layer: nn.Module, see: Callable[[Tensor], None]) -> Iterator[
 
 
 @contextmanager
-def traced(sites: Sequence[Site], rows: int) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
-    """Inside the block, a pass over `rows` rows puts by layer the site's input (rows, seq, d_in) and a zero leaf
-    (rows, seq, d_out) that is added to its output: the leaf's gradient is the output's, and no weight's is computed."""
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
+def traced(sites: Sequence[Site], rows: int) -> Iterator[dict[int, tuple[SiteInput, Tensor]]]:
+    """Inside the block, a pass over `rows` rows puts by layer the site's input and a zero leaf (rows, seq, d_out) that
+    is added to its output: the leaf's gradient is the output's, and no weight's is computed."""
+    seen: dict[int, tuple[SiteInput, Tensor]] = {}
 
-    def note(layer: int, keys: Tensor, output: Tensor) -> Tensor:
+    def note(layer: int, keys: SiteInput, output: Tensor) -> Tensor:
         leaf = torch.zeros_like(output, requires_grad=True)
-        seen[layer] = (keys.detach(), leaf)
-        return output + leaf
+        seen[layer] = (keys, leaf)
+        return leaf
 
     with ExitStack() as stack:
         for site in sites:
-            stack.enter_context(watching(site.module, rows, partial(note, site.layer)))
+            stack.enter_context(watching_site(site, rows, partial(note, site.layer)))
         yield seen
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn.functional import linear
 
 from patchkit.maths.linalg import Delta
 from patchkit.model.arch import Architecture
+from patchkit.model.experts import Experts
 from patchkit.model.threads import in_this_thread
 from patchkit.model.weights import Site
 
@@ -56,17 +58,42 @@ class LiveDelta:
             self.add(delta)
 
     def hook(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Forward hook of the module."""
+        """Forward hook of a linear layer."""
         if not self._parts and self._matrix is None:
             return output
+        # A module that is quantized or offloaded may take its input on another device, or in another dtype.
+        change = args[0].to(output)
+        for factor in self._like(output):
+            change = linear(change, factor)  # (..., r), then (..., d_out)
+        return output + change
+
+    def hook_of_experts(
+        self, experts: Experts, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        """Forward hook, with kwargs, of the module that has the experts whose weights side by side are changed."""
+        if not self._parts and self._matrix is None:
+            return output
+        factors, call = self._like(output), (args, kwargs)
+        first = factors[0].unflatten(1, (experts.count, -1)).transpose(0, 1)  # (E, r or d_out, width)
+        changed = first.flatten(1).any(1)
+        pairs = experts.pairs(call).of_experts(changed)
+        if not len(pairs.token):
+            return output
+        keys = experts.ask(call, pairs.hidden, pairs.expert).to(output)
+        change = keys.new_zeros(len(keys), len(factors[-1]))
+        for expert in changed.nonzero().squeeze(1).tolist():
+            at = (pairs.expert == expert).nonzero().squeeze(1)
+            part = linear(keys[at], first[expert])
+            for factor in factors[1:]:
+                part = linear(part, factor)
+            change = change.index_copy(0, at, part)
+        return experts.add(output, pairs, change)
+
+    def _like(self, output: Tensor) -> tuple[Tensor, ...]:
         factors = self._factors  # looked at once: another thread may be running the model in another dtype
         if not factors or factors[0].dtype != output.dtype or factors[0].device != output.device:
             factors = self._factors = self._cast(output)
-        # A module that is quantized or offloaded may take its input on another device, or in another dtype.
-        change = args[0].to(output)
-        for factor in factors:
-            change = linear(change, factor)  # (..., r), then (..., d_out)
-        return output + change
+        return factors
 
     def _cast(self, output: Tensor) -> tuple[Tensor, ...]:
         # Made under inference_mode, they could not be used by a later call that computes gradients.
@@ -88,7 +115,9 @@ def live_on(sites: Mapping[Name, tuple[Site, Sequence[Delta]]]) -> Iterator[dict
         for name, (site, deltas) in sites.items():
             live[name] = LiveDelta()
             live[name].set(deltas)
-            handle = site.module.register_forward_hook(in_this_thread(live[name].hook), prepend=True)
+            hook = live[name].hook if site.experts is None else partial(live[name].hook_of_experts, site.experts)
+            wide = site.experts is not None
+            handle = site.module.register_forward_hook(in_this_thread(hook), prepend=True, with_kwargs=wide)
             stack.callback(handle.remove)
         yield live
 

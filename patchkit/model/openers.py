@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from patchkit.errors import InputError
 from patchkit.model.arch import Architecture
 from patchkit.model.threads import in_this_thread
-from patchkit.model.weights import Site, is_linear, is_quantized, shape_of, weight_of
+from patchkit.model.weights import ExpertNames, Site, is_linear, is_quantized, shape_of, weight_of
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,12 @@ def opening_sites(arch: Architecture, site: Site) -> tuple[Site, ...]:
 
 
 def all_sites(arch: Architecture) -> Iterator[Site]:
-    """Every weight of `arch` that a patch can change."""
+    """Every weight of `arch` that a patch can change, and those of experts together."""
+    names = ExpertNames(arch.model)
     for site in arch.sites:
         yield site
         yield from opening_sites(arch, site)
+        yield from names.sites(site)
 
 
 def openers(arch: Architecture, site: Site) -> Openers:

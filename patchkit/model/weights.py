@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -22,17 +22,24 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from patchkit.errors import InputError
+from patchkit.model.experts import Experts, names_on_disk, slice_name, stacks
 
 LINEAR = (nn.Linear, Conv1D)
 """The layers that multiply with a weight that patches can change; GPT-2's are Conv1Ds."""
 EDITABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _CHUNK = 1 << 21
 _MOST_MODULES = 10_000
+_PLACES = "_patchkit_expert_places"
+"""What the names of experts are kept under in a tree without numbers, which nobody else has."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """An editable weight in the feed-forward of layer `layer`: its output projection, or one that opens it."""
+    """An editable weight in the feed-forward of layer `layer`: its output projection, or one that opens it.
+
+    Of a mixture of experts the output projections of all of them, side by side, are the one weight that is solved for;
+    what is changed, stored and named on disk is each expert's (`expert_sites`).
+    """
 
     layer: int
     weight_name: str  # as in the state dict
@@ -42,6 +49,66 @@ class Site:
     d_out: int
     direct: bool  # its output is added to the residual stream as it is: no norm or scale in between
     opens: bool = False  # it reads the residual stream, and its rows are the weights that neurons listen with
+    experts: Experts | None = None
+    expert: int | None = None  # the one whose weight it is, None where it is that of all
+
+    @property
+    def blocks(self) -> int:
+        """How many weights it is made of, side by side."""
+        return self.experts.count if self.experts and self.expert is None else 1
+
+    @property
+    def width(self) -> int:
+        """d_in of each of them."""
+        return self.d_in // self.blocks
+
+    @property
+    def active(self) -> int:
+        """How many entries of a token's key are not zero, at most; of experts as if a token chose four of them."""
+        return min(self.blocks, 4) * self.width
+
+    @property
+    def solved(self) -> bool:
+        """Whether it is solved for: it is no opener and no part of another one."""
+        return not self.opens and self.expert is None
+
+    @property
+    def stored(self) -> Tensor:
+        """The parameter that holds it, with whatever else that holds."""
+        return self.experts.stack if self.experts else weight_of(self.module)
+
+
+def expert_sites(model: PreTrainedModel, site: Site) -> tuple[Site, ...]:
+    """The parts of a site, one for each expert, named as in the checkpoint's files; none where it has no experts."""
+    return ExpertNames(model).sites(site)
+
+
+class ExpertNames:
+    """What the checkpoint's files call the weights of experts: by what is there, or where there are no files to look
+    at, by what transformers would write."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @cached_property
+    def _stored(self) -> frozenset[str]:
+        assert isinstance(self.model, PreTrainedModel)
+        return _stored_names_of(self.model)
+
+    def sites(self, site: Site) -> tuple[Site, ...]:
+        """The parts of a site; see `expert_sites`."""
+        experts = site.experts
+        if experts is None or site.expert is not None:
+            return ()
+        own = self.of(experts.weight_name, experts.count)
+        return tuple(replace(site, weight_name=name, d_in=experts.width, expert=i) for i, name in enumerate(own))
+
+    def of(self, stack: str, count: int) -> tuple[str, ...]:
+        """Those of each of `count` experts, whose weights are in the parameter `stack`."""
+        names, stored = names_on_disk(self.model, stack, count), self._stored
+        if stored and not matching(names[0].partition("[")[0], stored) and matching(stack, stored):
+            return tuple(slice_name(matching(stack, stored)[0], expert) for expert in range(count))
+        return names
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------
@@ -66,6 +133,8 @@ def same_weight(one: str, other: str) -> bool:
 
 def matching(name: str, among: Iterable[str]) -> list[str]:
     """The names in `among` that mean the weight `name`: that very name where it is there, else all `same_weight`s."""
+    if isinstance(among, Collection) and name in among:
+        return [name]
     found = [other for other in among if same_weight(name, other)]
     return [name] if name in found else found
 
@@ -100,23 +169,26 @@ def disk_name(model: PreTrainedModel, state_name: str) -> str:
 
     Without safetensors files to look at (a model made in memory), the state-dict name is the only one there is.
     """
-    stored = _stored_names(str(model.config._name_or_path), getattr(model.config, "_commit_hash", None))
-    found = matching(state_name, stored)
+    found = matching(state_name, _stored_names_of(model))
     return found[0] if len(found) == 1 else state_name
 
 
-def _stored_names(name: str, commit: str | None) -> set[str]:
+def _stored_names_of(model: PreTrainedModel) -> frozenset[str]:
+    return _stored_names(str(model.config._name_or_path), getattr(model.config, "_commit_hash", None))
+
+
+def _stored_names(name: str, commit: str | None) -> frozenset[str]:
     folder = Path(name)
     if not name or not folder.is_dir():
         found = try_to_load_from_cache(name, "config.json", revision=commit) if name.count("/") <= 1 and name else None
         if not isinstance(found, str):
-            return set()
+            return frozenset()
         folder = Path(found).parent
     names: set[str] = set()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             names.update(tensors.keys())
-    return names
+    return frozenset(names)
 
 
 def skeleton(name: str | Path, commit: str | None = None) -> PreTrainedModel:
@@ -147,6 +219,65 @@ def _check_size(config: Any) -> None:
         count = getattr(config.get_text_config(), name, None)
         if isinstance(count, int) and count > _MOST_MODULES:
             raise ValueError(f"{name} is {count:,}, which no model has")
+
+
+def expert_places(model: PreTrainedModel) -> dict[str, tuple[str, str, int]]:
+    """By every name that the weight of an expert may have, on disk or as a part of its stack, the module that it is in,
+    the parameter there, and its number."""
+    found: dict[str, tuple[str, str, int]] = {}
+    names = ExpertNames(model)
+    for name, module in model.named_modules():
+        for parameter, stack in stacks(module).items():
+            whole = f"{name}.{parameter}"
+            for expert, own in enumerate(names.of(whole, len(stack))):
+                found[own] = found[slice_name(whole, expert)] = name, parameter, expert
+    return found
+
+
+@dataclass(frozen=True)
+class ExpertPlace:
+    """Where the weight of one of `count` experts is in a module tree: a slice of the parameter `stack`, as (d_out,
+    width) or with `transposed` as (width, d_out)."""
+
+    module: str
+    parameter: str
+    expert: int
+    count: int
+    transposed: bool
+
+    @property
+    def stack(self) -> str:
+        """Name of the parameter in the tree."""
+        return f"{self.module}.{self.parameter}"
+
+
+def find_expert(model: PreTrainedModel, weight: str, shape: tuple[int, int]) -> ExpertPlace | None:
+    """Where an expert's weight of `shape` (d_out, d_in) is; None where the name is that of no expert. The model need
+    not have its numbers: how a square weight lies is told by what transformers says of the module.
+
+    Raises:
+        InputError: it has another shape here.
+    """
+    places = _places_of(model)
+    known = matching(weight, places)
+    if not known:
+        return None
+    name, parameter, expert = places[known[0]]
+    module = model.get_submodule(name)
+    lies = tuple(module.get_parameter(parameter).shape[1:])
+    if lies not in (shape, shape[::-1]):
+        raise InputError(f"{weight}: {lies} in {type(model).__name__}, {shape} in the patch; it is another model")
+    transposed = bool(getattr(module, "is_transposed", False)) if lies == lies[::-1] else lies != shape
+    return ExpertPlace(name, parameter, expert, len(module.get_parameter(parameter)), transposed)
+
+
+def _places_of(model: PreTrainedModel) -> dict[str, tuple[str, str, int]]:
+    if not any(stacks(module) for module in model.modules()):
+        return {}
+    known: dict[str, tuple[str, str, int]] | None = model.__dict__.get(_PLACES)
+    if known is None:
+        known = model.__dict__[_PLACES] = expert_places(model)
+    return known
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------
@@ -195,7 +326,11 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def read_weight(site: Site) -> Tensor:
-    """The site's weight W (d_out, d_in) in its stored dtype: a detached view, or a copy where it is offloaded."""
+    """The site's weight W (d_out, d_in) in its stored dtype: a detached view, or a copy where it is offloaded or made
+    of several."""
+    if site.experts is not None:
+        experts = site.experts
+        return experts.side_by_side() if site.expert is None else experts.oriented(experts.stored(site.expert))
     return oriented(site.module, loaded(site.module, "weight").detach())
 
 
@@ -206,7 +341,13 @@ def write_weight(site: Site, weight: Tensor) -> None:
     """
     if weight.shape != (site.d_out, site.d_in):
         raise ValueError(f"{site.weight_name} is {(site.d_out, site.d_in)}, not {tuple(weight.shape)}")
-    oriented(site.module, weight_of(site.module).detach()).copy_(weight)
+    if site.experts is None:
+        oriented(site.module, weight_of(site.module).detach()).copy_(weight)
+    elif site.expert is None:
+        experts = site.experts
+        experts.oriented(experts.stack.detach()).copy_(weight.unflatten(1, (experts.count, -1)).transpose(0, 1))
+    else:
+        site.experts.oriented(site.experts.stored(site.expert)).copy_(weight)
 
 
 def loaded_weight(module: nn.Module) -> Tensor | None:
@@ -266,4 +407,6 @@ def model_digest(named: Iterable[tuple[str, Tensor | Callable[[], Tensor]]]) -> 
 
 def weight_digest(site: Site, name: str) -> str:
     """Digest of a site's weight as it is stored, under its on-disk name."""
-    return tensor_digest(name, loaded(site.module, "weight"))
+    if site.experts is not None and site.expert is not None:
+        return tensor_digest(name, site.experts.stored(site.expert))
+    return tensor_digest(name, site.stored if site.experts else loaded(site.module, "weight"))

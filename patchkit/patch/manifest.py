@@ -75,13 +75,15 @@ class _Record(BaseModel):
 class BaseInfo(_Record):
     """The model a patch belongs to; `weights` maps the on-disk name of each edited weight to its digest.
 
-    A folder's name is its whole path here, and in JSON the last part of it (`patchkit.patch.bases`).
+    A folder's name is its whole path here, and in JSON the last part of it (`patchkit.patch.bases`). `stacks` maps the
+    name that the weights of a layer's experts have together in the state to how many there are.
     """
 
     name: Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
     commit: Annotated[str, Field(pattern=r"^[\w./-]{1,200}$")] | None
     architecture: str
     weights: dict[str, str]
+    stacks: dict[str, Annotated[int, Field(ge=2, le=1_000_000)]] = {}
 
     @field_serializer("name", when_used="json")
     def _without_path(self, name: str) -> str:

@@ -215,6 +215,7 @@ def remove_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
         for number in [number for number, there in hooks.items() if there == hook]:
             hooks.pop(number, None)
             module._forward_hooks_always_called.pop(number, None)
+            module._forward_hooks_with_kwargs.pop(number, None)
 
 
 def reset_compiled() -> None:

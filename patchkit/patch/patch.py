@@ -32,6 +32,7 @@ from patchkit.errors import InputError
 from patchkit.evaluate.report import Outcome
 from patchkit.io.files import write_folder
 from patchkit.io.hub import patch_folder
+from patchkit.maths.blocks import joined
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import Chain, delta_of
 from patchkit.model.arch import Architecture
@@ -104,15 +105,21 @@ class Patch:
         Raises:
             InputError: it is another model (skipped with force, as long as the shapes fit).
         """
-        sites = self.sites(arch, force)
-        return {
-            sites[name].layer: delta_of(chain, lambda site=sites[name]: read_weight(site).float())  # type: ignore[misc]
-            for name, chain in self.updates.items()
-            if not sites[name].opens
-        }
+        sites, found, blocks = self.sites(arch, force), dict[int, Delta](), dict[int, dict[int, Delta]]()
+        for name, chain in self.updates.items():
+            site = sites[name]
+            if site.opens:
+                continue
+            delta = delta_of(chain, lambda site=site: read_weight(site).float())  # type: ignore[misc]
+            if site.expert is None:
+                found[site.layer] = delta
+            else:
+                blocks.setdefault(site.layer, {})[site.expert] = delta
+        return found | {layer: joined(parts, arch.sites[layer].blocks) for layer, parts in blocks.items()}
 
     def sites(self, arch: Architecture, force: bool = False) -> dict[str, Site]:
-        """Where on `arch` every weight of the patch's base is, by on-disk name; checks and raises as `on` does."""
+        """Where on `arch` every weight of the patch's base is, by on-disk name, and by its name in the state dict where
+        the weights of experts together are; checks and raises as `on` does."""
         base, found = self.manifest.base, {}
         sites = {site.weight_name: site for site in all_sites(arch)}
         for name, digest in base.weights.items():
@@ -123,6 +130,8 @@ class Patch:
             if not force and weight_digest(site, name) != digest:
                 raise base.wrong_numbers(name)
             found[name] = site
+            if site.expert is not None:  # the columns of all experts together are the layer's
+                found[arch.sites[site.layer].weight_name] = arch.sites[site.layer]
         return found
 
     @property

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from patchkit.errors import InputError
+from patchkit.maths.blocks import InBlock, in_blocks, joined
 from patchkit.maths.linalg import Delta
-from patchkit.maths.updates import Update, delta_of, moved
+from patchkit.maths.updates import Chain, Update, delta_of, moved
 from patchkit.model.devices import solve_device
+from patchkit.model.experts import Experts
+from patchkit.model.hooks import LiveDelta
 from patchkit.model.weights import is_quantized, loaded_weight, oriented, shape_of, tensor_digest, weight_of
 from patchkit.patch.passes import NOTHING, Passes, remove_hook
 from patchkit.patch.patch import Patch
+
+Placed = tuple[Update | InBlock, ...]
+"""Updates of a module's weight, in the order in which they act; of experts, each of one of them."""
 
 
 class PatchedModule:
@@ -30,26 +38,39 @@ class PatchedModule:
         self.written: Delta | None = None
         """The change that is in the weight."""
 
+    @property
+    def place(self) -> PatchedModule:
+        """Where its updates go."""
+        return self
+
+    def placed(self, chain: Chain) -> Placed:
+        """Its weight's updates as the place takes them."""
+        return chain
+
     def hook(self) -> bool:
         """Put the hook on the module; whether it was not there."""
         if self._add in self.module._forward_hooks.values():
             return False
         # First, so that the user's own hooks see the patched output.
-        self.module.register_forward_hook(self._add, prepend=True)
+        self.module.register_forward_hook(self._add, prepend=True, with_kwargs=True)
         return True
 
     def unhook(self) -> None:
         """Take the hook off."""
         remove_hook(self.module, self._add)
 
-    def _add(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _add(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         live = self.passes.acting().get(self.name)
-        return output if live is None else live.hook(module, args, output)
+        return output if live is None else self._added(live, args, kwargs, output)
 
-    def total(self, updates: Sequence[Update]) -> Delta | None:
+    def _added(self, live: LiveDelta, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        return live.hook(self.module, args, output)
+
+    def total(self, updates: Placed) -> Delta | None:
         """Just these updates, in their order, as one change of the weight without patches."""
         where = solve_device(self.module)
-        return delta_of([moved(update, where) for update in updates], self._rotatable) if updates else None
+        plain = [moved(update, where) for update in updates if not isinstance(update, InBlock)]
+        return delta_of(plain, self._rotatable) if plain else None
 
     @torch.no_grad()
     def write(self, total: Delta | None) -> None:
@@ -107,7 +128,88 @@ class PatchedModule:
         return (output[:-1] - output[-1:]).T.float()
 
 
-def check_base(patch: Patch, modules: Mapping[str, PatchedModule], numbers: bool) -> None:
+class PatchedExperts(PatchedModule):
+    """A module of experts with the updates of the active patches on the output projections of some of them."""
+
+    def __init__(self, experts: Experts, passes: Passes) -> None:
+        super().__init__(experts.name, experts.module, passes)
+        self.experts = experts
+        self._originals: dict[int, Tensor] = {}
+
+    def _added(self, live: LiveDelta, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        return live.hook_of_experts(self.experts, self.module, args, kwargs, output)
+
+    def total(self, updates: Placed) -> Delta | None:
+        """Just these updates, in their order, as one change of all experts' weights side by side."""
+        chains, where = dict[int, list[Update]](), solve_device(self.module)
+        for each in updates:
+            assert isinstance(each, InBlock)
+            chains.setdefault(each.block, []).append(moved(each.update, where))
+        parts = {expert: delta_of(chain, partial(self._wide, expert)) for expert, chain in sorted(chains.items())}
+        return joined(parts, self.experts.count) if parts else None
+
+    @torch.no_grad()
+    def write(self, total: Delta | None) -> None:
+        """Put the original weights back, and on top of them write `total`."""
+        for expert, original in self._originals.items():
+            self.experts.stored(expert).copy_(original)
+        self._originals, self.written = {}, total
+        if total is None:
+            return
+        for expert in in_blocks(total.right.T, self.experts.count):
+            weight = self.experts.stored(expert)
+            self._originals[expert] = weight.to("cpu", copy=True)
+            part = slice(expert * self.experts.width, (expert + 1) * self.experts.width)
+            change = self.experts.oriented(Delta(total.left, total.right[:, part]).to(device=weight.device).dense())
+            weight.copy_(weight.to(torch.promote_types(weight.dtype, torch.float32)) + change)
+
+    def keep(self) -> None:
+        """Make what was written permanent: forget the original weights."""
+        self._originals, self.written = {}, None
+
+    def check_writable(self) -> None:
+        """Raises InputError where nothing can be written into the weights."""
+        if self.experts.stack.is_meta:
+            raise InputError(f"{self.name}: offloaded, so that nothing can be merged into it; attach without merged")
+
+    def original(self, expert: int) -> Tensor:
+        """An expert's weight without patches, as it is stored."""
+        written = self._originals.get(expert)
+        return self.experts.stored(expert) if written is None else written
+
+    def _wide(self, expert: int) -> Tensor:
+        return self.experts.oriented(self.original(expert)).float()
+
+
+class PatchedExpert:
+    """One of the experts, as a weight that a patch is for."""
+
+    def __init__(self, place: PatchedExperts, expert: int) -> None:
+        self.place, self.expert = place, expert
+
+    def placed(self, chain: Chain) -> Placed:
+        """Its weight's updates as the place takes them."""
+        return tuple(InBlock(self.expert, update) for update in chain)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of the weight."""
+        return self.place.experts.d_out, self.place.experts.width
+
+    @property
+    def described(self) -> str:
+        """Shape, for error messages."""
+        return f"{self.shape[0]} x {self.shape[1]}"
+
+    def base_weight(self) -> Tensor:
+        """The weight without patches, as it is stored."""
+        return self.place.original(self.expert)
+
+
+PatchedWeight = PatchedModule | PatchedExpert
+
+
+def check_base(patch: Patch, modules: Mapping[str, PatchedWeight], numbers: bool) -> None:
     """Raises InputError where a module's weight has not the shape, or with `numbers` the digest, that is the base's.
 
     What is quantized cannot be compared by its numbers, which a warning says.

@@ -22,7 +22,7 @@ from torch import Tensor
 from patchkit import methods
 from patchkit.editing.recipe import validate
 from patchkit.editing.session import problem_at, solve_at
-from patchkit.editing.state import EditState, Neuron, SiteHistory, made_up_for, rewritten, storable
+from patchkit.editing.state import BlockHistory, EditState, Neuron, SiteHistory, made_up_for, rewritten, storable
 from patchkit.editing.values import ValueStates
 from patchkit.errors import InputError
 from patchkit.maths.linalg import Covariance, Delta, PriorKeys
@@ -58,18 +58,31 @@ def state_of(patch: Patch, sites: Sites) -> EditState:
     state = EditState()
     state.neurons = _neurons(patch, sites)
     for name in sites:
-        if sites[name].opens or (name not in patch.updates and f"{name}.keys" not in patch.state):
+        if not sites[name].solved or (name not in patch.updates and f"{name}.keys" not in patch.state):
             continue
-        layer, chain = sites[name].layer, patch.updates.get(name, ())
+        layer = sites[name].layer
         where = solve_device(sites[name].module)
         stored = (_stored_columns(patch, f"{name}.{kind}", layer) for kind in ("keys", "residuals"))
         keys, residuals = (exact(tensor, where) for tensor in stored)
-        chain = chain[1:] if state.neurons_at(layer) else chain
-        chain = tuple(mapped(moved(update, where), Tensor.double) for update in chain)
-        state.sites[layer] = SiteHistory(chain, keys, residuals, _gradient_columns(patch.manifest, layer))
+        own = _gradient_columns(patch.manifest, layer)
+        if sites[name].blocks > 1:
+            chains = {
+                site.expert: _wide(patch.updates.get(part, ()), where)
+                for part, site in sites.items()
+                if site.layer == layer and site.expert is not None
+            }
+            state.sites[layer] = BlockHistory(chains, sites[name].blocks, keys, residuals, own)
+        else:
+            chain = patch.updates.get(name, ())
+            chain = _wide(chain[1:] if state.neurons_at(layer) else chain, where)
+            state.sites[layer] = SiteHistory(chain, keys, residuals, own)
     state.values = [ValueStates(*(columns(patch.state, f"values.{kind}") for kind in ("targets", "start")))]
     state.subjects = {fact.subject for fact in facts}
     return state
+
+
+def _wide(chain: Chain, where: torch.device) -> Chain:
+    return tuple(mapped(moved(update, where), Tensor.double) for update in chain)
 
 
 def _neurons(patch: Patch, sites: Sites) -> list[Neuron]:
@@ -159,7 +172,7 @@ def _changed(
     state = state_of(patch, sites)
     stay = [i for i, fact in enumerate(manifest.facts) if fact.id not in gone]
     facts = tuple(manifest.facts[i] for i in stay)
-    by_layer = {site.layer: site for site in sites.values() if not site.opens}
+    by_layer = {site.layer: site for site in sites.values() if site.solved}
     recompute = _Recompute(manifest, gone, added, by_layer, state, statistics_of)
     recompute.run()
     affected = _affected_layers(manifest, changed)
@@ -318,16 +331,18 @@ def assemble(
 ) -> Patch:
     """A patch of `facts` from the state that the runs have left; sites without an update are left out."""
     edited = {
-        name: state.sites[site.layer] for name, site in sites.items() if site.layer in state.sites and not site.opens
+        name: state.sites[site.layer] for name, site in sites.items() if site.layer in state.sites and site.solved
     }
-    chains = {name: tuple(mapped(u, Tensor.float) for u in _chain(site, state)) for name, site in sites.items()}
+    made = _chains(sites, state)
+    chains = {name: tuple(mapped(u, Tensor.float) for u in made[name]) for name in sites}
     chains = {name: chain for name, chain in chains.items() if chain}
     updates = {name: tuple(moved(update, "cpu") for update in chain) for name, chain in chains.items()}
     tensors = dict(state_of_waiting(waiting))
     if facts:
         tensors["values.targets"] = torch.cat([v.targets.float().cpu() for v in state.values], 1).contiguous()
         tensors["values.start"] = torch.cat([v.start.float().cpu() for v in state.values], 1).contiguous()
-    for name in edited.keys() & updates.keys():
+    written = {sites[name].layer for name in updates}
+    for name in [name for name in edited if sites[name].layer in written]:
         tensors[f"{name}.keys"] = edited[name].keys.float().cpu().contiguous()
         tensors[f"{name}.residuals"] = edited[name].residuals.float().cpu().contiguous()
     manifest = Manifest(
@@ -342,6 +357,17 @@ def assemble(
         digest=updates_digest(updates),
     )
     return Patch(manifest, updates, tensors)
+
+
+def _chains(sites: Sites, state: EditState) -> dict[str, Chain]:
+    """All updates of every weight; experts have theirs each, and none together."""
+    by_expert = {layer: each.chains for layer, each in state.sites.items() if isinstance(each, BlockHistory)}
+    return {
+        name: _chain(site, state)
+        if site.experts is None
+        else by_expert.get(site.layer, {}).get(-1 if site.expert is None else site.expert, ())
+        for name, site in sites.items()
+    }
 
 
 def _chain(site: Site, state: EditState) -> Chain:

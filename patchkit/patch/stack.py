@@ -16,15 +16,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from patchkit.errors import InputError
 from patchkit.io.hub import is_repo_name
 from patchkit.maths.linalg import Delta
-from patchkit.maths.updates import Chain, Update
+from patchkit.model.arch import experts_of
 from patchkit.model.hooks import LiveDelta
-from patchkit.model.weights import find_module
+from patchkit.model.weights import expert_places, find_module, matching
 from patchkit.patch.bases import base_to_load
 from patchkit.patch.locks import lock_of, uninterrupted
 from patchkit.patch.manifest import Manifest
 from patchkit.patch.passes import Passes, Version, reset_compiled
 from patchkit.patch.patch import Patch
-from patchkit.patch.patched import PatchedModule, check_base
+from patchkit.patch.patched import (
+    PatchedExpert,
+    PatchedExperts,
+    PatchedModule,
+    PatchedWeight,
+    Placed,
+    check_base,
+)
 
 _ATTRIBUTE = "patchkit"
 
@@ -128,7 +135,7 @@ class _Attached:
     """A patch on the model: its chains of updates by module name, and who attached it."""
 
     manifest: Manifest
-    chains: Mapping[str, Chain]
+    chains: Mapping[str, Placed]
     by: object = None
 
 
@@ -141,10 +148,10 @@ class _State:
     merged: bool = False
     disabled: frozenset[object] = frozenset()
 
-    def updates(self, module: str) -> list[Update]:
+    def updates(self, module: str) -> Placed:
         """What acts on a module, in order."""
         acting = () if self.disabled else self.active
-        return [update for name in acting for update in self.attached[name].chains.get(module, ())]
+        return tuple(update for name in acting for update in self.attached[name].chains.get(module, ()))
 
 
 class PatchStack:
@@ -217,8 +224,11 @@ class PatchStack:
                 raise InputError(f'patch "{name}": the model has one of that name; give this one another, name="..."')
             modules = self._modules(read)
             check_base(read, modules, numbers=not force)
-            touched = {modules[weight].name: modules[weight] for weight in read.updates}
-            chains = {modules[weight].name: chain for weight, chain in read.updates.items()}
+            touched = {modules[weight].place.name: modules[weight].place for weight in read.updates}
+            chains = dict[str, Placed]()
+            for weight, chain in read.updates.items():
+                where = modules[weight].place.name
+                chains[where] = (*chains.get(where, ()), *modules[weight].placed(chain))
             all_attached = {**state.attached, name: _Attached(read.manifest, chains, by)}
             self._become(replace(state, attached=all_attached, active=(*state.active, name), merged=merged), touched)
 
@@ -228,13 +238,27 @@ class PatchStack:
         assert isinstance(found, PatchStack)
         return found
 
-    def _modules(self, patch: Patch) -> dict[str, PatchedModule]:
+    def _modules(self, patch: Patch) -> dict[str, PatchedWeight]:
         """The module of every weight of the patch's base, by the weight's name on disk."""
-        base, found = patch.manifest.base, dict[str, PatchedModule]()
+        base, found = patch.manifest.base, dict[str, PatchedWeight]()
+        experts = expert_places(self._model) if isinstance(self._model, PreTrainedModel) else {}
+        made = dict[str, PatchedExperts]()
         for weight in {**base.weights, **patch.updates}:
+            if experts and (known := matching(weight, experts)):
+                name, parameter, expert = experts[known[0]]
+                place = self._touched.get(name) or made.get(name) or self._experts(name, parameter, weight, base.advice)
+                assert isinstance(place, PatchedExperts)
+                found[weight], made[name] = PatchedExpert(place, expert), place
+                continue
             name, module = find_module(self._model, weight, base.advice)
             found[weight] = self._touched.get(name) or PatchedModule(name, module, self._passes)
         return found
+
+    def _experts(self, name: str, parameter: str, weight: str, advice: str) -> PatchedExperts:
+        experts = experts_of(self._model, name)
+        if experts.parameter != parameter:
+            raise InputError(f"{weight}: not an output projection in {type(self._model).__name__}; {advice}")
+        return PatchedExperts(experts, self._passes)
 
     @contextmanager
     def attached(self, patch: Patch) -> Iterator[nn.Module]:

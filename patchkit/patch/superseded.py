@@ -53,7 +53,7 @@ def waiting_in(patch: Patch, sites: Mapping[str, Site]) -> list[Waiting]:
 
 def _outputs(sites: Mapping[str, Site]) -> Iterator[tuple[str, Site]]:
     """The output projections, which alone have columns."""
-    return ((name, site) for name, site in sites.items() if not site.opens)
+    return ((name, site) for name, site in sites.items() if site.solved)
 
 
 def columns_at(manifest: Manifest, fact: EditedFact, layer: int) -> int:

@@ -119,8 +119,8 @@ def check_state(manifest: Manifest, state: Mapping[str, Tensor], folder: Path) -
 def _faults(manifest: Manifest, state: Mapping[str, Tensor]) -> Iterator[str]:
     shapes = {info.weight: info.shape for info in manifest.updates}
     known = {f"values.{kind}" for kind in _VALUES} | {f"values.superseded.{kind}" for kind in _VALUES}
-    known |= {f"{weight}.{kind}" for weight in manifest.base.weights for kind in ("keys", "residuals")}
-    known |= {f"{weight}.superseded.{kind}" for weight in manifest.base.weights for kind in ("keys", "residuals")}
+    for weight in _with_columns(manifest):
+        known |= {f"{weight}{own}.{kind}" for own in ("", ".superseded") for kind in ("keys", "residuals")}
     for name, tensor in state.items():
         if name not in known:
             yield f"{name} is of nothing in it"
@@ -128,10 +128,17 @@ def _faults(manifest: Manifest, state: Mapping[str, Tensor]) -> Iterator[str]:
             yield f"{name} is no matrix"
         weight, _, kind = name.rpartition(".")
         sides = shapes.get(weight.removesuffix(".superseded"))
-        if sides and tensor.shape[0] != sides[1 if kind == "keys" else 0]:
+        experts = manifest.base.stacks.get(weight.removesuffix(".superseded"), 1)
+        odd = kind == "keys" and tensor.shape[0] % experts
+        if odd or (sides and tensor.shape[0] != sides[1 if kind == "keys" else 0]):
             yield f"{name} has {tensor.shape[0]} rows"
     for own, facts in (("", manifest.facts), (".superseded", manifest.superseded)):
         yield from _wrong_counts(manifest, state, own, facts)
+
+
+def _with_columns(manifest: Manifest) -> list[str]:
+    """Names under which the state may have columns: of weights, and of those of a layer's experts together."""
+    return [*manifest.base.weights, *manifest.base.stacks]
 
 
 def _wrong_counts(
@@ -147,7 +154,7 @@ def _wrong_counts(
         run = manifest.history[fact.run]
         for layer in set(fact.layers or run.layers):
             counts[layer] = counts.get(layer, 0) + fact.columns * int(run.recipe.get("sweeps", 1))
-    for weight in manifest.base.weights:
+    for weight in _with_columns(manifest):
         keys, residuals = (state.get(f"{weight}{own}.{kind}") for kind in ("keys", "residuals"))
         if keys is None or residuals is None:
             continue

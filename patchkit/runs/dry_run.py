@@ -151,7 +151,9 @@ def _seconds(
     found = {"statistics": 0.0, "contexts": 0.0, "values": 0.0}
     if not stored:
         corpus = workspace.corpus(workspace.texts[0], config.uses_chat)
-        found["statistics"] = corpus.tokens * token * below + sum(_EIGH * site.d_in**3 for site in how.sites)
+        found["statistics"] = corpus.tokens * token * below + sum(
+            _EIGH * site.blocks * site.width**3 for site in how.sites
+        )
     if method.targets == "values":
         written = len(LEADS) * SAMPLES * (length + SAMPLED) + (len(NEUTRAL) + len(NEUTRAL_CHAT)) * KEPT_TOKENS
         plain = config.contexts * (length + TOKENS)
@@ -191,5 +193,5 @@ def _memory(workspace: Workspace, how: Plan) -> int:
     """The model, the second moments of all sites with their factorizations, and the logits of a bucket with the
     gradient's."""
     weights = sum(each.numel() * each.element_size() for each in workspace.model.parameters())
-    statistics = sum(3 * 8 * site.d_in**2 for site in how.sites)
+    statistics = sum(3 * 8 * site.blocks * site.width**2 for site in how.sites)
     return weights + statistics + 3 * 4 * Room.on(workspace.runner.device).logits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from patchkit.editing.editor import edit, frozen
 from patchkit.editing.neurons import settled
 from patchkit.editing.recipe import EditConfig
 from patchkit.editing.session import Plan, ValueCache, plan
-from patchkit.editing.state import EditRun, EditState
+from patchkit.editing.state import BlockHistory, EditRun, EditState
+from patchkit.maths.linalg import Covariance, SideBySide
 from patchkit.model.arch import Architecture
 from patchkit.model.loading import model_name
 from patchkit.model.openers import opening_sites
-from patchkit.model.weights import Site, disk_name, weight_digest
+from patchkit.model.weights import Site, disk_name, expert_sites, weight_digest
 from patchkit.patch.history import leave
 from patchkit.patch.manifest import BaseInfo, EditedFact, Run
 from patchkit.patch.patch import Patch
@@ -73,6 +74,8 @@ def run(
         compared = _compared_at(runner.arch, config)
         looked_at = [*how.sites, *([] if compared in how.sites else [compared])]
         covariances, gradients = workspace.statistics(method, looked_at, corpus, config.neurons == "on")
+        for note in _about_experts(covariances):
+            say(note)
         metric = covariances.get(compared.layer)
         if method.targets == "values" and metric is not None:  # without statistics there is no metric to compare in
             check = KeyCheck(workspace, config, compared, metric)
@@ -160,6 +163,17 @@ def _about_text(text: Path, corpus: Corpus, prepared: Prepared) -> Iterator[str]
             yield f"statistics: from {text.name}, unlike those of the patch's last run ({last.source}): see --text"
 
 
+def _about_experts(covariances: Mapping[int, Covariance]) -> Iterator[str]:
+    """Which experts the text says too little of."""
+    for layer, each in covariances.items():
+        if isinstance(each, SideBySide) and each.few:
+            yield (
+                f"statistics: layer {layer}: {len(each.few)} of {len(each.matrix)} experts get fewer tokens of the "
+                "text than their keys have entries, and count in part as the layer's experts do in the mean; --text "
+                "FILE with more text is better"
+            )
+
+
 def _directions_left(patch: Patch) -> str:
     fullest = min(patch.manifest.updates, key=lambda update: update.shape[0] - update.rank)
     left, whole = max(0, fullest.shape[0] - fullest.rank), fullest.shape[0]
@@ -192,7 +206,10 @@ class _RunResult:
         edited = [*self.plan.sites]
         for layer in sorted({neuron.layer for neuron in self.edited.state.neurons}):
             edited += opening_sites(arch, arch.sites[layer])
-        new = {disk_name(model, site.weight_name): site for site in edited if site.weight_name not in named}
+        new = {disk_name(model, site.weight_name): site for site in edited if site.experts is None}
+        for site in edited:
+            new |= self._of_experts(site)
+        new = {name: site for name, site in new.items() if site.weight_name not in named}
         base = BaseInfo(
             name=model_name(model),
             commit=getattr(model.config, "_commit_hash", None),
@@ -200,11 +217,12 @@ class _RunResult:
             weights={},
         )
         base = onto.manifest.base if onto else base
-        weights = base.weights | {name: weight_digest(site, name) for name, site in new.items()}
+        weights = base.weights | {name: weight_digest(site, name) for name, site in new.items() if site.blocks == 1}
+        stacks = base.stacks | {name: site.blocks for name, site in new.items() if site.blocks > 1}
         facts = earlier.manifest.facts if earlier else ()
         history = onto.manifest.history if onto else ()
         return assemble(
-            base.model_copy(update={"weights": weights}),
+            base.model_copy(update={"weights": weights, "stacks": stacks}),
             (*facts, *self._facts(len(history))),
             (*history, self._record()),
             {**sites, **new},
@@ -212,6 +230,14 @@ class _RunResult:
             (onto.manifest.digest,) if onto else (),
             waiting_in(earlier, sites) if earlier else (),
         )
+
+    def _of_experts(self, site: Site) -> dict[str, Site]:
+        """A site of experts, and those of them that were changed, by name; nothing for other sites."""
+        history = self.edited.state.sites.get(site.layer)
+        if not isinstance(history, BlockHistory):
+            return {}
+        parts = expert_sites(self.workspace.model, site)
+        return {site.weight_name: site} | {parts[block].weight_name: parts[block] for block in history.chains}
 
     def _facts(self, run: int) -> Iterator[EditedFact]:
         """The facts of this run, which is number `run` in the history."""

@@ -107,7 +107,7 @@ class Workspace:
         def of_text(text: TextRecord, method: str, layers: tuple[int, ...]) -> LayerStatistics | None:
             readings = (self.corpus(each, chat) for each in self.texts for chat in (False, True))
             found = next((corpus for corpus in readings if corpus.record.same_reading(text)), None)
-            edited = [site for site in sites.values() if site.layer in layers and not site.opens]
+            edited = [site for site in sites.values() if site.layer in layers and site.solved]
             return None if found is None else self.statistics(methods.get(method), edited, found)
 
         def find(number: int, site: Site) -> tuple[Covariance | None, Tensor | None]:

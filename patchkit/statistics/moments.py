@@ -13,14 +13,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from patchkit.maths.linalg import Covariance
+from patchkit.maths.linalg import Covariance, SideBySide
 from patchkit.maths.onednn import linear
 from patchkit.model.devices import exact
-from patchkit.model.forward import LayerRunner, watching
-from patchkit.model.weights import Site, stored_parameters, tensor_digest, weight_of
+from patchkit.model.forward import LayerRunner
+from patchkit.model.inputs import LinearInput, See, SiteInput, watching_site
+from patchkit.model.weights import Site, stored_parameters, tensor_digest
 from patchkit.statistics.corpus import Corpus
 from patchkit.statistics.passes import Progress, Sums, summed
 from patchkit.statistics.store import Origin, Partial, StatisticsStore, Tensors
@@ -67,7 +69,7 @@ def _origins(runner: LayerRunner, sites: Sequence[Site], corpus: Corpus) -> dict
 
 def origin_of(site: Site, corpus: Corpus, below: str) -> Origin:
     """What makes a site's second moments; `below` is its layer's entry of `digests_below`."""
-    dtype = str(weight_of(site.module).dtype).removeprefix("torch.")
+    dtype = str(site.stored.dtype).removeprefix("torch.")
     return Origin(
         kind="second_moments",
         weight=site.weight_name,
@@ -89,26 +91,32 @@ def tensors_of(mean: Tensor) -> Tensors:
 
 
 def are_moments(stored: Tensors) -> bool:
-    """Whether stored tensors are second moments with their factorization: of one size, finite, no eigenvalue below zero
-    but for rounding, and as large in all as the diagonal is."""
+    """Whether stored tensors are second moments with their factorization, of a layer or of each of its experts: of one
+    size, finite, no eigenvalue below zero but for rounding, and as large in all as the diagonal is."""
     try:
         mean, values, vectors = (stored[name] for name in ("second_moment", "eigenvalues", "eigenvectors"))
     except KeyError:
         return False
-    size = len(values)
-    if values.shape != (size,) or not mean.shape == vectors.shape == (size, size) or not size:
+    size = values.shape[-1] if values.ndim in (1, 2) else 0  # with experts, one of each first
+    if not size or not mean.shape == vectors.shape == (*values.shape, size):
+        return False
+    if values.ndim == 2 and getattr(stored.get("few"), "shape", None) != values.shape[:1]:
         return False
     finite = all(bool(torch.isfinite(tensor).all()) for tensor in (mean, values, vectors))
     total, largest = float(values.double().sum()), float(values.max())
     if not finite or largest <= 0 or float(values.min()) < -1e-3 * largest:
         return False
-    lengths = vectors.double().square().sum(0)
-    return abs(total - float(mean.double().trace())) < 1e-3 * total and bool((lengths - 1).abs().max() < 1e-3)
+    lengths = vectors.double().square().sum(-2)
+    trace = float(mean.double().diagonal(dim1=-2, dim2=-1).sum())
+    return abs(total - trace) < 1e-3 * total and bool((lengths - 1).abs().max() < 1e-3)
 
 
 def _covariance(stored: Tensors, tokens: int) -> Covariance:
     factors = stored["eigenvalues"], stored["eigenvectors"].double()
-    return Covariance(stored["second_moment"].double(), tokens, factors)
+    mean = stored["second_moment"].double()
+    if mean.ndim == 2:
+        return Covariance(mean, tokens, factors)
+    return SideBySide(mean, tokens, factors, tuple(stored["few"].nonzero().squeeze(1).tolist()))
 
 
 def digests_below(
@@ -156,8 +164,24 @@ def _computed(
     sums = summed(sites, corpus, resumable, partial(accumulate, runner, sites), progress)
     weight = corpus.tokens - (1 - FIRST) * len(corpus.windows)
     for site in sites:
-        upper = sums[site.layer].cpu() / weight  # (d_in, d_in)
-        yield site.layer, tensors_of(upper.triu() + upper.triu(1).T)
+        upper = sums[site.layer].cpu() / weight  # (d_in, d_in), or of experts (E, width + 1, width + 1)
+        mean = upper.triu() + upper.triu(1).mT
+        yield site.layer, tensors_of(mean) if site.experts is None else _of_experts(mean, weight)
+
+
+def _of_experts(mean: Tensor, tokens: float) -> Tensors:
+    """What is stored of experts' second moments, from those (E, width + 1, width + 1) of keys with a 1 at their end,
+    which counts tokens; `few` (E,) says for which of them the text has less tokens than their keys have entries.
+
+    What those lack are so many tokens of the layer's mean expert, so that no direction is taken for one that text never
+    uses; as a whole they have the weight of the tokens that they did get, or of one.
+    """
+    counts, moments = tokens * mean[:, -1, -1], tokens * mean[:, :-1, :-1]  # (E,), sums over tokens
+    width = moments.shape[1]
+    few, pooled = counts < width, moments.sum(0) / counts.sum().clamp_min(1)
+    missing = (width - counts).clamp_min(0).view(-1, 1, 1)
+    filled = (moments + missing * pooled) / width * (counts.clamp_min(1) / tokens).view(-1, 1, 1)
+    return {**tensors_of(torch.where(few.view(-1, 1, 1), filled, moments / tokens)), "few": few.float()}
 
 
 def accumulate(runner: LayerRunner, sites: Sequence[Site], batch: Sequence[Sequence[int]], sums: Sums) -> None:
@@ -167,7 +191,8 @@ def accumulate(runner: LayerRunner, sites: Sequence[Site], batch: Sequence[Seque
         ids = torch.tensor([w for w in batch if len(w) == length], device=runner.device)
         with ExitStack() as stack:
             for site in sites:
-                stack.enter_context(watching(site.module, len(ids), _adder(sums, site.layer)))
+                see = _adder(sums, site.layer) if site.experts is None else _expert_adder(sums, site, length)
+                stack.enter_context(watching_site(site, len(ids), see))
             runner.run({"input_ids": ids, "use_cache": False}, stop=last + 1)
 
 
@@ -181,11 +206,28 @@ def _upper_gram(keys: Tensor) -> Tensor:
     return gram
 
 
-def _adder(sums: Sums, layer: int) -> Callable[[Tensor, Tensor], None]:
-    def add(keys: Tensor, _: Tensor) -> None:
-        keys = keys.float()  # (windows, positions, d_in)
+def _adder(sums: Sums, layer: int) -> See:
+    def add(seen: SiteInput, _: Tensor) -> None:
+        assert isinstance(seen, LinearInput)
+        keys = seen.keys.float()  # (windows, positions, d_in)
         keys = torch.cat([FIRST**0.5 * keys[:, :1], keys[:, 1:]], 1)
         gram = _upper_gram(keys.flatten(0, 1))
         sums[layer] = sums[layer] + gram.to(sums[layer].device) if layer in sums else exact(gram)
+
+    return add
+
+
+def _expert_adder(sums: Sums, site: Site, length: int) -> See:
+    """Adds to sums (E, width + 1, width + 1), in windows of one length."""
+
+    def add(seen: SiteInput, _: Tensor) -> None:
+        total = sums.get(site.layer)
+        size = site.width + 1
+        total = torch.zeros(site.blocks, size, size, dtype=torch.float64) if total is None else total.clone()
+        for expert, keys, token in seen.blocks():
+            keys = F.pad(keys.float(), (0, 1), value=1.0)
+            keys = keys * torch.where(token % length == 0, FIRST**0.5, 1.0).to(keys).unsqueeze(1)
+            total[expert] += _upper_gram(keys).to(total)
+        sums[site.layer] = total
 
     return add

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from patchkit.model.devices import exact
 from patchkit.model.forward import LayerRunner, traced, widen
-from patchkit.model.weights import Site, model_digest, stored_parameters, weight_of
+from patchkit.model.weights import Site, model_digest, stored_parameters
 from patchkit.statistics.corpus import Corpus, window_of
 from patchkit.statistics.passes import Progress, Sums, summed
 from patchkit.statistics.store import Origin, Partial, StatisticsStore, Tensors
@@ -50,7 +50,7 @@ def text_gradients(
     beginning = corpus.in_windows(window_of(model, WINDOW))
     beginning = replace(beginning, windows=beginning.windows[: max(1, TEXT_TOKENS // beginning.window)])
     # The gradient depends on the whole model, what is above the site included.
-    whole, dtype = model_digest(stored_parameters(model)), str(weight_of(sites[0].module).dtype).removeprefix("torch.")
+    whole, dtype = model_digest(stored_parameters(model)), str(sites[0].stored.dtype).removeprefix("torch.")
     wanted = {
         site.layer: Origin(
             kind="text_gradient",
@@ -100,6 +100,6 @@ def _accumulate(runner: LayerRunner, sites: Sequence[Site], batch: Sequence[Sequ
                 loss = F.cross_entropy(widen(logits[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
             found = torch.autograd.grad(loss, [leaf for _, leaf in seen.values()])
             for (layer, (keys, _)), gradient in zip(seen.items(), found, strict=True):
-                # (d_out, positions) times (positions, d_in)
-                added = widen(gradient).flatten(0, 1).T @ widen(keys).flatten(0, 1)  # (d_out, d_in)
+                with torch.no_grad():
+                    added = keys.against(widen(gradient))  # (d_out, d_in)
                 sums[layer] = sums.get(layer, 0) + exact(added)

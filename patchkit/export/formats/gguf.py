@@ -2,7 +2,8 @@
 
 my-adapter/
   Modelfile     for `ollama create`
-  adapter.gguf  <tensor>.lora_a (r, d_in) and .lora_b (d_out, r), with the rank as alpha: scaling 1
+  adapter.gguf  <tensor>.lora_a (r, d_in) and .lora_b (d_out, r), with the rank as alpha: scaling 1; of a layer's
+                experts (E, r, d_in) and (E, d_out, r)
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from patchkit.errors import InputError
 from patchkit.export.formats import exporter
-from patchkit.export.gguf_names import architecture, in_gguf_order, library, tensor_name
+from patchkit.export.gguf_names import architecture, in_gguf_order, library, stack_name, tensor_name
 from patchkit.export.job import Exported, Job
 from patchkit.export.lora import lora_factors
 from patchkit.patch.card import base_name
@@ -44,6 +45,9 @@ def gguf(job: Job, into: Path) -> Exported:
     exported = job.exported("gguf", factors.rank, factors.weights, ())
     arch = architecture(config)
     named = dict(_named(arch, config, factors.padded()))
+    for stack, each in factors.stacks.items():
+        name = stack_name(arch, config.get_text_config().num_hidden_layers, job.tree, stack, each.place.count)
+        named[name] = each.padded(factors.rank)
     if job.options.gguf_base:
         _check_base(job.options.gguf_base, arch, named)
     writer = package.GGUFWriter(into / FILE, arch)
@@ -87,6 +91,7 @@ def _check_base(file: str, arch: str, named: dict[str, tuple[Tensor, Tensor]]) -
         raise InputError(f"--gguf-base {file}: holds {found}, the patch is for {arch}; give the base's own file")
     shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
     for name, (a, b) in named.items():
-        if shapes.get(name) != (len(b), a.shape[1]):
+        wanted = (*b.shape[:-1], a.shape[-1])
+        if shapes.get(name) != wanted:
             there = shapes.get(name, "not there")
-            raise InputError(f"--gguf-base {file}: {name} is {there}, not {(len(b), a.shape[1])}; it is another model")
+            raise InputError(f"--gguf-base {file}: {name} is {there}, not {wanted}; it is another model")

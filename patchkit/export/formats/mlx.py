@@ -38,6 +38,7 @@ _LAYERS = {
 )
 def mlx(job: Job, into: Path) -> Exported:
     """A LoRA adapter for MLX on Apple silicon."""
+    job.refuse_experts("mlx")
     factors = lora_factors(job, all_layers=True)
     tensors, keys, depth = {}, set[str](), 0
     for module, a, b in factors.padded():

@@ -33,6 +33,7 @@ from patchkit.model.weights import is_transposed
 )
 def shira(job: Job, into: Path) -> Exported:
     """A sparse high-rank adapter for PEFT: of a sparse patch, just the entries that change."""
+    job.refuse_experts("shira")
     dense = {module: job.delta(weight).dense() for weight, module in job.modules.items()}
     rank = max(map(_rank_for, dense.values()))
     tensors, weights = dict[str, Tensor](), list[ExportedWeight]()
