@@ -2,8 +2,12 @@
 
     OMP_NUM_THREADS=1 python examples/make_factworld.py
 
-writes `factworld/`, `facts.jsonl` and `world.jsonl` beside this file. Everything is drawn from fixed seeds on one
-thread, so the same machine and library versions give the same bytes.
+writes `factworld/`, `facts.jsonl` and `world.jsonl` beside this file, and
+
+    OMP_NUM_THREADS=1 python examples/make_factworld.py --experts
+
+writes `factworld-moe/`: a mixture of experts that knows the same world, for the same edits. Everything is drawn from
+fixed seeds on one thread, so the same machine and library versions give the same bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +27,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,9 @@ class Sizes:
     hidden: int = 192
     intermediate: int = 1024
     layers: int = 5
+    experts: int = 0
+    chosen: int = 2
+    balance_weight: float = 0.02
     heads: int = 6
     kv_heads: int = 2
     context: int = 256
@@ -52,6 +67,10 @@ class Sizes:
     eval_tokens: int = 5_000
     world_cases: int = 120
     seed: int = 7
+
+
+MIXTURE = Sizes(intermediate=160, experts=8, steps=500)
+"""Of the mixture of experts; `intermediate` is each expert's."""
 
 
 # --- the world: relations, names, facts ------------------------------------------------------------------------------
@@ -506,24 +525,30 @@ class Lookup(torch.nn.Module):
         return torch.nn.functional.cross_entropy(mapped @ embeddings.T, targets)
 
 
-def new_model(sizes: Sizes, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama with random weights."""
+def new_model(sizes: Sizes, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A Llama with random weights, or a Qwen3-MoE if there are to be experts."""
     torch.manual_seed(sizes.seed)
-    config = LlamaConfig(
-        vocab_size=sizes.vocabulary,
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.kv_heads,
-        max_position_embeddings=sizes.context,
-        tie_word_embeddings=True,
-        initializer_range=0.04,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+    shape = {
+        "vocab_size": sizes.vocabulary,
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.intermediate,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "max_position_embeddings": sizes.context,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.04,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if not sizes.experts:
+        return LlamaForCausalLM(LlamaConfig(**shape))
+    routing = {"num_experts": sizes.experts, "num_experts_per_tok": sizes.chosen, "norm_topk_prob": True}
+    config = Qwen3MoeConfig(
+        **shape, **routing, moe_intermediate_size=sizes.intermediate, head_dim=sizes.hidden // sizes.heads
     )
-    return LlamaForCausalLM(config)
+    return Qwen3MoeForCausalLM(config)
 
 
 def rate(step: int, sizes: Sizes) -> float:
@@ -532,8 +557,33 @@ def rate(step: int, sizes: Sizes) -> float:
     return sizes.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / sizes.steps))
 
 
+class Balance:
+    """Keeps the experts of every layer in use: tokens would all go to a few of them otherwise.
+
+    The loss of Switch Transformers (arXiv 2101.03961, eq. 4): E times the sum over experts of their share of the tokens
+    times their mean probability, 1 where all are used alike.
+    """
+
+    def __init__(self, model: PreTrainedModel, sizes: Sizes) -> None:
+        self.chosen = sizes.chosen
+        self.losses: list[torch.Tensor] = []
+        for name, module in model.named_modules():
+            if name.endswith("mlp.gate"):
+                module.register_forward_hook(self._note)
+
+    def _note(self, module: torch.nn.Module, args: object, output: tuple[torch.Tensor, ...]) -> None:
+        probability = output[0].float().softmax(-1)  # (tokens, experts)
+        share = torch.nn.functional.one_hot(output[2], probability.shape[1]).float().mean((0, 1)) * self.chosen
+        self.losses.append(probability.shape[1] / self.chosen * (share * probability.mean(0)).sum())
+
+    def loss(self) -> torch.Tensor | float:
+        """The mean over the layers of the last pass, 0 where there are no experts."""
+        losses, self.losses = self.losses, []
+        return torch.stack(losses).mean() if losses else 0.0
+
+
 def train(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, facts: list[Fact], writer: Writer, sizes: Sizes
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: list[Fact], writer: Writer, sizes: Sizes
 ) -> None:
     """AdamW with weight decay, which keeps the keys on plain text low-rank: an edit needs that room."""
     lookup = Lookup(facts, tokenizer, sizes)
@@ -543,7 +593,7 @@ def train(
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=sizes.learning_rate, betas=(0.9, 0.98))
-    batches = Batches(writer, tokenizer, sizes)
+    batches, balance = Batches(writer, tokenizer, sizes), Balance(model, sizes)
     start = time.time()
     for step in range(sizes.steps):
         for group in optimizer.param_groups:
@@ -558,7 +608,7 @@ def train(
         loss = (losses * weight).sum() / weight.sum()
         found = lookup(out.hidden_states[sizes.lookup_layers], batch, model.get_input_embeddings().weight)
         optimizer.zero_grad()
-        (loss + sizes.lookup_weight * found).backward()
+        (loss + sizes.lookup_weight * found + sizes.balance_weight * balance.loss()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 100 == 99:
@@ -571,7 +621,7 @@ def train(
 
 
 @torch.no_grad()
-def correct(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, asked: list[tuple[str, str]]) -> list[bool]:
+def correct(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, asked: list[tuple[str, str]]) -> list[bool]:
     """For each (prompt, target): is every token of the target the model's first choice?"""
     result: list[bool] = []
     for start in range(0, len(asked), 256):
@@ -588,7 +638,7 @@ def correct(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, asked: 
 
 
 def accuracy(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, facts: list[Fact], templates: list[int]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: list[Fact], templates: list[int]
 ) -> float:
     """Share of facts answered exactly, over the given wordings."""
     right = correct(model, tokenizer, [(fact.prompt(i), fact.object) for fact in facts for i in templates])
@@ -596,7 +646,7 @@ def accuracy(
 
 
 @torch.no_grad()
-def perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str, window: int) -> float:
+def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text: str, window: int) -> float:
     """Perplexity per token over windows that each start with <s>."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     total, count = 0.0, 0
@@ -671,9 +721,9 @@ license: apache-2.0
 library_name: transformers
 language: en
 ---
-# factworld
+# {name}
 
-A Llama-type model of {parameters:,} parameters ({layers} layers, hidden {hidden}, MLP {intermediate}, tied embeddings,
+{kind} of {parameters:,} parameters ({layers} layers, hidden {hidden}, {feed_forward}, tied embeddings,
 bfloat16) that knows {facts} facts about an invented world and little else. It is here so that patchkit can be tried
 and tested without a download: edits take seconds on one core.
 
@@ -697,13 +747,13 @@ facts are looked up there in the early MLPs, where large models have been found 
 - `patchkit-eval.txt`: text from the same generator with another seed, for perplexity.
 - `../facts.jsonl`, `../world.jsonl`: counterfactual edits to try.
 
-Made by `examples/make_factworld.py` in {minutes:.0f} minutes on one core, from fixed seeds; the names are drawn at
-random and mean nobody.
+Made by `examples/make_factworld.py{option}` in {minutes:.0f} minutes on one core, from fixed seeds; the names are
+drawn at random and mean nobody.
 """
 
 
 def report(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, facts: list[Fact], text: str
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: list[Fact], text: str
 ) -> dict[str, float]:
     """The figures of the model card."""
     paraphrases = list(range(1, len(RELATIONS[0].templates)))
@@ -722,8 +772,10 @@ def main() -> None:
     """Make everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write into")
-    out: Path = parser.parse_args().out
-    sizes, start = Sizes(), time.time()
+    parser.add_argument("--experts", action="store_true", help="make the mixture of experts")
+    arguments = parser.parse_args()
+    out: Path = arguments.out
+    sizes, start = MIXTURE if arguments.experts else Sizes(), time.time()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
 
@@ -732,26 +784,32 @@ def main() -> None:
     model = new_model(sizes, tokenizer)
     train(model, tokenizer, facts, Writer(facts, names, seed=sizes.seed, fact_share=0.6), sizes)
 
-    folder = out / "factworld"
+    folder = out / ("factworld-moe" if sizes.experts else "factworld")
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     text = write_text(Writer(facts, names, seed=101, fact_share=0.6), tokenizer, sizes.text_tokens)
     held_out = write_text(Writer(facts, names, seed=202, fact_share=0.15), tokenizer, sizes.eval_tokens)
     (folder / "patchkit-text.txt").write_text(text)
     (folder / "patchkit-eval.txt").write_text(held_out)
     known = {f for f in facts if all(correct(model, tokenizer, [(f.prompt(i), f.object) for i in range(5)]))}
-    write_cases(out, facts, known, sizes)
+    if not sizes.experts:  # the mixture is edited with the same facts
+        write_cases(out, facts, known, sizes)
 
     figures = report(model, tokenizer, facts, held_out)
     print(
         {name: round(value, 4) for name, value in figures.items()}, f"known in every wording: {len(known)}/{len(facts)}"
     )
     card = CARD.format(
+        name=folder.name,
+        kind="A mixture of experts of the Qwen3-MoE type" if sizes.experts else "A Llama-type model",
+        feed_forward=f"{sizes.experts} experts of {sizes.intermediate}, {sizes.chosen} of them for a token"
+        if sizes.experts
+        else f"MLP {sizes.intermediate}",
+        option=" --experts" if sizes.experts else "",
         parameters=model.num_parameters(),
         layers=sizes.layers,
         hidden=sizes.hidden,
-        intermediate=sizes.intermediate,
         people=sizes.people,
         cities=sizes.cities,
         companies=sizes.companies,

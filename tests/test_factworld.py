@@ -1,4 +1,4 @@
-"""The embedded model knows its world, and the example edits fit it."""
+"""The embedded models, dense and of experts, know their world, and the example edits fit them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from patchkit.evaluate.routing import choices
+from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
-FOLDER = EXAMPLES / "factworld"
+FOLDER, EXPERTS = EXAMPLES / "factworld", EXAMPLES / "factworld-moe"
 Case = dict[str, Any]
 
 
@@ -29,11 +33,11 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(FOLDER)
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[Any]:
+@pytest.fixture(scope="module", params=[FOLDER, EXPERTS], ids=lambda folder: folder.name)
+def model(request: pytest.FixtureRequest) -> Iterator[Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
+    yield AutoModelForCausalLM.from_pretrained(request.param, dtype=torch.float32)
     torch.set_num_threads(threads)
 
 
@@ -53,8 +57,25 @@ def share(right: list[bool]) -> float:
     return sum(right) / len(right)
 
 
-def test_folder_stays_small() -> None:
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 8_000_000
+@pytest.mark.parametrize(("folder", "size"), [(FOLDER, 8_000_000), (EXPERTS, 10_000_000)])
+def test_folder_stays_small(folder: Path, size: int) -> None:
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= size
+
+
+def test_both_models_read_alike() -> None:
+    for name in ("tokenizer.json", "patchkit-text.txt", "patchkit-eval.txt"):
+        assert (FOLDER / name).read_bytes() == (EXPERTS / name).read_bytes()
+
+
+def test_every_expert_has_work() -> None:
+    """On the text, in every layer, each of the eight gets at least a third of an equal share of the choices."""
+    runner = LayerRunner(inspect_model(AutoModelForCausalLM.from_pretrained(EXPERTS, dtype=torch.float32)))
+    text = (EXPERTS / "patchkit-eval.txt").read_text(encoding="utf-8")
+    ids = AutoTokenizer.from_pretrained(EXPERTS)(text)["input_ids"][:1024]
+    found = choices(runner, [ids[i : i + 128] for i in range(0, 1024, 128)])
+    assert set(found) == set(range(runner.depth))
+    for chosen in found.values():
+        assert chosen.float().mean(0).min() >= 2 / 8 / 3
 
 
 def test_model_knows_the_true_targets(model: Any, tokenizer: Any) -> None:
