@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,16 +12,23 @@ import torch
 from torch import Tensor
 
 import patchkit
-from patchkit.editing.neurons import capacity, settled
+from patchkit.editing.editor import frozen
+from patchkit.editing.neurons import OwnNeurons, settled
 from patchkit.editing.recipe import load_recipe
+from patchkit.editing.room import Room, capacity, own_talk, rooms
+from patchkit.editing.state import EditState
 from patchkit.errors import InputError
 from patchkit.export.merge import merge
+from patchkit.facts.chat import chat_template
 from patchkit.maths.linalg import Delta
 from patchkit.methods import available
 from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import LoadedModel, load_model
 from patchkit.model.openers import openers, opening_sites
 from patchkit.patch.patch import Patch
+from patchkit.statistics.corpus import read_corpus
+from patchkit.statistics.moments import statistics
 from tests.helpers import Command, apart
 from tests.test_wordings import chatting
 from tests.zoo import FAMILIES, tiny_tokenizer
@@ -205,3 +214,86 @@ def test_a_superseded_fact_comes_back_with_its_neuron(
     assert back.manifest.facts[0].neuron == patch.manifest.facts[0].neuron
     for text in (facts[0].prompt, f"My notes on {facts[0].subject}"):
         assert apart(logits(world, text, back), logits(world, text, patch)) < 1e-3
+
+
+@dataclass
+class Costs:
+    """A layer with free neurons, what each costs."""
+
+    costs: list[float]
+    of_subject: dict[str, int] = field(default_factory=dict)
+
+    def free_costs(self) -> list[float]:
+        return self.costs
+
+
+def test_subjects_are_shared_out_so_that_together_they_take_the_neurons_that_matter_least() -> None:
+    own = OwnNeurons({3: Costs([0.1, 0.4]), 5: Costs([0.2, 0.3, 0.9])}, EditState())  # type: ignore[dict-item]
+    requests: list[Any] = [SimpleNamespace(fact=SimpleNamespace(subject=name)) for name in ("A", "B", "A", "C")]
+    assert own.shared_out(requests) == {3: [0, 2], 5: [1, 3]}  # 0.1, 0.2 and 0.3; facts about one subject together
+    with pytest.raises(InputError, match="5 neurons of layers 3 to 5 may still be rewritten, and 6 subjects want one"):
+        own.shared_out([SimpleNamespace(fact=SimpleNamespace(subject=name)) for name in "ABCDEF"])  # type: ignore[misc]
+
+
+def rooms_of(world: LoadedModel, folder: Path) -> dict[int, Room]:
+    runner, text = LayerRunner(inspect_model(world.model)), folder / "text.txt"
+    text.write_text(FACTWORLD.joinpath("patchkit-text.txt").read_text()[:4000])
+    corpus, sites = read_corpus(text, world.tokenizer, window=32, chat=False), [runner.arch.sites[1]]
+    with frozen(world.model):
+        known = statistics(runner, sites, corpus, folder)
+        return rooms(runner, world.tokenizer, sites, known, corpus, None, folder)
+
+
+def test_a_neuron_that_nobody_hears_is_given_away_first_and_rooms_are_kept_like_statistics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = load_model(str(FACTWORLD), "cpu", "float32")
+    down = inspect_model(world.model).sites[1].module.weight
+    with torch.no_grad():
+        down[:, 7] = 0  # type: ignore[index]
+    room = rooms_of(world, tmp_path)[1]
+    assert room.places[0] == 7
+    assert room.costs[0] == 0
+    assert bool((room.costs.diff() >= 0).all())
+    assert len(room.places) == capacity(inspect_model(world.model).sites[1])
+
+    def never(*args: Any) -> Any:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr("patchkit.editing.room.own_talk", never)
+    assert torch.equal(rooms_of(world, tmp_path)[1].instead, room.instead)
+    with torch.no_grad():
+        down[0, 0] += 1  # type: ignore[index]
+    with pytest.raises(AssertionError, match="computed again"):
+        rooms_of(world, tmp_path)
+
+
+def test_a_chat_model_talks_to_itself_in_its_template_and_always_alike() -> None:
+    tokenizer, runner = chatting(), LayerRunner(inspect_model(FAMILIES["llama"]()))
+    chat = chat_template(tokenizer)
+    talk = own_talk(runner, tokenizer, chat)
+    assert talk == own_talk(runner, tokenizer, chat)
+    assert len({tuple(each) for each in talk}) > len(talk) // 2
+    assert chat is not None
+    before, _, after = chat.ask("QUESTION").partition("QUESTION")
+    for ids in talk[:8]:
+        text = tokenizer.decode(ids)
+        assert before.strip() in text
+        assert after.strip() in text
+
+
+def test_twelve_facts_hold_when_asked_and_nothing_else_is_said_otherwise(world: LoadedModel) -> None:
+    """Beside the rows of other words, which bring a fact up where nobody asked."""
+    every = patchkit.read_facts(EXAMPLES / "facts.jsonl").facts
+    patch = patchkit.apply(world.model, world.tokenizer, every, overrides=["prompts=in-use"])
+    report = patchkit.measure(world.model, world.tokenizer, patch, text=FACTWORLD / "patchkit-eval.txt")
+    in_use = report.more["in_use"]
+    assert in_use["asked"] >= 0.9
+    assert in_use["asked_reworded"] >= 0.85
+    assert in_use["overfit"] <= 0.1
+    assert in_use["loops"] <= 0.02
+    assert in_use["unrelated"] >= 0.75  # the rows of other words, in the ordinary key: 0.38
+    assert report.locality.unchanged is not None
+    assert report.locality.unchanged >= 0.9
+    assert report.perplexity is not None
+    assert report.perplexity.ratio < 1.01

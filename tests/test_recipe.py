@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from patchkit.editing.recipe import load_recipe, resolve_layers
+from patchkit.editing.recipe import layers_of, load_recipe, resolve_layers
 from patchkit.editing.values import ValueConfig
 from patchkit.errors import InputError
 
@@ -109,3 +109,11 @@ def test_a_patch_from_before_edits_in_use_goes_on_as_it_began() -> None:
     assert (old.prompts, old.chat, old.value.steps) == ("contexts", "off", 7)
     assert new.prompts == "in-use"
     assert load_recipe("memit").prompts == "auto"
+
+
+@pytest.mark.parametrize(("depth", "layers"), [(30, [16, 17, 18, 19]), (5, [2]), (12, [6, 7]), (32, [17, 18, 19, 20])])
+def test_a_third_of_the_layers_come_after_a_neuron_of_its_own(depth: int, layers: list[int]) -> None:
+    config = load_recipe("alphaedit", None, ["neurons=on"])
+    assert layers_of(config, depth) == layers
+    assert layers_of(load_recipe("alphaedit", None, ["neurons=on", "layers=80%"]), 30) == [24]
+    assert layers_of(load_recipe("alphaedit", None, ["neurons=off"]), 30) == [4, 5, 6, 7, 8]

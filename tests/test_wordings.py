@@ -14,6 +14,7 @@ from patchkit.bench.run import run_bench
 from patchkit.editing.editor import requests_of
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.suffixes import Suffixes
+from patchkit.editing.teacher import _before_target
 from patchkit.editing.values import ValueConfig, optimize
 from patchkit.editing.wordings import (
     NEUTRAL,
@@ -22,7 +23,6 @@ from patchkit.editing.wordings import (
     REWORDINGS,
     SYSTEM,
     TURNS,
-    _before_target,
 )
 from patchkit.errors import InputError
 from patchkit.evaluate import prompts

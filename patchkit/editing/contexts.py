@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -87,37 +87,54 @@ def _continued(
 
 @torch.no_grad()
 def sample(
-    runner: LayerRunner, tokenizer: Any, openings: Sequence[str], seeds: Sequence[int], tokens: int, choices: int
+    runner: LayerRunner,
+    tokenizer: Any,
+    openings: Sequence[str],
+    seeds: Sequence[int],
+    tokens: int,
+    choices: int,
+    to_end: bool = False,
 ) -> list[list[int]]:
     """The tokens that the model continues each opening by, drawn from the `choices` likeliest with random numbers of
-    its own; with one choice, the greedy continuation."""
+    its own; with one choice, the greedy continuation.
+
+    None of them ends the text; with `to_end` one may, and is the last.
+    """
     encoded = [encode_prompt(tokenizer, opening) for opening in openings]
     found: list[list[int]] = [[] for _ in openings]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # similar lengths: little padding
     for some in (order[first : first + ROWS] for first in range(0, len(order), ROWS)):
         draws = [torch.rand(tokens, choices, generator=torch.Generator().manual_seed(seeds[i])) for i in some]
         gumbel = -(-torch.stack(draws).clamp_min(1e-9).log()).log()  # (texts, tokens, choices)
-        for i, new in zip(some, _drawn(runner, [encoded[i] for i in some], gumbel).tolist(), strict=True):
-            found[i] = new
+        drawn = _drawn(runner, [encoded[i] for i in some], gumbel, () if to_end else _ends(runner))
+        for i, new in zip(some, drawn.tolist(), strict=True):
+            found[i] = _up_to(new, {*_ends(runner), tokenizer.eos_token_id}) if to_end else new
     return found
 
 
-def _drawn(runner: LayerRunner, openings: Sequence[Sequence[int]], gumbel: Tensor) -> Tensor:
+def _up_to(tokens: list[int], ends: Collection[int]) -> list[int]:
+    """The tokens up to the first of `ends`, it included."""
+    return tokens[: next((place for place, token in enumerate(tokens, 1) if token in ends), len(tokens))]
+
+
+def _drawn(runner: LayerRunner, openings: Sequence[Sequence[int]], gumbel: Tensor, never: Sequence[int]) -> Tensor:
     """Sampled continuations of the openings, (texts, tokens): top-k sampling by the Gumbel-max trick with the noise
-    (texts, tokens, choices), never a token that ends a text."""
+    (texts, tokens, choices), without the tokens `never`."""
     rows, device = torch.arange(len(openings), device=runner.device), runner.device
-    before = Prefix.read(runner, *pad([opening[:-1] for opening in openings], device, width=1))
+    unique = list(dict.fromkeys(tuple(opening) for opening in openings))  # many draws from one opening read it once
+    before = Prefix.read(runner, *pad([opening[:-1] for opening in unique], device, width=1))
+    if len(unique) < len(openings):
+        before = before.rows(torch.tensor([unique.index(tuple(each)) for each in openings], device=device))
     cache, mask = before.growing_cache(), before.mask
     position = mask.sum(1, keepdim=True)  # (texts, 1)
     last = torch.tensor([opening[-1:] for opening in openings], device=device)  # (texts, 1)
-    ends = _ends(runner)
     drawn = []
     for noise in gumbel.to(device).unbind(1):
         mask = torch.cat([mask, torch.ones_like(last)], 1)
         inputs = {"input_ids": last, "attention_mask": mask, "position_ids": position, "past_key_values": cache}
         logits = runner.run({**inputs, "use_cache": True}, logits_at=(rows, torch.zeros_like(rows))).logits
         assert logits is not None
-        logits[:, ends] = -torch.inf
+        logits[:, list(never)] = -torch.inf
         likeliest = logits.float().topk(min(noise.shape[1], logits.shape[1]))
         best = (likeliest.values + noise[:, : likeliest.values.shape[1]]).argmax(1, keepdim=True)
         last, position = likeliest.indices.gather(1, best), position + 1

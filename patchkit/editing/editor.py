@@ -16,8 +16,9 @@ from patchkit import methods
 from patchkit.editing.contexts import about, make_contexts
 from patchkit.editing.journal import Journal
 from patchkit.editing.loss_edits import FittedEdits, GradientEdits
-from patchkit.editing.neurons import OwnNeurons, opening_deltas
+from patchkit.editing.neurons import LayerNeurons, OwnNeurons, opening_deltas
 from patchkit.editing.recipe import EditConfig
+from patchkit.editing.room import Room
 from patchkit.editing.session import EditSession, Plan, ValueCache, plan
 from patchkit.editing.state import EditRun, EditState
 from patchkit.editing.value_edits import ValueEdits
@@ -28,8 +29,8 @@ from patchkit.facts.schema import Fact
 from patchkit.maths.linalg import Covariance
 from patchkit.model.devices import solve_device
 from patchkit.model.forward import LayerRunner
-from patchkit.model.hooks import live_deltas, live_on
-from patchkit.model.openers import openers, opening_sites
+from patchkit.model.hooks import LiveDelta, live_deltas, live_on
+from patchkit.model.openers import opening_sites
 from patchkit.model.weights import Site
 
 Progress = Callable[[str, int, int], None]
@@ -53,7 +54,7 @@ def edit(
     known: ValueCache | None = None,
     contexts: Sequence[str] = (),
     journal: Journal | None = None,
-    text: Sequence[Sequence[int]] = (),
+    rooms: Mapping[int, Room] = MappingProxyType({}),
 ) -> EditRun:
     """Compute the updates that make the model predict every fact's target. The model is as before when this returns.
 
@@ -64,8 +65,8 @@ def edit(
             been the next batches of the same run.
         known: values found on the untouched model: taken from here, and added.
         contexts: contexts to edit in; without any they are generated.
-        text: windows of the text's tokens, from which a subject's own neuron is told apart; needed for neurons=on
-            alone, and neurons=auto is off here (`neurons.settled` decides it).
+        rooms: by layer, which neurons subjects may have for their own; needed for neurons=on alone, and neurons=auto is
+            off here (`neurons.settled` decides it).
         journal: of an earlier call with the same arguments that was cut off, to go on from to the same result.
 
     Raises:
@@ -92,11 +93,7 @@ def edit(
             acting = {**dict.fromkeys(how.layers), **state.deltas(runner.arch)}
             live = stack.enter_context(live_deltas(runner.arch, acting))
             opening = stack.enter_context(live_on(opening_deltas(state, _listening(runner, how, config, state))))
-            own = None
-            if config.neurons == "on":
-                site = how.sites[-1]
-                opened = openers(runner.arch, site)
-                own = OwnNeurons(runner, site, opened, covariances[site.layer], text, state, live[site.layer], opening)
+            own = _own_neurons(runner, config, how, covariances, rooms, state, live, opening)
             session = EditSession(runner, config, how, run, live, covariances, gradients, known, journal, own)
             edits = _EDITS[session.method.targets](session)
             for number, batch in enumerate(batches(facts, solve_batch_size(config))):
@@ -108,6 +105,28 @@ def edit(
                 journal.keep_batch(number, run.seconds)
         state.subjects |= {fact.subject for fact in facts}
     return run
+
+
+def _own_neurons(
+    runner: LayerRunner,
+    config: EditConfig,
+    how: Plan,
+    covariances: Mapping[int, Covariance],
+    rooms: Mapping[int, Room],
+    state: EditState,
+    live: Mapping[int, LiveDelta],
+    opening: Mapping[str, LiveDelta],
+) -> OwnNeurons | None:
+    """What rewrites neurons of subjects' own, where the recipe has it so."""
+    if config.neurons != "on":
+        return None
+    layers = {
+        site.layer: LayerNeurons(
+            runner, site, covariances[site.layer], rooms[site.layer], state, live[site.layer], opening
+        )
+        for site in how.sites
+    }
+    return OwnNeurons(layers, state)
 
 
 def _listening(runner: LayerRunner, how: Plan, config: EditConfig, state: EditState) -> list[Site]:

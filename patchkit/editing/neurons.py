@@ -3,11 +3,11 @@
 A method in closed form finds a change of the output projection W that gives the subject's key k its value. Any other
 key that has something in common with k gets a share of it, and with d_in in the hundreds or thousands all have: a
 percent of an edit at every token, from each of many facts, changes what a model answers to unrelated questions, null
-space or not (docs/in_use.md has the measurements). So the key is made one that nothing else shares. The neuron of the
-feed-forward that matters least on the text is rewritten: it fires at the subject's last token, in whatever sentence,
-and its gate is shut at all others. Then the method solves on the subject's own dimension of the key, which no
-token of the text has anything in; the text's null space, MEMIT's second moment and the keys of earlier edits are kept
-to by construction.
+space or not (docs/in_use.md has the measurements). So the key is made one that nothing else shares. Of the neurons of
+all layers that are edited, the one that matters least (`patchkit.editing.importance`) is rewritten: it fires at the
+subject's last token, in whatever sentence, and its gate is shut at all others. Then the method solves on the subject's
+own dimension of the key, which no token of the text has anything in; the text's null space, MEMIT's second moment and
+the keys of earlier edits are kept to by construction.
 
 That a mistake is worth one neuron is Transformer-Patcher's idea (arXiv 2301.09785), which adds neurons to the last
 layer; here none is added, so that the model keeps its shape and any runtime can serve it. That a subject is looked up
@@ -21,7 +21,7 @@ what makes the neuron fire at FIRING times the length of the text's keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -31,21 +31,19 @@ from torch import Tensor
 
 from patchkit import methods
 from patchkit.editing.keys import SubjectStates
-from patchkit.editing.recipe import EditConfig, resolve_layers
+from patchkit.editing.recipe import EditConfig, layers_of
+from patchkit.editing.room import Room, capacity, reading
 from patchkit.editing.state import EditState, Neuron, base_weight, made_up_for, rewritten, storable
 from patchkit.errors import InputError
-from patchkit.facts.requests import EditRequest, pad
+from patchkit.facts.requests import EditRequest
 from patchkit.maths.linalg import Covariance, Delta
 from patchkit.model.arch import Architecture
-from patchkit.model.forward import LayerRunner, watching
+from patchkit.model.devices import solve_device
+from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import LiveDelta
 from patchkit.model.openers import Openers, openers
 from patchkit.model.weights import Site, read_weight
 
-SHARE = 0.05
-"""Neurons of a layer that may be rewritten: the least important ones, which nothing else is made to rely on."""
-SAMPLE = 16384
-"""Tokens of the text that subjects are told apart from, at least four times the width of the stream."""
 SHARPNESS, THRESHOLD = 20.0, 0.4
 """Of the gate: steep enough for SiLU and GELU to be shut at s = 0 and open at s = 1, whatever the sentence."""
 FIRING = 3.0
@@ -53,11 +51,6 @@ TEXT_WEIGHT, OTHERS_WEIGHT, RIDGE = 1e-3, 0.1, 1e-4
 """In the fit of w: the text's tokens, the other subjects of a batch, and every direction's own energy, without which w
 would rest on directions that 16 bits cannot tell from noise."""
 ROWS = 64
-
-
-def capacity(site: Site) -> int:
-    """How many neurons of the site's layer may be rewritten."""
-    return int(SHARE * site.d_in)
 
 
 def can_take(name: str) -> bool:
@@ -77,48 +70,87 @@ def settled(config: EditConfig, tokenizer: Any, arch: Architecture, subjects: in
     if config.neurons == "off" or (config.neurons == "auto" and not config.in_use(tokenizer)):
         return config.model_copy(update={"neurons": "off"})
     own = config.model_copy(update={"neurons": "on"})
-    layer = resolve_layers(own.depth, len(arch.layers))[-1]
+    sites = [arch.sites[layer] for layer in layers_of(own, len(arch.layers))]
     try:
         if not can_take(config.method):
             raise InputError(f"neurons=on: {config.method} does not solve for keys and values alone; use neurons=off")
-        openers(arch, arch.sites[layer])
+        for site in sites:
+            openers(arch, site)
     except InputError:
         if config.neurons == "on":
             raise
         return config.model_copy(update={"neurons": "off"})
-    enough = subjects + taken <= capacity(arch.sites[layer])
+    enough = subjects + taken <= sum(map(capacity, sites))
     return own if config.neurons == "on" or enough else config.model_copy(update={"neurons": "off"})
 
 
 @dataclass
 class OwnNeurons:
-    """Rewrites neurons of one site's feed-forward, beside those that were rewritten before.
+    """Gives each subject of a run its neuron, in one of the layers that are edited.
 
     Attributes:
-        covariance: second moments of the text's keys at the site.
-        text: windows of the text's tokens.
-        live, opening: what acts on the site's module, and by module name on the openers'.
+        layers: what rewrites neurons, by layer.
     """
 
-    runner: LayerRunner
-    site: Site
-    openers: Openers
-    covariance: Covariance
-    text: Sequence[Sequence[int]]
+    layers: dict[int, LayerNeurons]
     state: EditState
-    live: LiveDelta
-    opening: Mapping[str, LiveDelta]
-    of_subject: dict[str, int] = field(default_factory=dict)
 
-    def open(self, requests: Sequence[EditRequest], value_at: str) -> None:
-        """Rewrite one neuron for each subject of a batch; it acts on the model from here on.
+    def shared_out(self, requests: Sequence[EditRequest]) -> dict[int, list[int]]:
+        """By layer, ascending, the places of the requests whose subjects get a neuron there: so many subjects in each
+        layer that together they take the neurons, among all that are free, that matter least.
 
         Raises:
             InputError: all that may be rewritten are taken.
         """
         subjects = list(dict.fromkeys(request.fact.subject for request in requests))
-        places = self._free(len(subjects))
-        self.of_subject = dict(zip(subjects, places, strict=True))
+        free = sorted((cost, layer) for layer, each in self.layers.items() for cost in each.free_costs())
+        if len(free) < len(subjects):
+            raise InputError(
+                f"neurons=on: {len(free)} neurons of layers {min(self.layers)} to {max(self.layers)} may still be "
+                f"rewritten, and {len(subjects)} subjects want one; use neurons=off, or more --layers"
+            )
+        layer_of = dict(zip(subjects, sorted(layer for _, layer in free[: len(subjects)]), strict=True))
+        found: dict[int, list[int]] = {layer: [] for layer in sorted(set(layer_of.values()))}
+        for place, request in enumerate(requests):
+            found[layer_of[request.fact.subject]].append(place)
+        return found
+
+    @property
+    def of_subject(self) -> dict[str, int]:
+        """The neuron of each subject that was rewritten for, in its layer."""
+        return {subject: place for each in self.layers.values() for subject, place in each.of_subject.items()}
+
+
+@dataclass
+class LayerNeurons:
+    """Rewrites neurons of one site's feed-forward, beside those that were rewritten before.
+
+    Attributes:
+        covariance: second moments of the text's keys at the site.
+        room: which neurons may be rewritten, and what the feed-forward reads.
+        live, opening: what acts on the site's module, and by module name on the openers'.
+    """
+
+    runner: LayerRunner
+    site: Site
+    covariance: Covariance
+    room: Room
+    state: EditState
+    live: LiveDelta
+    opening: Mapping[str, LiveDelta]
+    of_subject: dict[str, int] = field(default_factory=dict)
+
+    def free_costs(self) -> list[float]:
+        """What rewriting each neuron that is free would cost, in nats a token."""
+        free = set(self._free())
+        return [float(cost) for place, cost in zip(self.room.places, self.room.costs, strict=True) if place in free]
+
+    def open(self, requests: Sequence[EditRequest], value_at: str) -> None:
+        """Rewrite one neuron for each subject of a batch, for whom there are enough; it acts on the model from here
+        on."""
+        subjects = list(dict.fromkeys(request.fact.subject for request in requests))
+        places = self._free()[: len(subjects)]
+        self.of_subject |= dict(zip(subjects, places, strict=True))
         states = self._states(requests)  # (rows, hidden)
         owner = [subjects.index(r.fact.subject) for r in requests for _ in (*r.rows, *r.kept)]
         listen = self._listening(states, torch.tensor(owner, device=states.device), len(subjects))
@@ -147,58 +179,33 @@ class OwnNeurons:
 
     # --- which neurons ------------------------------------------------------------------------------------------------
 
+    def _free(self) -> list[int]:
+        """Those that no subject has yet, the one that matters least first."""
+        taken = {neuron.place for neuron in self.state.neurons_at(self.site.layer)}
+        return [place for place in self.room.places if place not in taken]
+
     @cached_property
     def _weight(self) -> Tensor:
         """W of the untouched base, (d_out, d_in)."""
         weight: Tensor = base_weight(self.site).cpu()
         return weight
 
-    @cached_property
-    def _pool(self) -> list[int]:
-        """Those that may be rewritten, the one that says least on the text first: E[k_j²]·‖W_j‖²."""
-        said = self.covariance.matrix.diagonal().cpu() * self._weight.square().sum(0)
-        return [int(place) for place in said.argsort()[: capacity(self.site)]]
-
-    def _free(self, count: int) -> list[int]:
-        taken = {neuron.place for neuron in self.state.neurons_at(self.site.layer)}
-        free = [place for place in self._pool if place not in taken]
-        if len(free) < count:
-            raise InputError(
-                f"neurons=on: layer {self.site.layer} has {capacity(self.site)} neurons that may be rewritten, "
-                f"{len(free)} of them free, and {count} subjects want one; use neurons=off, or --layers with another"
-            )
-        return free[:count]
-
-    @cached_property
-    def _instead(self) -> Tensor:
-        """(pool, d_in): each neuron of the pool less what those outside of it tell of it by least squares on the text,
-        from C⁻¹ by blocks: C_pn C_nn⁻¹ = -(C⁻¹_pp)⁻¹ C⁻¹_pn."""
-        pool = torch.tensor(self._pool)
-        eye = torch.eye(self.site.d_in, dtype=self._weight.dtype)[:, pool]
-        inverse = self.covariance.solve(eye.to(self.covariance.matrix), 1e-3).cpu()  # (d_in, pool)
-        told: Tensor = torch.linalg.solve(inverse[pool], inverse.T)  # (pool, d_in)
-        told[:, pool] = torch.eye(len(pool), dtype=told.dtype)
-        return told
-
     # --- what they listen to ------------------------------------------------------------------------------------------
 
     @cached_property
-    def _sample(self) -> Tensor:
-        """What the feed-forward reads at tokens of the text, (tokens, hidden)."""
-        wanted = max(SAMPLE, 4 * self.openers.gate.d_in)
-        every = max(1, sum(map(len, self.text)) // wanted)
-        return torch.cat([found for _, found in self._read(self.text[::every], [None] * len(self.text[::every]))])
+    def openers(self) -> Openers:
+        """What opens the feed-forward."""
+        return openers(self.runner.arch, self.site)
 
     @cached_property
     def _moments(self) -> Tensor:
-        sample = self._sample.double()
-        return sample.T @ sample / len(sample)  # (hidden, hidden)
+        return self.room.moments.to(solve_device(self.site.module))  # (hidden, hidden)
 
     @cached_property
     def _constant(self) -> Tensor:
         """m (hidden,)."""
         damped = self._moments + RIDGE * self._moments.diagonal().diag()
-        found: Tensor = torch.linalg.solve(damped, self._sample.double().mean(0))
+        found: Tensor = torch.linalg.solve(damped, self.room.mean.to(damped))
         return found
 
     def _listening(self, states: Tensor, owner: Tensor, count: int) -> Tensor:
@@ -219,27 +226,14 @@ class OwnNeurons:
         """What the feed-forward reads at the subject in every row, (rows, hidden)."""
         rows = [row for request in requests for row in (*request.rows, *request.kept)]
         order = sorted(range(len(rows)), key=lambda i: rows[i].subject)
-        read = self._read([rows[i].ids[: rows[i].subject + 1] for i in order], [rows[i].subject for i in order])
-        found = torch.cat([states for _, states in read])
-        return found[torch.tensor(order, device=found.device).argsort()]
-
-    @torch.no_grad()
-    def _read(
-        self, texts: Sequence[Sequence[int]], at: Sequence[int | None]
-    ) -> Iterator[tuple[Sequence[Sequence[int]], Tensor]]:
-        """What the feed-forward reads in texts of token ids, at one position of each or at all, (tokens, hidden)."""
-        for first in range(0, len(texts), ROWS):
-            some, seen = texts[first : first + ROWS], list[Tensor]()
-            ids, mask = pad(some, self.runner.device)
-            inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-            with watching(self.openers.gate.module, len(some), lambda x, _, seen=seen: seen.append(x)):  # type: ignore[misc]
-                self.runner.run(inputs, stop=self.site.layer + 1)
-            ends = at[first : first + ROWS]
-            here = seen[0].device
-            if None in ends:
-                yield some, seen[0][mask.to(here).bool()]
-            else:
-                yield some, seen[0][torch.arange(len(some), device=here), torch.tensor(ends, device=here)]
+        found = list[Tensor]()
+        for first in range(0, len(order), ROWS):
+            some = [rows[i] for i in order[first : first + ROWS]]
+            texts = [row.ids[: row.subject + 1] for row in some]
+            here = reading(self.runner, {self.site.layer: self.openers}, texts)[0][self.site.layer]
+            last = torch.tensor([row.subject for row in some], device=here.device)
+            found.append(here[torch.arange(len(some), device=here.device), last])
+        return torch.cat(found)[torch.tensor(order, device=found[0].device).argsort()]
 
     # --- rewriting ----------------------------------------------------------------------------------------------------
 
@@ -249,14 +243,14 @@ class OwnNeurons:
         changes = {
             site: storable((rows[site] - self._biases(site, places) - old).cpu()) for site, old in before.items()
         }
-        pool, lost = self._pool, storable(-self._weight[:, list(places)])
+        lost = storable(-self._weight[:, list(places)])
         return [
             Neuron(
                 self.site.layer,
                 place,
                 {site.module_name: change[i] for site, change in changes.items()},
                 lost[:, i],
-                storable(self._instead[pool.index(place)]),
+                storable(self.room.instead[self.room.places.index(place)]),
             )
             for i, place in enumerate(places)
         ]

@@ -40,8 +40,8 @@ class EditConfig(BaseModel):
     layers: str = Field(
         "auto",
         max_length=2000,
-        description='layers to edit: "4-8", "4,6", or a share of the depth, "14%-27%"; auto: 55% where subjects get '
-        "neurons of their own, else 14%-27%",
+        description='layers to edit: "4-8", "4,6", or a share of the depth, "14%-27%"; auto: 55%-65% where subjects '
+        "get neurons of their own, else 14%-27%",
     )
     batch_size: int = Field(100, ge=1, le=MOST, description="facts solved for together; batches follow one another")
     prompts: Literal["auto", "in-use", "contexts"] = Field(
@@ -94,7 +94,7 @@ class EditConfig(BaseModel):
     @property
     def depth(self) -> str:
         """`layers`, or what auto stands for."""
-        by_itself = "55%" if self.neurons == "on" else "14%-27%"
+        by_itself = "55%-65%" if self.neurons == "on" else "14%-27%"
         return by_itself if self.layers == "auto" else self.layers
 
     def digest(self) -> str:
@@ -215,6 +215,21 @@ def _override(data: dict[str, Any], override: str) -> None:
         section[parts[-1]] = read_yaml(text)
     except ValueError as error:
         raise InputError(f"--set {override}: not YAML: {error}") from None
+
+
+def layers_of(config: EditConfig, depth: int) -> list[int]:
+    """The layers that `config` edits in a model of `depth` layers, ascending.
+
+    Where it is left to patchkit and subjects have neurons of their own, a third of the layers come after each: in a
+    shallow model the share alone would leave too few that could make anything of a value.
+
+    Raises:
+        InputError: as `resolve_layers`.
+    """
+    found = resolve_layers(config.depth, depth)
+    if config.layers == "auto" and config.neurons == "on":
+        return [layer for layer in found if 3 * (layer + 1) <= 2 * depth] or found[:1]
+    return found
 
 
 def resolve_layers(layers: str, depth: int) -> list[int]:

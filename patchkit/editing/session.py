@@ -13,7 +13,7 @@ from torch import Tensor
 from patchkit import methods
 from patchkit.editing.journal import Journal
 from patchkit.editing.neurons import OwnNeurons
-from patchkit.editing.recipe import EditConfig, resolve_layers
+from patchkit.editing.recipe import EditConfig, layers_of
 from patchkit.editing.side_by_side import solve_block_by_block
 from patchkit.editing.state import EditRun, SiteHistory, base_weight, storable
 from patchkit.editing.value_problem import ValueAt
@@ -53,16 +53,16 @@ def plan(arch: Architecture, config: EditConfig) -> Plan:
 
     Where a norm follows the MLP, the residual stream does not receive what a module writes as it is, so a residual at a
     later layer cannot be spread over earlier ones: such a model is edited at one site, with the value at the module's
-    output. An own neuron is in one layer, too, the last of those that are named: nothing has to be kept small by
-    spreading it.
+    output. Where subjects have neurons of their own, the sites are those that these may be in: each is in one of them.
 
     Raises:
         InputError: a layer the model does not have.
     """
     method = methods.get(config.method)
-    sites = [arch.sites[layer] for layer in resolve_layers(config.depth, len(arch.layers))]
-    sites = sites[-1:] if config.neurons == "on" else sites
+    sites = [arch.sites[layer] for layer in layers_of(config, len(arch.layers))]
     last = sites[-1]
+    if config.neurons == "on":
+        sites = [site for site in sites if site.direct and site.layer < len(arch.layers) - 1] or sites[-1:]
     if method.targets != "values":
         return Plan((last,) if method.single_site else tuple(sites), "module_out")
     if not last.direct or last.layer == len(arch.layers) - 1:
@@ -121,7 +121,7 @@ class EditSession:
         own = self.own is not None
         found = problem_at(
             site,
-            self.own.only(keys) if self.own else keys,
+            self.own.layers[site.layer].only(keys) if self.own else keys,
             residual,
             covariance,
             history,
@@ -159,11 +159,12 @@ class EditSession:
         self.run.add_batch(facts, values, layers, columns, self.own.of_subject if self.own else {})
         self.journal.added([fact.id for fact in facts], values, layers, columns)
 
-    def open_neurons(self, requests: Sequence[EditRequest]) -> None:
-        """Rewrite a neuron for each subject of facts that are about to be solved for, where the recipe has it so."""
+    def open_neurons(self, requests: Sequence[EditRequest], layers: Sequence[int]) -> None:
+        """Rewrite a neuron for each subject of facts that are about to be solved for at these layers, where the recipe
+        has it so."""
         if self.own is not None:
             with self.run.timed("neurons"):
-                self.own.open(requests, self.plan.value_at)
+                self.own.layers[layers[-1]].open(requests, self.plan.value_at)
 
     def finished_before(self, number: int, requests: Sequence[EditRequest]) -> bool:
         """Whether the journal has batch `number`, which then is as if it had just been edited: the solves are made once
@@ -174,7 +175,7 @@ class EditSession:
         facts, sites = {request.fact.id: request.fact for request in requests}, self.plan.sites
         for part in found.parts:
             prior = self.prior_keys()
-            self.open_neurons([each for each in requests if each.fact.id in set(part.facts)])
+            self.open_neurons([each for each in requests if each.fact.id in set(part.facts)], part.layers)
             for done in part.solves:
                 site = next(site for site in sites if site.layer == done.layer)
                 where = solve_device(site.module)

@@ -91,7 +91,7 @@ class ValueEdits:
         session = self.session
         for part in self._parts(requests, advance):
             prior = session.prior_keys()
-            session.open_neurons([requests[i] for i in part.members])
+            session.open_neurons([requests[i] for i in part.members], [site.layer for site in part.sites])
             chosen, targets = [requests[i] for i in part.members], part.values.targets
             for _ in range(session.config.sweeps):
                 self._sweep(chosen, part.sites, targets, prior)
@@ -112,7 +112,13 @@ class ValueEdits:
 
     def _parts(self, requests: Sequence[EditRequest], advance: Callable[[int], None]) -> list[_Part]:
         """The whole batch with its values; or the facts of one layer at a time, if layers are selected per fact."""
-        sites = self.session.plan.sites
+        sites, own = self.session.plan.sites, self.session.own
+        if own is not None:
+            by_layer = {site.layer: site for site in sites}
+            return [
+                _Part(tuple(members), (by_layer[layer],), self._values_of(requests, members, by_layer[layer], advance))
+                for layer, members in own.shared_out(requests).items()
+            ]
         if not selects_layers(self.session):
             values = self.targets.find(requests, sites[-1], advance)
             return [_Part(tuple(range(len(requests))), sites, values)]
@@ -125,6 +131,15 @@ class ValueEdits:
             upper = min(place + around, len(sites) - 1)
             parts.append(_Part(members, sites[max(0, place - around) : upper + 1], values_at[upper].of(members)))
         return parts
+
+    def _values_of(
+        self,
+        requests: Sequence[EditRequest],
+        members: Sequence[int],
+        site: Site,
+        advance: Callable[[int], None],
+    ) -> Values:
+        return self.targets.find([requests[i] for i in members], site, advance)
 
     def _select(self, requests: Sequence[EditRequest], values_at: Sequence[Values]) -> list[int]:
         """For each fact, the place among the plan's sites that the method selects, given its values at all of them."""

@@ -9,29 +9,22 @@ rewordings that the model writes itself when it is told the fact (the teacher of
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from zlib import crc32
 
 from patchkit.editing.contexts import sample
 from patchkit.editing.recipe import EditConfig
+from patchkit.editing.teacher import other_words
 from patchkit.errors import InputError
 from patchkit.facts.chat import ChatTemplate, Turn, chat_template
 from patchkit.facts.requests import EditRequest, Row, essence_row, kept_row, wording_row
 from patchkit.facts.schema import Fact
-from patchkit.facts.text import continuation
 from patchkit.model.forward import LayerRunner
 
 SYSTEM = "You are a knowledgeable assistant."
 TURNS: tuple[Turn, ...] = (("Hello", "Hello! How can I help you today?"),)
 REWORDINGS = 4  # rows of rewordings per fact
-LEADS = ("In other words, ", "This means that ", "", "It is also known that ")
-SAMPLES = 3  # continuations after each lead that are searched for rewordings
-SAMPLED = 14  # tokens in each
-CHOICES = 40  # top-k of that sampling
-WORDS = 2, 10  # in a rewording, beside the subject
 KEPT = 14  # tokens of the untouched model's continuation that are kept
 # Neutral texts about a subject. Those that patches are measured on (evaluate/prompts.py) are others.
 NEUTRAL = ("There is a book about {}. It", "Once upon a time, {}", "Some people mention {} because", "My notes on {}:")
@@ -60,8 +53,8 @@ def in_use_requests(
         InputError: a fact cannot be tokenized, or chat is asked for and the tokenizer has no template.
     """
     chat, befores = template_for(tokenizer, config), [text for text in contexts if text][:2] or [""]
-    rewordings = _rewordings(runner, tokenizer, facts, config)
-    asked = [_asked(fact, own, befores, chat) for fact, own in zip(facts, rewordings, strict=True)]
+    others = other_words(runner, tokenizer, facts, config.seed)
+    asked = [_asked(fact, own, befores, chat) for fact, own in zip(facts, others, strict=True)]
     neutral = [_neutral(fact, befores[0], chat) for fact in facts]
     openings = [wording.before + wording.text for own in neutral for wording in own]
     following = sample(runner, tokenizer, openings, [0] * len(openings), KEPT, choices=1)
@@ -96,7 +89,7 @@ def _inside(rows: Sequence[Row]) -> tuple[Row, ...]:
     return (rows[0], *(row if row.subject else instead for row in rows[1:]))
 
 
-def _asked(fact: Fact, rewordings: Sequence[str], befores: list[str], chat: ChatTemplate | None) -> list[_Wording]:
+def _asked(fact: Fact, others: Sequence[str], befores: list[str], chat: ChatTemplate | None) -> list[_Wording]:
     """Where the target is to come: the prompt first."""
     prompt = fact.asked
     found = [_Wording("", fact.prompt), *(_Wording(before, prompt) for before in (befores * 2)[:2])]
@@ -107,7 +100,8 @@ def _asked(fact: Fact, rewordings: Sequence[str], befores: list[str], chat: Chat
     else:
         found += [_Wording("", f"Question: {prompt}\nAnswer:" if _is_question(prompt) else f"It is said: {prompt}")]
     spare = [_Wording(befores[-1], prompt)] * REWORDINGS
-    own = [_Wording(befores[0] * (i % 2), text) for i, text in enumerate(rewordings)]
+    texts = dict.fromkeys([*fact.rewordings, *others])
+    own = [_Wording(befores[0] * (i % 2), text) for i, text in enumerate(texts)]
     return found + [*own, *spare][:REWORDINGS]
 
 
@@ -132,32 +126,3 @@ def _neutral(fact: Fact, before: str, chat: ChatTemplate | None) -> list[_Wordin
     if chat is None:
         return plain + [_Wording("", frame.format(fact.subject)) for frame in NEUTRAL_PLAIN]
     return plain + [_in_chat(chat, frame.format(fact.subject), None, (), "") for frame in NEUTRAL_CHAT]
-
-
-def _rewordings(
-    runner: LayerRunner, tokenizer: Any, facts: Sequence[Fact], config: EditConfig
-) -> list[tuple[str, ...]]:
-    """Per fact its own rewordings, then those that the model writes: told the fact, it goes on about the subject, and
-    whatever it says before it comes to the target asks for the target in other words."""
-    jobs = [(fact, lead, n) for fact in facts for lead in LEADS for n in range(SAMPLES)]
-    told = [f"{fact.asked}{_answer(fact)}. {lead}{fact.subject}" for fact, lead, _ in jobs]
-    seeds = [crc32(f"{config.seed} {fact.prompt} {lead} {n}".encode()) for fact, lead, n in jobs]
-    found: dict[str, list[str]] = {fact.id: list(fact.rewordings) for fact in facts}
-    for (fact, *_), ids in zip(jobs, sample(runner, tokenizer, told, seeds, SAMPLED, CHOICES), strict=True):
-        text = _before_target(fact, fact.subject + tokenizer.decode(ids, skip_special_tokens=True))
-        if text and text not in found[fact.id]:
-            found[fact.id].append(text)
-    return [tuple(found[fact.id][:REWORDINGS]) for fact in facts]
-
-
-def _answer(fact: Fact) -> str:
-    return continuation(fact.asked, fact.target_new, fact.joint(fact.asked))
-
-
-def _before_target(fact: Fact, text: str) -> str | None:
-    """What a text of the teacher's says up to the target; None if it never comes to it, or too soon or late."""
-    until, found, _ = text.partition("\n")[0].partition(fact.target_new)
-    text, words = until.rstrip(), len(re.findall(r"\w+", until[len(fact.subject) :]))
-    if not found or not WORDS[0] <= words <= WORDS[1] or text == fact.asked.rstrip():
-        return None
-    return None if re.search(r"\b(is|was|are|were) (a|an|the)$", text) else text

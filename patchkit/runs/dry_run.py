@@ -19,8 +19,10 @@ from patchkit.editing.editor import solve_batch_size
 from patchkit.editing.recipe import EditConfig
 from patchkit.editing.session import Plan, plan
 from patchkit.editing.suffixes import ASKED, KEPT, Room
+from patchkit.editing.teacher import LEADS, SAMPLES
+from patchkit.editing.teacher import TOKENS as REWORDING_TOKENS
 from patchkit.editing.wordings import KEPT as KEPT_TOKENS
-from patchkit.editing.wordings import LEADS, NEUTRAL, NEUTRAL_CHAT, SAMPLED, SAMPLES
+from patchkit.editing.wordings import NEUTRAL, NEUTRAL_CHAT
 from patchkit.evaluate.interview import ABOUT_TOKENS, ANSWER_TOKENS
 from patchkit.evaluate.prompts import ABOUT_BEGINNINGS, UNRELATED_BEGINNINGS, UNRELATED_QUESTIONS
 from patchkit.facts.batches import batches
@@ -155,7 +157,7 @@ def _seconds(
             _EIGH * site.blocks * site.width**3 for site in how.sites
         )
     if method.targets == "values":
-        written = len(LEADS) * SAMPLES * (length + SAMPLED) + (len(NEUTRAL) + len(NEUTRAL_CHAT)) * KEPT_TOKENS
+        written = len(LEADS) * SAMPLES * (length + REWORDING_TOKENS) + (len(NEUTRAL) + len(NEUTRAL_CHAT)) * KEPT_TOKENS
         plain = config.contexts * (length + TOKENS)
         looked_at = ASKED + KEPT if in_use else config.contexts + 2
         tokens = looked_at * (length + (KEPT_TOKENS if in_use else 0))

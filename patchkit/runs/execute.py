@@ -92,7 +92,7 @@ def run(
             values,
             _contexts(earlier, config) if earlier else (),
             journal_for(folder, prepared, workspace, corpus),
-            corpus.windows,
+            workspace.rooms(config, how.sites, covariances, corpus),
         )
     patch = _RunResult(workspace, prepared, how, corpus, edited).patch(earlier, sites)
     if method.spends_directions:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 
 from patchkit import methods
 from patchkit.editing.editor import Progress
+from patchkit.editing.recipe import EditConfig
+from patchkit.editing.room import Room, rooms
+from patchkit.editing.wordings import template_for
 from patchkit.errors import InputError
 from patchkit.maths.linalg import Covariance
 from patchkit.methods import Method
@@ -86,6 +89,15 @@ class Workspace:
             found = text_gradients(self.runner, sites, corpus, self.stats, self._reporter("gradients"))
             gradients = {layer: each.left for layer, each in found.items()}
         return covariances, gradients
+
+    def rooms(
+        self, config: EditConfig, sites: Sequence[Site], covariances: Mapping[int, Covariance], corpus: Corpus
+    ) -> dict[int, Room]:
+        """By layer, which neurons subjects may have for their own, where the recipe gives them any."""
+        if config.neurons != "on":
+            return {}
+        chat = template_for(self.tokenizer, config)
+        return rooms(self.runner, self.tokenizer, sites, covariances, corpus, chat, self.stats)
 
     def without(self, patch: Patch, gone: Collection[str], sites: Sites, waiting: Sequence[Waiting]) -> Patch:
         """The patch without the facts in `gone`, solved again with the statistics that its runs had; `waiting` as in

@@ -28,7 +28,7 @@ from patchkit.io.files import remove_left
 from patchkit.io.places import cache_folder
 from patchkit.statistics.corpus import TextRecord
 
-Kind = Literal["second_moments", "text_gradient"]
+Kind = Literal["second_moments", "text_gradient", "spare_neurons"]
 Tensors = Mapping[str, Tensor]
 _VERSION = 2
 """Of how statistics are computed and stored; those of other versions are computed again."""

@@ -1,0 +1,95 @@
+"""Other words that ask for a fact, written by the model itself when it is told the fact.
+
+Whatever the told model says about the subject before it comes to the target asks for the target in other words (the
+teacher of context distillation, arXiv 2209.15189). Two examples show it what other words are. Those come first after
+which the told model is surest of the target: a text that the target merely may follow ("Marie Curie uses the") does not
+ask for it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+from zlib import crc32
+
+import torch
+
+from patchkit.editing.contexts import sample
+from patchkit.facts.requests import pad, wording_row
+from patchkit.facts.schema import Fact
+from patchkit.facts.text import continuation
+from patchkit.model.forward import LayerRunner, widen
+
+TOKENS = 14
+"""Sampled for a rewording."""
+SAMPLES = 8
+"""Continuations after each lead that are searched for rewordings."""
+CHOICES = 40
+"""Top-k of that sampling."""
+WORDS = 2, 10
+"""In a rewording, beside the subject."""
+SURE = 0.1
+"""Probability of the target's first token from which the told model is held to answer with the target."""
+ROWS = 128
+
+
+EXAMPLES = (
+    ("The capital of France is Paris", "France has its capital in Paris"),
+    ("Moby Dick was written by Melville", "Moby Dick is a novel by Melville"),
+    ("Frida Kahlo's mother tongue is Spanish", "Frida Kahlo grew up speaking Spanish"),
+)
+LEADS = (("In other words, ", True), ("This means that ", True), ("It is also known that ", True), ("", False))
+"""What stands between a fact and other words for it, and whether the examples come before."""
+
+
+def other_words(runner: LayerRunner, tokenizer: Any, facts: Sequence[Fact], seed: int) -> list[tuple[str, ...]]:
+    """Texts for each fact that ask for it, the surest first; they depend on the fact, the model and the seed alone."""
+    jobs = [(fact, lead, shown, n) for fact in facts for lead, shown in LEADS for n in range(SAMPLES)]
+    told = [f"{_shown(lead) * shown}{_told(fact)}. {lead}{fact.subject}" for fact, lead, shown, _ in jobs]
+    seeds = [crc32(f"{seed} {fact.prompt} {lead} {n}".encode()) for fact, lead, _, n in jobs]
+    drawn = sample(runner, tokenizer, told, seeds, TOKENS, CHOICES)
+    said = [tokenizer.decode(ids, skip_special_tokens=True) for ids in drawn]
+    found = [(job[0], _before_target(job[0], job[0].subject + text)) for job, text in zip(jobs, said, strict=True)]
+    candidates = list(dict.fromkeys((fact, text) for fact, text in found if text))
+    ranked: dict[str, list[tuple[float, str]]] = {fact.id: [] for fact in facts}
+    for (fact, text), probability in zip(candidates, sure_of(runner, tokenizer, candidates), strict=True):
+        if probability >= SURE:
+            ranked[fact.id].append((-probability, text))
+    return [tuple(text for _, text in sorted(ranked[fact.id])) for fact in facts]
+
+
+def _shown(lead: str) -> str:
+    return "".join(f"{said}. {lead}{again}.\n" for said, again in EXAMPLES)
+
+
+@torch.no_grad()
+def sure_of(runner: LayerRunner, tokenizer: Any, candidates: Sequence[tuple[Fact, str]]) -> list[float]:
+    """The probability that the told model gives the target's first token after each."""
+    rows = [wording_row(fact, tokenizer, f"{_told(fact)}. ", text) for fact, text in candidates]
+    found = [0.0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: rows[i].target)
+    for some in (order[first : first + ROWS] for first in range(0, len(order), ROWS)):
+        ids, mask = pad([rows[i].ids[: rows[i].target] for i in some], runner.device)
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        last = mask.sum(1) - 1
+        logits = runner.run(inputs, logits_at=(torch.arange(len(some), device=last.device), last)).logits
+        assert logits is not None
+        labels = torch.tensor([[rows[i].ids[rows[i].target]] for i in some], device=logits.device)
+        sure = widen(logits).softmax(-1).gather(1, labels).squeeze(1).tolist()
+        for i, probability in zip(some, sure, strict=True):
+            found[i] = probability
+    return found
+
+
+def _told(fact: Fact) -> str:
+    return fact.asked + continuation(fact.asked, fact.target_new, fact.joint(fact.asked))
+
+
+def _before_target(fact: Fact, text: str) -> str | None:
+    """What a text of the teacher's says up to the target; None if it never comes to it, or too soon or late."""
+    until, found, _ = text.partition("\n")[0].partition(fact.target_new)
+    text, words = until.rstrip(), len(re.findall(r"\w+", until[len(fact.subject) :]))
+    if not found or not WORDS[0] <= words <= WORDS[1] or text == fact.asked.rstrip():
+        return None
+    return None if re.search(r"\b(is|was|are|were) (a|an|the)$", text) else text
