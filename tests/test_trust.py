@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from patchkit import Patch
 from patchkit.cli.common import HarmlessConsole
@@ -113,7 +114,14 @@ def test_nothing_that_is_written_for_others_says_where_it_was_made(
     made = ("apply", tmp_path / "f.jsonl", "--model", base, *QUICK, "--text", tmp_path / "text.txt", "--out", "q")
     assert run(*made).status == 0
     assert run("merge", "q", "--out", "merged").status == 0
+    other = zoo.save(zoo.FAMILIES["llama"](), zoo.tiny_tokenizer(), tmp_path / "models" / "llama-2")
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] += 1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    assert run("import", "--diff", base, other, "--out", "i").status == 0
     for name in (
+        "i/manifest.json",
+        "i/provenance.json",
         "q/manifest.json",
         "q/provenance.json",
         "q/README.md",

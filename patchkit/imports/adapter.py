@@ -17,6 +17,7 @@ from patchkit.imports.assemble import Base, imported
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import Chain
 from patchkit.model.weights import shape_of
+from patchkit.patch.bases import public_argument
 from patchkit.patch.manifest import Source
 from patchkit.patch.patch import Patch
 from patchkit.patch.tensors import read_tensors
@@ -58,7 +59,9 @@ def import_lora(folder: str | Path, base: str | None = None) -> Patch:
         chains[weight] = _update(of, weight, a, b, _scaling(config, module, a))
     settings = {key: config.get(key) for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")}
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    source = Source(kind="lora", name=str(folder), digests={WEIGHTS: digest}, settings=settings, error=0.0)
+    source = Source(
+        kind="lora", name=public_argument(str(folder)), digests={WEIGHTS: digest}, settings=settings, error=0.0
+    )
     return imported(of, chains, source)
 
 

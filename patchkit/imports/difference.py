@@ -19,6 +19,7 @@ from patchkit.io.checkpoint import DTYPES
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import Chain, Full, Sparse
 from patchkit.model.weights import oriented, tensor_digest
+from patchkit.patch.bases import public_argument
 from patchkit.patch.manifest import Source
 from patchkit.patch.patch import Patch
 
@@ -62,7 +63,8 @@ def import_difference(base: str, edited: str, kept: Kept | None = None) -> Patch
         found.error = max(found.error, _error(chain, change))
         found.chains[name], found.digests[name] = chain, tensor_digest(name, after_tensor)
     settings = {"energy": wanted.energy, "rank": wanted.rank}
-    source = Source(kind="difference", name=edited, digests=found.digests, settings=settings, error=found.error)
+    name = public_argument(edited)
+    source = Source(kind="difference", name=name, digests=found.digests, settings=settings, error=found.error)
     return imported(of, found.chains, source)
 
 

@@ -51,7 +51,7 @@ from patchkit.patch.stored import (
     read_stored,
     warn_without_digests,
 )
-from patchkit.patch.tensors import STATE, UPDATES, check_state, numbers_of, read_tensors, updates_in
+from patchkit.patch.tensors import STATE, UPDATES, check_rows, check_state, numbers_of, read_tensors, updates_in
 
 OWN_FILES = (UPDATES, STATE, "rejected.jsonl", "README.md", PROVENANCE, SIGNATURE, MANIFEST)
 """What patchkit writes, replaces and removes in a patch's folder. The manifest, which has the digest of the tensors,
@@ -129,6 +129,7 @@ class Patch:
                 raise base.wrong_shape(name, f"{site.d_out} x {site.d_in}")
             if not force and weight_digest(site, name) != digest:
                 raise base.wrong_numbers(name)
+            check_rows(self.state, name, site.d_out, site.d_in)
             found[name] = site
             if site.expert is not None:  # the columns of all experts together are the layer's
                 found[arch.sites[site.layer].weight_name] = arch.sites[site.layer]

@@ -77,6 +77,8 @@ def state_of(patch: Patch, sites: Sites) -> EditState:
             chain = _wide(chain[1:] if state.neurons_at(layer) else chain, where)
             state.sites[layer] = SiteHistory(chain, keys, residuals, own)
     state.values = [ValueStates(*(columns(patch.state, f"values.{kind}") for kind in ("targets", "start")))]
+    if rows := {len(state.values[0].targets)} - {site.d_out for site in sites.values() if not site.opens}:
+        raise InputError(f"state.safetensors: values of size {min(rows)}, the model has none such; get the patch again")
     state.subjects = {fact.subject for fact in facts}
     return state
 

@@ -132,6 +132,11 @@ def _faults(manifest: Manifest, state: Mapping[str, Tensor]) -> Iterator[str]:
         odd = kind == "keys" and tensor.shape[0] % experts
         if odd or (sides and tensor.shape[0] != sides[1 if kind == "keys" else 0]):
             yield f"{name} has {tensor.shape[0]} rows"
+    for group in ("values", *manifest.base.weights):
+        for kind in _VALUES if group == "values" else ("keys", "residuals"):
+            both = [state[name] for name in (f"{group}.{kind}", f"{group}.superseded.{kind}") if name in state]
+            if len({len(tensor) for tensor in both}) > 1:
+                yield f"{group}.{kind} and those of superseded facts have other rows"
     for own, facts in (("", manifest.facts), (".superseded", manifest.superseded)):
         yield from _wrong_counts(manifest, state, own, facts)
 
@@ -145,6 +150,9 @@ def _wrong_counts(
     manifest: Manifest, state: Mapping[str, Tensor], own: str, facts: tuple[EditedFact, ...]
 ) -> Iterator[str]:
     """Columns: one for each fact among the values, and at a weight as many as the facts of one layer have."""
+    targets, start = (state.get(f"values{own}.{kind}") for kind in _VALUES)
+    if targets is not None and start is not None and targets.shape != start.shape:
+        yield f"values{own}.targets and start are of two sizes"
     for kind in _VALUES:
         values = state.get(f"values{own}.{kind}")
         if values is not None and values.shape[1] != len(facts):
@@ -160,6 +168,14 @@ def _wrong_counts(
             continue
         if keys.shape[1] != residuals.shape[1] or keys.shape[1] not in {0, *counts.values()}:
             yield f"{weight}{own}.keys has {keys.shape[1]} columns, and residuals {residuals.shape[1]}"
+
+
+def check_rows(state: Mapping[str, Tensor], weight: str, d_out: int, d_in: int) -> None:
+    """Raises InputError where columns of a weight's facts are not of the weight's size, as a model has it."""
+    for kind, size in (("keys", d_in), ("residuals", d_out)):
+        for name in (f"{weight}.{kind}", f"{weight}.superseded.{kind}"):
+            if name in state and len(state[name]) != size:
+                raise InputError(f"{STATE}: {name} has {len(state[name])} rows, the model {size}; get the patch again")
 
 
 def columns(state: Mapping[str, Tensor], name: str) -> Tensor:
