@@ -71,14 +71,21 @@ class Place:
         patchkit.apply(model, tokenizer, [fact("eve", "true")], method="rome", **how).save(folder / "other")
         return cls(folder / "original", folder / "other", Workspace.of(model, tokenizer, (text,)))
 
-    def use(self, folder: Path) -> Patch | None:
-        """Ask everything of the patch in `folder`; None where it is refused, and nothing else may be raised."""
+    def use(self, folder: Path, go_on: bool = True) -> Patch | None:
+        """Ask everything of the patch in `folder`; None where it is refused, and nothing else may be raised.
+
+        go_on: write another fact onto it as well, which takes longest.
+        """
         try:
             patch = Patch.load(folder)
             self._show(folder, patch)
             with patch.attached(self.workspace.model):
                 pass
             take_out(self.workspace, patch, choose_facts(patch.manifest, (), None, 1))
+            if go_on:
+                how: dict[str, Any] = {"overrides": ("value.steps=1", "contexts=0"), "text": self.workspace.texts[0]}
+                new, model = fact("zoe", "true"), self.workspace.model
+                patchkit.apply(model, self.workspace.tokenizer, [new], onto=patch, **how)
         except PatchkitError as error:
             told = str(error)
             assert told.strip()
