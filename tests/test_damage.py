@@ -59,9 +59,9 @@ def damage_often(place: Place, folder: Path, count: int) -> Counter[str]:
     return found
 
 
-def forge_often(place: Place, folder: Path, count: int) -> Counter[str]:
+def forge_often(place: Place, folder: Path, count: int, seed: int = 22) -> Counter[str]:
     """What comes of forgery: refused in one line, or used for everything without an error of ours."""
-    draw, found = Random(22), Counter[str]()
+    draw, found = Random(seed), Counter[str]()
     for number in range(count):
         forge(draw, fresh(place, folder))
         found["refused" if place.use(folder, number % 4 == 0) is None else "used"] += 1

@@ -55,8 +55,9 @@ def test_seven_thousand_damaged_folders(place: Place, tmp_path: Path) -> None:
     print(f"\ndamaged: {dict(damage_often(place, tmp_path / 'p', 7000))}")
 
 
-def test_five_thousand_forged_folders(place: Place, tmp_path: Path) -> None:
-    print(f"\nforged: {dict(forge_often(place, tmp_path / 'p', 5000))}")
+@pytest.mark.parametrize("seed", range(5))
+def test_five_times_a_thousand_forged_folders(seed: int, place: Place, tmp_path: Path) -> None:
+    print(f"\nforged: {dict(forge_often(place, tmp_path / 'p', 1000, seed))}")
 
 
 def tried_recipe(folder: Path, data: bytes, overrides: list[str]) -> str:
