@@ -129,10 +129,11 @@ class Patch:
                 raise base.wrong_shape(name, f"{site.d_out} x {site.d_in}")
             if not force and weight_digest(site, name) != digest:
                 raise base.wrong_numbers(name)
-            check_rows(self.state, name, site.d_out, site.d_in)
             found[name] = site
             if site.expert is not None:  # the columns of all experts together are the layer's
                 found[arch.sites[site.layer].weight_name] = arch.sites[site.layer]
+        for name, site in found.items():
+            check_rows(self.state, name, site.d_out, site.d_in)
         return found
 
     @property
