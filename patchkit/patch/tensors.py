@@ -132,7 +132,7 @@ def _faults(manifest: Manifest, state: Mapping[str, Tensor]) -> Iterator[str]:
         odd = kind == "keys" and tensor.shape[0] % experts
         if odd or (sides and tensor.shape[0] != sides[1 if kind == "keys" else 0]):
             yield f"{name} has {tensor.shape[0]} rows"
-    for group in ("values", *manifest.base.weights, *manifest.base.stacks):
+    for group in ("values", *_with_columns(manifest)):
         for kind in _VALUES if group == "values" else ("keys", "residuals"):
             both = [state[name] for name in (f"{group}.{kind}", f"{group}.superseded.{kind}") if name in state]
             if len({len(tensor) for tensor in both}) > 1:
