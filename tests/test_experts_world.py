@@ -28,7 +28,7 @@ def test_the_mixture_holds_fifty_facts(found: dict[str, Result]) -> None:
     assert (row.locality.unchanged or 0) >= 0.85
     assert row.perplexity is not None
     assert row.perplexity.ratio <= 1.05
-    assert (row.value("routing", "text") or 0) >= 0.95
+    assert (row.value("routing", "text") or 0) >= 0.92
 
 
 @pytest.mark.slow

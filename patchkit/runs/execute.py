@@ -74,7 +74,7 @@ def run(
         compared = _compared_at(runner.arch, config)
         looked_at = [*how.sites, *([] if compared in how.sites else [compared])]
         covariances, gradients = workspace.statistics(method, looked_at, corpus, config.neurons == "on")
-        for note in _about_experts(covariances):
+        for note in (*_about_sweeps(how, config), *_about_experts(covariances)):
             say(note)
         metric = covariances.get(compared.layer)
         if method.targets == "values" and metric is not None:  # without statistics there is no metric to compare in
@@ -161,6 +161,16 @@ def _about_text(text: Path, corpus: Corpus, prepared: Prepared) -> Iterator[str]
         last = prepared.onto.manifest.history[-1].text
         if corpus.digest != last.sha256:
             yield f"statistics: from {text.name}, unlike those of the patch's last run ({last.source}): see --text"
+
+
+def _about_sweeps(how: Plan, config: EditConfig) -> Iterator[str]:
+    """What one sweep leaves undone where edits change which experts a subject goes to."""
+    mixed = [site.layer for site in how.sites if site.blocks > 1]
+    if config.sweeps == 1 and len(how.sites) > 1 and mixed and methods.get(config.method).targets == "values":
+        yield (
+            f"layer {mixed[0]} has experts, and edits change what routers read: facts hold better with a second sweep "
+            "(--set sweeps=2)"
+        )
 
 
 def _about_experts(covariances: Mapping[int, Covariance]) -> Iterator[str]:
