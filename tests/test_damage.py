@@ -64,7 +64,7 @@ def forge_often(place: Place, folder: Path, count: int, seed: int = 22) -> Count
     draw, found = Random(seed), Counter[str]()
     for number in range(count):
         forge(draw, fresh(place, folder))
-        found["refused" if place.use(folder, number % 4 == 0) is None else "used"] += 1
+        found["refused" if place.use(folder, number % 20 == 0) is None else "used"] += 1
     return found
 
 
