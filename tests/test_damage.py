@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from patchkit import InputError, Patch
+from patchkit import InputError, Patch, methods
 from patchkit.editing.recipe import load_recipe, resolve_layers
+from patchkit.editing.session import problem_at, solve_at
 from patchkit.evaluate.readings import WORST, perplexity
 from patchkit.evaluate.report import Perplexity
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
-from patchkit.patch.stored import read_stored
+from patchkit.patch.stored import digests_of, read_stored
 from patchkit.statistics.corpus import read_corpus
 from tests import zoo
 from tests.helpers import edit_manifest
@@ -215,3 +219,27 @@ def test_a_perplexity_beyond_all_numbers_can_be_written_down(tmp_path: Path) -> 
     torch.nn.init.constant_(model.get_output_embeddings().weight, float("inf"))
     found = perplexity(LayerRunner(inspect_model(model)), read_corpus(text, zoo.tiny_tokenizer()))
     assert json.loads(Perplexity(before=1.0, after=found, ratio=found).model_dump_json())["after"] == WORST
+
+
+@pytest.mark.parametrize("kind", ["keys", "residuals"])
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
+def test_a_state_that_nothing_can_be_solved_with_is_refused_or_solved(
+    kind: str, size: float, place: Place, tmp_path: Path
+) -> None:
+    folder = fresh(place, tmp_path / "p")
+    state = load_file(folder / "state.safetensors")
+    changed = {name: tensor * size if name.endswith(kind) else tensor for name, tensor in state.items()}
+    save_file(changed, folder / "state.safetensors", {"format": "pt"})
+    edit_manifest(folder, lambda fields: fields.update(files=digests_of(folder)))
+    place.use(folder, go_on=False)  # which fails for any other error than a refusal
+
+
+def test_equations_that_cannot_be_solved_are_refused_in_one_line() -> None:
+    def unsolvable(problem: Any, settings: Any) -> Any:
+        return torch.linalg.cholesky(torch.zeros(2, 2))
+
+    method, site = replace(methods.get("memit"), solve=unsolvable), inspect_model(zoo.FAMILIES["llama"]()).sites[1]
+    nothing = torch.zeros(0, dtype=torch.float64)
+    problem = problem_at(site, nothing.view(site.d_in, 0), nothing.view(site.d_out, 0), None, None, None)
+    with pytest.raises(InputError, match=r"down_proj.weight: memit cannot be solved for these keys and settings"):
+        solve_at(method, method.config(), site, problem)

@@ -229,10 +229,16 @@ def solve_at(method: Method, settings: MethodConfig, site: Site, problem: LayerP
     patch's file will hold, and a run that starts from the file goes on as the one that wrote it would have.
 
     Raises:
-        InputError: the edit is not finite.
+        InputError: the edit is not finite, or the equations for it cannot be solved.
     """
     each = problem.blocks > 1 and method.block_by_block
-    update = solve_block_by_block(method, settings, problem) if each else method.solve(problem, settings)
+    try:
+        update = solve_block_by_block(method, settings, problem) if each else method.solve(problem, settings)
+    except torch.linalg.LinAlgError as error:  # keys or settings of 1e30, in a state that somebody made up for example
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"{site.weight_name}: {method.name} cannot be solved for these keys and settings ({reason}); try others"
+        ) from None
     finite = [tensor.isfinite().all() for tensor in tensors_of(update).values() if tensor.is_floating_point()]
     if not torch.stack(finite).all():
         raise InputError(
