@@ -10,12 +10,14 @@ the target positions alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from patchkit.editing.buckets import Bucket
 from patchkit.editing.suffixes import Room, Suffixes, in_parts
@@ -42,12 +44,20 @@ class ValueConfig(BaseModel):
     clamp: float | None = Field(
         None, gt=0, le=1e6, description="longest delta, relative to the state's norm; by itself 1.0, or 1.5 in use"
     )
+    memory: float | None = Field(
+        None, gt=0, lt=1, description="Adam's β2: how long it remembers how large gradients were; by itself 0.999"
+    )
     decay: float = Field(0.01, ge=0, description="weight of the squared relative length of the delta")
     kl_weight: float = Field(0.0625, ge=0, description='weight of the drift on "{subject} is a"')
     stop_loss: float = Field(0.1, ge=0, description="a fact is done when its target's mean token loss is below this")
     keep_weight: float = Field(1.5, ge=0, description="weight of the drift on neutral texts about the subject")
     leak_weight: float = Field(
         4.0, ge=0, description="weight of -log(1 - P(target)) on neutral texts, where the base has it below 0.1"
+    )
+    products: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="what a float32 model on a CPU multiplies in while values are sought; bfloat16 is faster on "
+        "processors that have it (AVX512-BF16), and others keep to float32",
     )
     parallel: int | None = Field(
         None,
@@ -59,17 +69,18 @@ class ValueConfig(BaseModel):
     def pace(self, turns: bool) -> Pace:
         """How far the optimizer goes. `turns` says whether rows take turns, as those of prompts=in-use do: more of
         them have to be seen, and more is asked of a value (docs/in_use.md)."""
-        steps, rate, clamp = (60, 0.1, 1.5) if turns else (25, 0.15, 1.0)
-        return Pace(self.steps or steps, self.learning_rate or rate, self.clamp or clamp)
+        steps, rate, clamp, memory = (60, 0.1, 1.5, 0.999) if turns else (25, 0.15, 1.0, 0.999)
+        return Pace(self.steps or steps, self.learning_rate or rate, self.clamp or clamp, self.memory or memory)
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Adam's steps at most, and the length of one and of the whole delta, relative to the state's norm."""
+    """Adam's steps at most, the length of one and of the whole delta, relative to the state's norm, and Adam's β2."""
 
     steps: int
     learning_rate: float
     clamp: float
+    memory: float
 
 
 @dataclass(frozen=True)
@@ -155,6 +166,7 @@ class _Optimizer:
         self.group = list(groups or range(len(requests)))
         self.waiting = sorted(range(len(requests)), key=lambda fact: self.group.index(self.group[fact]))
         self.active: list[int] = []
+        self._weights: dict[nn.Module, Tensor] = {}  # in 16 bits, where passes multiply in them
         self.buckets: list[Bucket] = []
         device, dtype = problem.runner.device, torch.promote_types(problem.runner.dtype, torch.float32)
         shape = (len(requests), 1 + problem.terms.attention, problem.site.d_out)
@@ -290,12 +302,17 @@ class _Optimizer:
             return target.detach(), torch.autograd.grad(whole, leaf)[0] if differentiate else None
 
         now, later = self._due()
-        done = [part for bucket in now for part in in_parts(measure, bucket, Bucket.halves)]
+        with self._products():
+            done = [part for bucket in now for part in in_parts(measure, bucket, Bucket.halves)]
         self.buckets = [*(bucket for bucket, _ in done), *later]
         for _, (target, slope) in done:
             loss += target
             gradient += 0 if slope is None else slope
         return loss, gradient
+
+    def _products(self) -> AbstractContextManager[None]:
+        """In 16 bits, where the recipe has it so."""
+        return self.problem.runner.in_16_bits(self._weights) if self.config.products == "bfloat16" else nullcontext()
 
     def _due(self) -> tuple[list[Bucket], list[Bucket]]:
         """The buckets that this step looks at, and the others."""
@@ -325,11 +342,11 @@ class _Optimizer:
         """One step of Adam (Kingma & Ba, algorithm 1), each fact at its own count, then clip to the longest allowed."""
         for fact in self.active:
             self.steps[fact] += 1
-        counts = torch.tensor([self.steps[fact] for fact in self.active], dtype=torch.float64)
-        biases = torch.stack([1 - beta**counts for beta in (0.9, 0.999)])[:, :, None, None].to(gradient.dtype)
+        counts, memory = torch.tensor([self.steps[fact] for fact in self.active], dtype=torch.float64), self.pace.memory
+        biases = torch.stack([1 - beta**counts for beta in (0.9, memory)])[:, :, None, None].to(gradient.dtype)
         mean_bias, square_bias = sent(biases, gradient.device)
         self.mean[facts] = mean = 0.9 * self.mean[facts] + 0.1 * gradient
-        self.square[facts] = square = 0.999 * self.square[facts] + 0.001 * gradient.square()
+        self.square[facts] = square = memory * self.square[facts] + (1 - memory) * gradient.square()
         rate = self.pace.learning_rate / self.problem.site.d_out**0.5
         moved = self.value[facts] - rate * (mean / mean_bias) / ((square / square_bias).sqrt() + 1e-8)
         self.value[facts] = moved * (self.pace.clamp / moved.norm(dim=-1, keepdim=True)).clamp_max(1)

@@ -216,6 +216,12 @@ class LayerRunner:
         return tokens
 
     @contextmanager
+    def in_16_bits(self, weights: dict[nn.Module, Tensor]) -> Iterator[None]:
+        """Within the block products of passes are made in bfloat16 where that is faster: see `Linears.in_16_bits`."""
+        with self._linears.in_16_bits(self.arch.head, weights):
+            yield
+
+    @contextmanager
     def _passing_through(self, indices: range) -> Iterator[None]:
         """Replace these layers' forward by one that returns its input in the layer's own output form."""
         layers = [self.arch.layers[i] for i in indices]

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from patchkit.maths.onednn import available, linear
+from patchkit.maths.onednn import available, fast_in_16_bits, fits, linear, rounded_linear
 from patchkit.model.threads import forward_in_this_thread
 from patchkit.model.weights import LINEAR, is_transposed
 
@@ -20,6 +21,20 @@ class Linears:
     def __init__(self, model: nn.Module) -> None:
         self._plain = [module for module in model.modules() if type(module) in LINEAR]
         self._nested = False
+        self._rounded: dict[nn.Module, Tensor] | None = None
+        self._head: nn.Module | None = None
+
+    @contextmanager
+    def in_16_bits(self, head: nn.Module, weights: dict[nn.Module, Tensor]) -> Iterator[None]:
+        """Within the block products in float32 are those of factors in bfloat16, where the processor is fast at them,
+        but for those of `head`, whose logits differ by less than bfloat16 has room for. The weights that are used are
+        put into `weights` in bfloat16, and taken from there."""
+        before, self._head = self._rounded, head
+        self._rounded = weights if fast_in_16_bits() else None
+        try:
+            yield
+        finally:
+            self._rounded = before
 
     @contextmanager
     def by_onednn(self) -> Iterator[None]:
@@ -28,7 +43,7 @@ class Linears:
         nested, self._nested = self._nested, True
         try:
             for module in chosen:
-                by_onednn = partial(_transposed if is_transposed(module) else _forward, module)
+                by_onednn = partial(self._forward, module)
                 module.forward = forward_in_this_thread(module, by_onednn)
             yield
         finally:
@@ -36,10 +51,10 @@ class Linears:
             for module in chosen:
                 del module.forward
 
-
-def _forward(module: Any, input: Tensor) -> Tensor:
-    return linear(input, module.weight, module.bias)
-
-
-def _transposed(module: Any, x: Tensor) -> Tensor:
-    return linear(x, module.weight.T, module.bias)
+    def _forward(self, module: Any, x: Tensor) -> Tensor:
+        weight = module.weight.T if is_transposed(module) else module.weight
+        if self._rounded is not None and module is not self._head and fits(x, weight):
+            if module not in self._rounded:
+                self._rounded[module] = weight.detach().to(torch.bfloat16)
+            return rounded_linear(x, self._rounded[module], module.bias)
+        return linear(x, weight, module.bias)

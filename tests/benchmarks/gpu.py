@@ -1,15 +1,18 @@
 """What a user waits for on this machine's GPU: load, statistics, apply, measure and merge, cold and warm, by method.
 
     python -m tests.benchmarks.gpu --limit 180 --out out/gpu                # the embedded model and an 8B shape
+    python -m tests.benchmarks.gpu --model none --limit 180                 # the 8B shape alone
     python -m tests.benchmarks.gpu --model DIR --shape none --count 100     # a checkpoint alone
 
 "cold" is the first time in this process, "warm" the second; for statistics, the second time finds them stored. The
 8B shape is a Llama with random weights in bfloat16, made on the GPU: what a step costs does not depend on them. No fact
-stops early there (stop_loss=0), and statistics of plain text are made up.
+stops early there (stop_loss=0), and statistics of plain text are made up. In order: the first method, edits in use, the
+values of the published procedure in the same contexts, the pass over text and the factoring of what it gives, 1,000
+facts with two steps each, for their memory, the other methods, and all eigenvectors of a C.
 
-After each measurement OUT/gpu.json and OUT/gpu.md are written anew, each whole. No measurement begins after --limit
-seconds; one that fails is listed with its error, and the next one goes on. Without a GPU a small shape runs on the CPU,
-and the table says so. It needs nothing from a network.
+Each row is printed as it is measured, and OUT/gpu.json and OUT/gpu.md are written anew, each whole. No measurement
+begins after --limit seconds; one that fails is listed with its error, and the next one goes on. Without a GPU a small
+shape runs on the CPU, and the table says so. It needs nothing from a network.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ import patchkit
 from patchkit import methods
 from patchkit.editing.contexts import make_contexts
 from patchkit.editing.editor import edit, frozen, requests_of
+from patchkit.editing.neurons import can_take
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
 from patchkit.evaluate.verify import verify
@@ -42,6 +46,7 @@ from patchkit.facts.reader import read_facts
 from patchkit.facts.schema import Fact
 from patchkit.io.files import write_atomically
 from patchkit.model.arch import inspect_model
+from patchkit.model.devices import exact
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import live_deltas
 from patchkit.model.loading import choose_device, load_model, load_tokenizer
@@ -50,7 +55,7 @@ from patchkit.statistics.moments import accumulate, statistics
 from patchkit.statistics.passes import BATCH, Sums
 
 from .common import machine, random_llama, spread
-from .oracle import oracle_edit
+from .oracle import optimize_value, oracle_edit
 
 SHAPES = {
     "8b": {
@@ -77,7 +82,9 @@ EMBEDDED = EXAMPLES / "factworld"
 METHODS = ("alphaedit", "memit", "rome", "emmet", "adaedit", "ultraedit", "oedit+", "mose-right", "mose", "wilke", "ft")
 ONE_BY_ONE = 10
 """Facts at most for methods that solve for one at a time, on the random model."""
-COLUMNS = ("model", "facts", "what", "method", "cold_s", "warm_s", "peak_gb", "notes")
+MANY = 1000
+"""Facts whose memory is measured."""
+COLUMNS = ("model", "facts", "what", "method", "cold_s", "warm_s", "facts_per_s", "peak_gb", "notes")
 
 Result = TypeVar("Result")
 
@@ -89,7 +96,7 @@ def main() -> None:
     device = choose_device(options.device)
     ledger = Ledger(Path(options.out), time.monotonic() + options.limit, device)
     ledger.write()
-    subjects = [Checkpoint(ledger, options, device).measure()]
+    subjects = [] if options.model == "none" else [Checkpoint(ledger, options, device).measure()]
     if options.shape != "none":
         subjects.append(Shape(ledger, options, device).measure())
     for _ in zip_longest(*subjects):  # by turns, so that each has been measured with the first methods when time is up
@@ -125,6 +132,8 @@ class Ledger:
                 break
             with self.kept(row):
                 row[f"{name}_s"], found = self._timed(run, row)
+                if what.startswith(("apply", "edit")):
+                    row["facts_per_s"] = row["facts"] / row[f"{name}_s"]
             if found is None and "notes" in row:
                 break
         return found
@@ -163,6 +172,7 @@ class Ledger:
     def _keep(self, row: dict[str, Any]) -> None:
         if row not in self.rows:
             self.rows.append(row)
+        print(" | ".join(_cell(row.get(column)) for column in COLUMNS), flush=True)
         self.write()
 
     def write(self) -> None:
@@ -282,35 +292,87 @@ class Shape:
         model = self._row("make", lambda: random_llama(self.shape, self.dtype, str(self.device)), ("cold",))
         if model is None:
             return
-        runner = LayerRunner(inspect_model(model.requires_grad_(False)))
-        for place, method in enumerate(self.options.methods):
-            found = self._edited(runner, method, ("cold", "warm") if place == 0 else ("warm",))
-            if place == 0:
-                with frozen(model):
-                    self._pass_over_text(runner)
-                    if found:
-                        self._measured(runner, found)
+        runner, (first, *others) = LayerRunner(inspect_model(model.requires_grad_(False))), self.options.methods
+        found = self._edited(runner, first, ("cold", "warm"))
+        yield
+        with frozen(model):
+            self._in_use(runner)
             yield
+            if found:
+                self._published(runner, found)
+            self._pass_over_text(runner)
+            decomposed = self._factoring(runner)
+            if found:
+                self._measured(runner, found)
+        yield
+        self._many(runner)
+        for method in others:
+            self._edited(runner, method, ("warm",))
+            yield
+        decomposed()
 
-    def _edited(self, runner: LayerRunner, method: str, times: Sequence[str]) -> Any:
+    def _edited(
+        self,
+        runner: LayerRunner,
+        method: str,
+        times: Sequence[str],
+        what: str = "edit",
+        facts: Sequence[Fact] = (),
+        settings: Sequence[str] = (),
+    ) -> Any:
         """The edit of all facts, or of a few where they go one by one, with the seconds of its phases."""
         chosen = methods.get(method)
-        facts = self.facts[:ONE_BY_ONE] if chosen.one_by_one else self.facts
+        facts = facts or (self.facts[:ONE_BY_ONE] if chosen.one_by_one else self.facts)
         stop = ["value.stop_loss=0"] if chosen.targets == "values" else []
 
         def run() -> Any:
-            config = load_recipe(method, None, [*stop, *self.options.set])
+            config = load_recipe(method, None, [*stop, *settings, *self.options.set])
             sites = plan(runner.arch, config).sites
             covariances = {site.layer: spread(site.d_in) for site in sites} if chosen.needs_statistics else {}
             gradients = {site.layer: _directions(site.d_out) for site in sites} if chosen.needs_gradients else {}
             return edit(runner, self.tokenizer, facts, config, covariances, gradients=gradients)
 
-        found = self._row("edit", run, times, method=method, facts=len(facts))
+        found = self._row(what, run, times, method=method, facts=len(facts))
         if found is not None:
             spent = ", ".join(f"{phase} {s:.2g}" for phase, s in found.seconds.items())
             steps = sum(fact.steps for fact in found.facts) / len(found.facts)
             self.ledger.note(f"{steps:.1f} steps a fact; {spent}")
         return found
+
+    def _in_use(self, runner: LayerRunner) -> None:
+        """Edits with the rows that chat models are edited in, in the ordinary key."""
+        method = next((name for name in self.options.methods if can_take(name)), None)
+        if method:
+            self._edited(runner, method, ("warm",), "edit in use", settings=("prompts=in-use", "neurons=off"))
+
+    def _published(self, runner: LayerRunner, found: Any) -> None:
+        """Values as the published procedure seeks them, fact by fact, on the way to the same steps."""
+        if not found.seconds.get("values"):
+            return
+        config = load_recipe(self.options.methods[0], None, ["value.stop_loss=0", *self.options.set])
+        some, how = self.facts[: self.options.oracle or 1], plan(runner.arch, config)
+        requests = requests_of(runner, self.tokenizer, some, found.contexts, config)
+        run = lambda: [optimize_value(runner.arch, request, how, config.value) for request in requests]  # noqa: E731
+        if self._row("values, the published procedure", run, ("cold", "warm"), facts=len(some)):
+            each = self.ledger.rows[-1].get("warm_s", 0.0) / len(some)
+            ours = found.seconds["values"] / len(found.facts)
+            self.ledger.note(f"{each:.3g} s a fact; patchkit {ours:.3g}; ratio {each / ours:.1f}")
+
+    def _factoring(self, runner: LayerRunner) -> Callable[[], Any]:
+        """Factoring the second moments of one site; all eigenvectors, which take longest, when called."""
+        width = max(site.d_in for site in runner.arch.sites)
+        torch.manual_seed(0)
+        draw = torch.randn(width, width, device=self.device)
+        matrix = exact(draw @ draw.T / width)
+        matrix.diagonal().add_(1e-2)
+        self._row("C, Cholesky factor", lambda: torch.linalg.cholesky(matrix), facts=None)
+        return lambda: self._row("C, all eigenvectors", lambda: torch.linalg.eigh(matrix), ("cold",), facts=None)
+
+    def _many(self, runner: LayerRunner) -> None:
+        """The memory that many facts take: batches of the same ones under other names, two steps each."""
+        many = min(MANY, 10 * self.options.count)
+        facts = [self.facts[i % len(self.facts)].model_copy(update={"id": f"many-{i}"}) for i in range(many)]
+        self._edited(runner, self.options.methods[0], ("warm",), "edit, two steps", facts, ["value.steps=2"])
 
     def _measured(self, runner: LayerRunner, found: Any) -> None:
         """What measuring takes, of an edit."""
@@ -332,7 +394,7 @@ class Shape:
                 accumulate(runner, sites, corpus.windows[first : first + size], sums)
             return len(sites)
 
-        if sites := self._row("pass over text", run):
+        if sites := self._row("pass over text", run, ("cold",)):
             self.ledger.note(f"{sites} sites, {corpus.tokens} tokens")
 
     def _row(self, what: str, run: Callable[[], Result], times: Sequence[str] = ("cold", "warm"), **more: Any) -> Any:
@@ -356,7 +418,9 @@ def _names(given: str) -> list[str]:
 
 def _options() -> argparse.Namespace:
     known = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known.add_argument("--model", default=str(EMBEDDED), help="folder of a checkpoint [default: the embedded model]")
+    known.add_argument(
+        "--model", default=str(EMBEDDED), help="folder of a checkpoint, or none [default: the embedded model]"
+    )
     known.add_argument("--facts", help="file of facts for it [default: those in examples/]")
     known.add_argument("--count", type=int, default=100, help="facts to edit at most")
     known.add_argument("--methods", type=_names, default=list(METHODS), help="in the order given: alphaedit,memit")
@@ -371,7 +435,7 @@ def _options() -> argparse.Namespace:
     known.add_argument("--dtype", default="auto")
     known.add_argument("--threads", type=int, default=os.cpu_count())
     known.add_argument("--limit", type=float, default=3600.0, help="seconds after which no measurement begins")
-    known.add_argument("--out", default="out/gpu", help="folder for gpu.json and gpu.md")
+    known.add_argument("--out", default=os.environ.get("OUT", "out/gpu"), help="folder for gpu.json and gpu.md")
     return known.parse_args()
 
 

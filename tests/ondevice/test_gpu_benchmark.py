@@ -20,7 +20,7 @@ def options(tmp_path: Path) -> list[str]:
     (model / "patchkit-text.txt").write_text("The capital of France is Paris. Alan Turing was born in 1912. " * 20)
     facts = tmp_path / "facts.jsonl"
     facts.write_text("\n".join(map(json.dumps, FACTS)))
-    quick = ["steps=2", "contexts=1", "layers=1"]
+    quick = ["value.steps=2", "contexts=1", "layers=1"]
     settings = [part for setting in quick for part in ("--set", setting)]
     where = ["--model", str(model), "--facts", str(facts), "--out", str(tmp_path / "out")]
     return [*where, *settings, "--shape", "small", "--count", "1", "--quick", "--tokens", "200", "--threads", "1"]
@@ -34,7 +34,7 @@ def ran(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_all_of_it(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = ran([*options, "--methods", "ultraedit"], tmp_path, monkeypatch)
+    found = ran([*options, "--methods", "memit,ultraedit"], tmp_path, monkeypatch)
     assert found["finished"]
     assert found["machine"]["device"] == "fake GPU"
     assert not [row for row in found["results"] if "failed" in row.get("notes", "")]
@@ -42,10 +42,17 @@ def test_all_of_it(options: list[str], tmp_path: Path, monkeypatch: pytest.Monke
     for what in ("load", "statistics"):
         assert timed["tiny", what, None].keys() >= {"cold_s", "warm_s"}
     for what in ("apply", "measure", "merge"):
-        assert timed["tiny", what, "ultraedit"].keys() >= {"cold_s", "warm_s"}
-    assert timed["random, SMALL shape, float32", "edit", "ultraedit"]["warm_s"] > 0
+        assert timed["tiny", what, "memit"].keys() >= {"cold_s", "warm_s"}
+    shape = "random, SMALL shape, float32"
+    assert timed[shape, "edit", "ultraedit"]["warm_s"] > 0
+    assert timed[shape, "edit in use", "memit"]["facts_per_s"] > 0
+    for what in ("values, the published procedure", "C, Cholesky factor"):
+        assert timed[shape, what, None]["warm_s"] > 0
+    for what in ("pass over text", "C, all eigenvectors"):
+        assert timed[shape, what, None]["cold_s"] > 0
+    assert timed[shape, "edit, two steps", "memit"]["facts"] == 10
     table = (tmp_path / "out" / "gpu.md").read_text()
-    assert table.count("| tiny |") == 5
+    assert table.count("| tiny |") == 8
     assert "NOT ON A GPU" not in table
 
 

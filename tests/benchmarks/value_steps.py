@@ -1,0 +1,150 @@
+"""Value targets of edits in use, by how they are sought: what they cost, and what they say where nobody optimized them.
+
+    python -m tests.benchmarks.value_steps --facts F [--skip 2000] [--count 6] [--row KEY=VALUE[,KEY=VALUE] ...]
+
+The delta of each fact acts at its subject, as its own neuron would have it, in texts that were optimized ("own") and in
+those that patches are measured on ("held out"): questions alone, after a system prompt and after talk, paraphrases,
+and neutral texts. Nothing is solved or written, so that a row takes a minute where `in_use` takes ten. "to the first"
+is the ratio of CPU seconds to those of the first row, in the same run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import patchkit
+from patchkit.editing.contexts import sample
+from patchkit.editing.editor import frozen, requests_of
+from patchkit.editing.recipe import load_recipe
+from patchkit.editing.session import Plan, plan
+from patchkit.editing.suffixes import Suffixes
+from patchkit.editing.value_problem import NO_TERMS, ValueProblem
+from patchkit.editing.values import optimize
+from patchkit.editing.wordings import KEPT
+from patchkit.evaluate import prompts
+from patchkit.facts.chat import ChatTemplate, chat_template
+from patchkit.facts.requests import EditRequest, Row, essence_row, kept_row, wording_row
+from patchkit.facts.schema import Fact
+from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner
+from patchkit.model.loading import load_model
+
+from .common import parser
+
+ROWS = ("", "value.products=bfloat16")
+HEADINGS = (
+    "row",
+    "CPU s",
+    "to the first",
+    "steps",
+    "length",
+    *(f"{w} {n}" for w in ("own", "held out") for n in ("loss", "exact", "KL")),
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What all rows share."""
+
+    runner: LayerRunner
+    tokenizer: Any
+    chat: ChatTemplate
+
+
+def main() -> None:
+    """Seek values row after row."""
+    known = parser(__doc__, count=6)
+    known.add_argument("--skip", type=int, default=0, help="facts at the beginning of the file to leave out")
+    known.add_argument("--row", dest="rows", action="append", metavar="KEY=VALUE,...")
+    options = known.parse_args()
+    torch.set_num_threads(options.threads)
+    loaded = load_model(options.model, options.device)
+    chat = chat_template(loaded.tokenizer)
+    if chat is None:
+        raise SystemExit(f"{options.model}: no chat template, so that nothing is edited in use by itself")
+    model = Model(LayerRunner(inspect_model(loaded.model)), loaded.tokenizer, chat)
+    facts = patchkit.read_facts(options.facts, skip_bad=True).facts[options.skip : options.skip + options.count]
+    with frozen(loaded.model):
+        measure(model, facts, options.rows or ROWS)
+
+
+def measure(model: Model, facts: Sequence[Fact], rows: Sequence[str]) -> None:
+    """Print a row of the table for each of `rows`."""
+    config = load_recipe("alphaedit", None, ["neurons=on"])
+    how = plan(model.runner.arch, config)
+    requests = requests_of(model.runner, model.tokenizer, facts, [""], config)
+    held, first = [held_out(model, fact) for fact in facts], 0.0
+    print(f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}", flush=True)
+    for row in rows:
+        chosen = load_recipe("alphaedit", None, ["neurons=on", *(row.split(",") if row else [])])
+        began = time.process_time()
+        values = optimize(model.runner, requests, how.sites[-1], how.value_at, chosen.value)
+        spent = time.process_time() - began
+        first = first or spent
+        deltas = (values.targets - values.start).T  # (n, d)
+        length = float((deltas.norm(dim=1) / values.start.norm(dim=0)).mean())
+        said = [number for texts in (requests, held) for number in acting(model.runner, texts, how, deltas)]
+        numbers = (spent, spent / first, float(values.steps.float().mean()), length, *said)
+        print(f"| {row or 'default'} | {' | '.join(f'{number:.3f}' for number in numbers)} |", flush=True)
+
+
+def held_out(model: Model, fact: Fact) -> EditRequest:
+    """The texts that the fact is measured on, as rows."""
+    asked = [
+        wording_row(fact, model.tokenizer, *split(model.chat.ask(question, *more), question))
+        for question in (fact.questions or (fact.prompt,))[:2]
+        for more in ((), (prompts.SYSTEM,), (None, prompts.TURNS))
+    ]
+    asked += [wording_row(fact, model.tokenizer, "", text) for text in fact.paraphrases if fact.subject in text]
+    texts = [("", text.format(fact.subject)) for text in prompts.ABOUT_BEGINNINGS]
+    messages = [text.format(fact.subject) for text in prompts.ABOUT_MESSAGES]
+    texts += [split(model.chat.ask(message), message) for message in messages]
+    following = sample(model.runner, model.tokenizer, [a + b for a, b in texts], [0] * len(texts), KEPT, choices=1)
+    kept = [kept_row(fact, model.tokenizer, *text, ids) for text, ids in zip(texts, following, strict=True)]
+    return EditRequest(
+        fact, in_number([row for row in asked if row.subject]), essence_row(fact, model.tokenizer), tuple(kept)
+    )
+
+
+def split(whole: str, message: str) -> tuple[str, str]:
+    """What comes before a message in a text, and the rest."""
+    start = max(0, whole.rfind(message))
+    return whole[:start], whole[start:]
+
+
+def in_number(rows: Sequence[Row], count: int = 8) -> tuple[Row, ...]:
+    """As many rows for every fact, which `Suffixes` wants: the first ones come again."""
+    return tuple(rows[i % len(rows)] for i in range(count))
+
+
+@torch.no_grad()
+def acting(
+    runner: LayerRunner, requests: Sequence[EditRequest], how: Plan, deltas: Tensor
+) -> tuple[float, float, float]:
+    """With the deltas (n, d): the mean target loss, the share of target tokens that come first, and the mean KL from
+    what the base goes on by in neutral texts."""
+    problem = ValueProblem(runner, how.sites[-1], how.value_at, NO_TERMS)
+    sums = deltas.new_zeros(3)
+    for bucket in Suffixes(runner, requests, problem.start).buckets(range(len(requests))):
+        none = deltas.new_zeros(len(bucket.row), 1, deltas.shape[1])
+        base, edited = (problem.logits(bucket, rows) for rows in (none, deltas[bucket.fact_of.there].unsqueeze(1)))
+        asked, _, kept = bucket.segments(edited)
+        sums[0] += (F.cross_entropy(asked, bucket.label, reduction="none") * bucket.weight).sum()
+        sums[1] += ((asked.argmax(-1) == bucket.label) * bucket.weight).sum()
+        if len(kept):
+            before, after = bucket.segments(base)[2].log_softmax(-1), kept.log_softmax(-1)
+            divergence = F.kl_div(after, before, reduction="none", log_target=True).sum(-1)
+            sums[2] += (divergence * bucket.kept.weight).sum()
+    loss, exact, divergence = (sums / len(requests)).tolist()
+    return loss, exact, divergence
+
+
+if __name__ == "__main__":
+    main()
