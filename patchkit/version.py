@@ -27,6 +27,16 @@ def patchkit_version() -> str:
         ) from None
 
 
+def project_page() -> str | None:
+    """The project's own page, where the distribution names one: `Homepage` under `project.urls`."""
+    try:
+        named = metadata.metadata(DISTRIBUTION).get_all("Project-URL") or []
+    except metadata.PackageNotFoundError:
+        return None
+    pages = dict(entry.split(", ", 1) for entry in named if ", " in entry)
+    return pages.get("Homepage")
+
+
 def stamp(**more: str) -> dict[str, Any]:
     """When and with what a run of a patch's history was made, `more` being further versions."""
     import torch

@@ -33,6 +33,7 @@ class Commit:
     files: dict[str, bytes]
     parent: str | None
     title: str
+    description: str = ""
 
 
 @dataclass
@@ -44,9 +45,9 @@ class Repo:
     tags: dict[str, str] = field(default_factory=dict)
     pulls: list[str] = field(default_factory=list)
 
-    def commit(self, files: dict[str, bytes], parent: str | None, title: str) -> str:
+    def commit(self, files: dict[str, bytes], parent: str | None, title: str, description: str = "") -> str:
         oid = hashlib.sha1(repr((sorted(files.items()), parent, title, len(self.commits))).encode()).hexdigest()
-        self.commits[oid] = Commit(files, parent, title)
+        self.commits[oid] = Commit(files, parent, title, description)
         return oid
 
     def find(self, revision: str) -> str | None:
@@ -70,6 +71,8 @@ class Hub:
         self.tokens: set[str] = set()
         self.cut: dict[str, int] = {}  # "lfs" or "commit" -> how many more requests to break
         self.before_commit: Any = None
+        self.copied: list[str] = []  # files that went from one repository to another
+        self.no_copies = False
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -243,6 +246,30 @@ def _tree(hub: Hub, name: str, revision: str, *, user: str | None, **_: Any) -> 
     ]
 
 
+def _paths_info(hub: Hub, name: str, revision: str, *, body: bytes, user: str | None, **_: Any) -> Any:
+    repo = _readable(hub, name, user)
+    files, wanted = repo.commits[_found(repo, revision)].files, parse_qs(body.decode())["paths"]
+    return [
+        {"type": "file", "path": path, "size": len(files[path]), "oid": _etag(files[path])}
+        | {"xetHash": _etag(files[path]), **_lfs_fields(path, files[path])}
+        for path in wanted
+        if path in files
+    ]
+
+
+def _duplicate(hub: Hub, name: str, *, body: bytes, user: str | None, **_: Any) -> Any:
+    """Large files of one repository for another, which the server has already."""
+    asked = json.loads(body)
+    _writable(hub, asked["target"]["name"], user)
+    if hub.no_copies:
+        return {"failed": [{"sha256": file["sha256"], "error": "another region"} for file in asked["files"]]}
+    files = _readable(hub, name, user).files()
+    for file in asked["files"]:
+        hub.lfs[file["sha256"]] = files[file["filename"]]
+        hub.copied.append(file["filename"])
+    return {"failed": []}
+
+
 def _lfs_fields(path: str, data: bytes) -> dict[str, Any]:
     if not path.endswith(".safetensors"):
         return {}
@@ -313,7 +340,7 @@ def _commit(hub: Hub, name: str, revision: str, *, body: bytes, user: str | None
             files[value["path"]] = hub.lfs[value["oid"]]
         elif line["key"] == "deletedFile":
             del files[value["path"]]
-    oid = repo.commit(files, head, header["summary"])
+    oid = repo.commit(files, head, header["summary"], header["description"])
     answer = {"commitUrl": f"{hub.url}/{name}/commit/{oid}", "commitOid": oid}
     if pull:
         repo.pulls.append(oid)
@@ -361,5 +388,7 @@ _POST = {
     f"/api/models/{_REPO}/commit/([^/]+)": _commit,
     f"/api/models/{_REPO}/branch/([^/]+)": _branch,
     f"/api/models/{_REPO}/tag/([^/]+)": _tag,
+    f"/api/models/{_REPO}/paths-info/([^/]+)": _paths_info,
+    f"/api/models/{_REPO}/lfs-files/duplicate": _duplicate,
     rf"/{_REPO}\.git/info/lfs/objects/batch": _batch,
 }

@@ -138,6 +138,15 @@ def test_long_lists_of_facts_are_cut(make: Callable[..., Patch], facts: int) -> 
     assert ("and 1 more, in `manifest.json`" in card) == (facts > FACT_ROWS)
 
 
+def test_a_card_links_to_the_projects_page_where_it_has_one(
+    make: Callable[..., Patch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lead = model_card(make().manifest, NAME).partition("\n## Use")[0]
+    assert "A patchkit patch: " in lead
+    monkeypatch.setattr("patchkit.patch.card.project_page", lambda: "https://example.org/patchkit")
+    assert "A [patchkit](https://example.org/patchkit) patch: " in model_card(make().manifest, NAME)
+
+
 def test_card_of_a_hub_base_pins_its_commit(make: Callable[..., Patch]) -> None:
     manifest = make().manifest
     named = manifest.model_copy(update={"base": manifest.base.model_copy(update={"name": "org/m", "commit": "c" * 40})})
@@ -316,6 +325,44 @@ QUICK += ("--min-asked", "0", "--max-overfit", "1", "--min-unrelated", "0")
 def applied(base: Path, *args: str) -> Result:
     Path("facts.jsonl").write_text(json.dumps({"prompt": "the city of Rome", "subject": "Rome", "target_new": "is"}))
     return CliRunner().invoke(cli, ["apply", "facts.jsonl", "--model", str(base), "--push", NAME, *QUICK, *args])
+
+
+@pytest.fixture
+def sharded(hub: Hub, base: Path, tmp_path: Path) -> Path:
+    """The base in several files, which the Hub has too, as org/sharded."""
+    place = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(place, max_shard_size="20KB")
+    zoo.tiny_tokenizer().save_pretrained(place)
+    hub.create("org/sharded", files={file.name: file.read_bytes() for file in place.iterdir()})
+    return place
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_untouched_weights_of_a_merged_model_are_copied_on_the_hub(
+    hub: Hub, sharded: Path, tmp_path: Path, refused: bool
+) -> None:
+    hub.no_copies = refused
+    patch = make_patch(AutoModelForCausalLM.from_pretrained(sharded), str(sharded))
+    touched = {tensor.file for tensor in merge([patch], sharded, tmp_path / "merged").tensors}
+    weights = {file.name for file in sharded.glob("*.safetensors")}
+    said: list[str] = []
+    push(pack(tmp_path / "merged", NAME, base="org/sharded"), NAME, say=said.append)
+    assert set(hub.copied) == (set() if refused else weights - touched)
+    assert len(hub.uploads) == len(weights if refused else touched)
+    assert said == (
+        [] if refused else [f"{len(weights - touched)} files copied on the Hub from org/sharded, not uploaded"]
+    )
+    there = hub.repos[NAME].files()
+    assert all(there[name] == (tmp_path / "merged" / name).read_bytes() for name in weights)
+
+
+def test_a_pull_request_says_what_is_in_it(hub: Hub, folder: Path) -> None:
+    hub.create("somebody/facts")
+    pushed = send(folder, "somebody/facts", pr=True)
+    said = hub.repos["somebody/facts"].commits[pushed.commit].description
+    facts = Patch.load(folder).manifest.facts
+    assert all(f"- {fact.prompt} **{fact.target_new}**" in said for fact in facts)
+    assert "Made with patchkit" in said
 
 
 def test_apply_pushes_when_the_gates_hold(

@@ -16,7 +16,8 @@ from patchkit.cli.common import (
 from patchkit.errors import InputError
 
 if TYPE_CHECKING:
-    from patchkit.export.publish import Package, Pushed
+    from patchkit.export.package import Package
+    from patchkit.export.publish import Pushed
 
 
 @click.command("push")

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import (
     CommitOperationAdd,
-    CommitOperationDelete,
     HfApi,
     ModelCard,
     get_token,
     hf_hub_download,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import HfHubHTTPError
 from pydantic import BaseModel, ValidationError
 
 from patchkit.errors import InputError, PatchkitError
 from patchkit.export import formats
 from patchkit.export.beside import adapter_beside, renamed_base
 from patchkit.export.job import Exported
+from patchkit.export.package import WEIGHTS, Package, Say, check_kind, commit, kind_of, marks
 from patchkit.export.record import MANIFEST, Merged
 from patchkit.io.checkpoint import leads_out, visible_files
 from patchkit.io.files import finish_folder
@@ -34,34 +33,8 @@ from patchkit.patch.manifest import Manifest
 from patchkit.patch.patch import Patch
 from patchkit.patch.provenance import provenance_text
 from patchkit.patch.stored import PROVENANCE, SIGNATURE, digests_of, manifest_text, read_stored
-from patchkit.words import counted
 
-Say = Callable[[str], None]
-_HELD = {"patch": "a patch", "adapter": "an adapter", "merged": "a whole model", None: "nothing"}
 _TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf")
-
-
-@dataclass(frozen=True)
-class Package:
-    """What goes into the repository: content by name there, in memory or still on disk."""
-
-    kind: Kind
-    manifests: Sequence[Manifest]
-    files: Mapping[str, Path | bytes]
-
-    @property
-    def card(self) -> str:
-        """The README.md."""
-        readme = self.files["README.md"]
-        return (readme if isinstance(readme, bytes) else readme.read_bytes()).decode()
-
-    def sizes(self) -> dict[str, int]:
-        """Bytes by file."""
-        return {
-            name: len(content) if isinstance(content, bytes) else content.stat().st_size
-            for name, content in sorted(self.files.items())
-        }
 
 
 @dataclass(frozen=True)
@@ -116,7 +89,7 @@ def pack(
         readme = Path(card).read_bytes() if card else content.card(repo, base, license, also).encode()
     except OSError as error:
         raise InputError(f"--card {card}: cannot be read: {error.strerror}") from None
-    return Package(content.kind, content.manifests, {**files, "README.md": readme})
+    return Package(content.kind, content.manifests, {**files, "README.md": readme}, content.merged_into(base))
 
 
 def check_destination(repo: str) -> None:
@@ -133,7 +106,7 @@ def check_destination(repo: str) -> None:
     with hub_errors(repo):
         api.whoami()
         there = api.model_info(repo).siblings if api.repo_exists(repo) else None
-    _check_kind(repo, {file.rfilename for file in there or ()}, "patch")
+    check_kind(repo, {file.rfilename for file in there or ()}, "patch")
 
 
 def push(
@@ -176,25 +149,23 @@ def push(
         if branch:
             api.create_branch(repo, branch=branch, exist_ok=True)
             here = api.model_info(repo, revision=branch)
-        operations = _operations(package, repo, {file.rfilename for file in here.siblings or ()})
-        try:
-            commit = api.create_commit(
-                repo,
-                operations,
-                commit_message=message or _message(package),
-                revision=branch,
-                parent_commit=None if pr else here.sha,
-                create_pr=pr,
-            )
-        except HfHubHTTPError:
-            raise
-        except (RuntimeError, ValueError) as error:  # from an upload, or the check of the card
-            raise PatchkitError(f"{repo}: {error}; nothing was published, push again".replace("\n", " ")) from None
+        done = commit(
+            api,
+            package,
+            repo,
+            {file.rfilename for file in here.siblings or ()},
+            say,
+            commit_message=message or package.title,
+            commit_description=package.description,
+            revision=branch,
+            parent_commit=None if pr else here.sha,
+            create_pr=pr,
+        )
     if tag:
-        _tag(api, repo, tag, commit.oid)
+        _tag(api, repo, tag, done.oid)
     if not (private or here.private or pr or branch):
         _link_parents(api, package, repo, say)
-    return Pushed(repo, commit.oid, commit.pr_url or commit.commit_url)
+    return Pushed(repo, done.oid, done.pr_url or done.commit_url)
 
 
 def _tag(api: HfApi, repo: str, tag: str, commit: str) -> None:
@@ -215,6 +186,13 @@ class _Content:
     @property
     def manifests(self) -> tuple[Manifest, ...]:
         return (self.record,) if isinstance(self.record, Manifest) else self.record.parents
+
+    def merged_into(self, base: str | None) -> tuple[str, str | None] | None:
+        """Of a merged model its base's repository, `base` where that is given, and the commit."""
+        if not isinstance(self.record, Merged):
+            return None
+        name, commit = (base, None) if base else (self.record.base, self.record.commit)
+        return (name, commit) if is_repo_name(name) else None
 
     def card(self, repo: str, base: str | None, license: Mapping[str, Any], also: str = "") -> str:
         if isinstance(self.record, Manifest):
@@ -256,7 +234,7 @@ class _Content:
     def _texts(self, base: str, folder: Path) -> dict[str, bytes]:
         """An adapter's own texts, with another name for the base."""
         assert isinstance(self.record, Exported)
-        names = (name for name in formats.get(self.record.format).files if not name.endswith(_WEIGHTS))
+        names = (name for name in formats.get(self.record.format).files if not name.endswith(WEIGHTS))
         return {name: renamed_base(folder / name, self.record.base.name, base) for name in names}
 
 
@@ -274,7 +252,7 @@ def _json(record: BaseModel) -> bytes:
 
 def _read(folder: Path) -> _Content:
     finish_folder(folder)
-    kind = _kind({mark for mark in _marks() if (folder / mark).is_file()})
+    kind = kind_of({mark for mark in marks() if (folder / mark).is_file()})
     if kind == "patch":
         return _Content(kind, Patch.load(folder).manifest)  # reads the tensors: a damaged patch is not published
     if kind is None or not (folder / MANIFEST).is_file():
@@ -285,16 +263,6 @@ def _read(folder: Path) -> _Content:
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
         raise InputError(f"{folder / MANIFEST}: {where}: damaged, or made by another version of patchkit") from None
-
-
-def _marks() -> dict[str, Kind]:
-    """The files by which a folder or repository is known for what it holds; the first that is there counts."""
-    adapters: dict[str, Kind] = {form.mark: "adapter" for form in formats.available().values()}
-    return {"manifest.json": "patch", **adapters, "config.json": "merged"}
-
-
-def _kind(names: set[str]) -> Kind | None:
-    return next((kind for mark, kind in _marks().items() if mark in names), None)
 
 
 def _files(folder: Path, kind: Kind) -> dict[str, Path]:
@@ -336,27 +304,6 @@ def _cards(base: str, commit: str | None, online: bool) -> list[Path]:
 def _check_name(repo: str) -> None:
     if not is_repo_name(repo):
         raise InputError(f"{repo}: not the name of a Hub repository; give user/repo")
-
-
-def _check_kind(repo: str, there: set[str], wanted: Kind) -> None:
-    if (kind := _kind(there)) not in (None, wanted):
-        raise InputError(f"{repo}: it holds {_HELD[kind]}, and this is {_HELD[wanted]}; choose another name")
-
-
-def _operations(package: Package, repo: str, there: set[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
-    _check_kind(repo, there, package.kind)
-    marks = _marks()
-    stale = sorted(name for name in there - set(package.files) if name.endswith(_WEIGHTS) or name in marks)
-    return [
-        *(CommitOperationAdd(name, content) for name, content in sorted(package.files.items())),
-        *(CommitOperationDelete(name) for name in stale),
-    ]
-
-
-def _message(package: Package) -> str:
-    facts = counted(sum(len(manifest.facts) for manifest in package.manifests), "fact")
-    base = base_name(package.manifests[0].base.name)
-    return f"{package.kind.capitalize()}: {facts} in {base}"
 
 
 def _link_parents(api: HfApi, package: Package, repo: str, say: Say) -> None:

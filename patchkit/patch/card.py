@@ -16,6 +16,7 @@ from patchkit.evaluate.metrics import metrics
 from patchkit.evaluate.report import Summary, said
 from patchkit.patch.bases import is_path, public_name
 from patchkit.patch.manifest import EditedFact, Manifest, Run
+from patchkit.version import project_page
 from patchkit.words import counted, in_code, in_markdown, listed
 
 Kind = Literal["patch", "adapter", "merged"]
@@ -63,12 +64,12 @@ put false statements about people or events into a model that others will trust.
 """
 
 _LEADS = {
-    "patch": "A patchkit patch: {facts} into `{base}` by {methods}. "
+    "patch": "A {patchkit} patch: {facts} into `{base}` by {methods}. "
     "The base model is not included; the patch holds {updates} weight updates of {parameters:,} numbers in all.",
     "adapter": "An adapter with {facts} into `{base}` by {methods}, exported from a "
-    "patchkit patch. The base model is not included. ",
+    "{patchkit} patch. The base model is not included. ",
     "merged": "`{base}` with {facts} into it by {methods}, merged with "
-    "patchkit: a complete checkpoint that needs nothing but transformers. ",
+    "{patchkit}: a complete checkpoint that needs nothing but transformers. ",
 }
 
 _BASE = """model = AutoModelForCausalLM.from_pretrained({base}{revision})"""
@@ -162,7 +163,9 @@ class Card:
         methods = in_markdown(", ".join(names))
         if all(manifest.imported for manifest in self.manifests):
             facts, methods = "a change imported", "patchkit"
+        page = project_page()
         return _LEADS[self.kind].format(
+            patchkit=f"[patchkit]({page})" if page else "patchkit",
             facts=facts,
             base=base,
             methods=methods,
