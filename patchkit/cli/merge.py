@@ -73,7 +73,8 @@ def command(
     quiet_transformers()
     loaded = [Patch.load(patch) for patch in patches]
     if kind == "gguf":
-        if base is None or rounding or stats or force or link:
+        base = base or base_of(loaded[0].manifest.base)
+        if not base.endswith(".gguf") or rounding or stats or force or link:
             raise InputError("--format gguf: give --model BASE.gguf, and no --rounding, --stats, --force or --link")
         _merge_gguf(loaded, base, out, as_json)
         return

@@ -23,6 +23,7 @@ from patchkit.export.job import Job
 from patchkit.io.files import write_atomically
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import additive, delta_of
+from patchkit.model.reference import is_gguf
 from patchkit.patch.bases import base_to_load, public_name
 from patchkit.patch.manifest import Manifest
 from patchkit.patch.patch import Patch
@@ -135,7 +136,8 @@ def _deltas(patches: Sequence[Patch], reader: Any, file: Path) -> dict[str, tupl
     field = reader.get_field("general.architecture")
     deltas: dict[str, tuple[Any, Change]] = {}
     for patch in patches:
-        job = Job(patch, base_to_load(patch.manifest.base.name), "")
+        name = patch.manifest.base.name
+        job = Job(patch, str(file) if is_gguf(name) else base_to_load(name), "")
         config, arch = job.tree.config, architecture(job.tree.config)
         if field is None or field.contents() != arch:
             raise InputError(f"{file}: holds no {arch} model, for which the patch is; give the GGUF file of its base")

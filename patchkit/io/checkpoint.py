@@ -108,6 +108,9 @@ def find_checkpoint(name: str, commit: str | None = None) -> Path:
     """
     if Path(name).is_dir():
         return Path(name).resolve()
+    if Path(name).is_file():
+        advice = "merge into it with --format gguf" if name.endswith(".gguf") else "give a checkpoint's folder"
+        raise InputError(f"base {name}: a file, and no folder with safetensors files; {advice}")
     found = None
     if name.count("/") <= 1 and not name.startswith((".", "/", "~")):
         found = try_to_load_from_cache(name, "config.json", revision=commit)

@@ -19,6 +19,7 @@ from patchkit.io.hub import ask_once
 from patchkit.io.places import shipped
 from patchkit.model.devices import home_of
 from patchkit.model.finite import refuse_not_finite
+from patchkit.model.reference import is_gguf, source_of, tokenizer_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -129,7 +130,7 @@ def load_model(
     device_map: str | None = None,
     run_code: bool = False,
 ) -> LoadedModel:
-    """Load a local folder or a Hub repository, straight to where it will be.
+    """Load a local folder, a GGUF file or a Hub repository, straight to where it will be.
 
     Args:
         device: "auto", or what `torch.device` takes.
@@ -148,12 +149,15 @@ def load_model(
     tokenizer = load_tokenizer(name, run_code)
     try:
         encodes = getattr(_config_of(name, run_code), "is_encoder_decoder", False)
+        where, more = source_of(name)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=kind, output_loading_info=True, trust_remote_code=run_code, **placement
+            where, dtype=kind, output_loading_info=True, trust_remote_code=run_code, **placement, **more
         )
     except Exception as error:  # a damaged checkpoint makes its readers raise anything
         raise _not_loaded(name, error) from None
     model, found = loaded
+    if more:
+        model.config._name_or_path = name
     if not found["missing_keys"]:  # those are made up, and may be anything
         refuse_not_finite(model, name)
     if encodes or found["missing_keys"] or not _is_causal(model):
@@ -174,7 +178,8 @@ def _is_causal(model: PreTrainedModel) -> bool:
 
 
 def _config_of(name: str, run_code: bool) -> Any:
-    return AutoConfig.from_pretrained(name, trust_remote_code=run_code)
+    where, more = source_of(name)
+    return AutoConfig.from_pretrained(where, trust_remote_code=run_code, **more)
 
 
 def load_tokenizer(name: str, run_code: bool = False) -> Any:
@@ -185,7 +190,8 @@ def load_tokenizer(name: str, run_code: bool = False) -> Any:
     """
     refuse_missing(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=run_code)
+        where, more = tokenizer_of(name)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=run_code, **more)
     except Exception as error:  # a damaged checkpoint makes its readers raise anything
         raise _not_loaded(name, error) from None
     check_tokenizer(tokenizer, name)
@@ -213,16 +219,20 @@ def refuse_missing(name: str) -> None:
             beside it.
     """
     path = Path(name)
+    if path.is_file() and is_gguf(name):
+        source_of(name)
+        return
     if path.exists():
         refuse_adapter(name, path)
         if not (path / "config.json").is_file():
             raise InputError(
-                f"model {name}: no config.json in it; give a folder that save_pretrained wrote, or a Hub name"
+                f"model {name}: no config.json in it; give a folder that save_pretrained wrote, a GGUF file, or a Hub "
+                "name"
             )
         return
     local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if local or (path.parent.name and path.parent.is_dir()):
-        beside = sorted(each.name for each in path.parent.glob("*/")) if path.parent.is_dir() else []
+        beside = sorted(each.name for form in ("*/", "*.gguf") for each in path.parent.glob(form))
         close = get_close_matches(path.name, beside, 1)
         hint = f'; is it "{path.parent / close[0]}"?' if close else ""
         raise InputError(f"model {name}: no such folder{hint}")
@@ -256,6 +266,6 @@ def check_tokenizer(tokenizer: Any, name: str) -> None:
 
 
 def model_name(model: PreTrainedModel) -> str:
-    """What the model was loaded from: a Hub name, or a folder in full, so that it is found from other folders too."""
+    """What the model was loaded from: a Hub name, or a path in full, so that it is found from other folders too."""
     name = str(model.config._name_or_path)
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+    return str(Path(name).resolve()) if name and Path(name).exists() else name

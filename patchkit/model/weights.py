@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from patchkit.errors import InputError
 from patchkit.model.experts import Experts, names_on_disk, slice_name, stacks
+from patchkit.model.reference import source_of
 
 LINEAR = (nn.Linear, Conv1D)
 """The layers that multiply with a weight that patches can change; GPT-2's are Conv1Ds."""
@@ -201,7 +202,8 @@ def skeleton(name: str | Path, commit: str | None = None) -> PreTrainedModel:
         InputError: its config.json is not at hand or cannot be used.
     """
     try:
-        config = AutoConfig.from_pretrained(name, revision=commit or "main", trust_remote_code=False)
+        where, more = source_of(name)
+        config = AutoConfig.from_pretrained(where, revision=commit or "main", trust_remote_code=False, **more)
         _check_size(config)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

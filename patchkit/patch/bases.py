@@ -41,7 +41,7 @@ def public_argument(argument: str) -> str:
 
 def remember(name: str, weights: Mapping[str, str]) -> None:
     """Note where the model with these weights (digests by on-disk name) is, if `name` is a folder here."""
-    if not weights or not Path(name).is_absolute() or not Path(name).is_dir() or _noted(weights) == name:
+    if not weights or not Path(name).is_absolute() or not Path(name).exists() or _noted(weights) == name:
         return
     with suppress(OSError):  # a cache that cannot be written: the user will have to name the base
         write_atomically(_place(weights), lambda file: _write(file, name))
@@ -52,7 +52,7 @@ def known_here(name: str, weights: Mapping[str, str]) -> str:
     patchkit; else the public name."""
     public = public_name(name)
     folders = (_noted(weights), str(embedded_model())) if is_path(name) else ()
-    there = (folder for folder in folders if folder and public_name(folder) == public and Path(folder).is_dir())
+    there = (folder for folder in folders if folder and public_name(folder) == public and Path(folder).exists())
     return next(there, public)
 
 
