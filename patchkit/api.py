@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from patchkit.editing.editor import Progress, frozen
-from patchkit.editing.recipe import load_recipe
+from patchkit.editing.recipe import EditConfig, load_recipe
 from patchkit.editing.session import ValueCache
 from patchkit.evaluate.report import Report
 from patchkit.evaluate.verify import verify
@@ -24,7 +24,7 @@ from patchkit.model.loading import check_tokenizer
 from patchkit.patch.failures import with_reasons
 from patchkit.patch.patch import Patch
 from patchkit.runs.execute import run, take_out
-from patchkit.runs.prepare import prepare
+from patchkit.runs.prepare import Prepared, prepare
 from patchkit.runs.workspace import Workspace
 from patchkit.statistics.corpus import default_text, read_corpus, window_of
 
@@ -87,21 +87,28 @@ def apply(
         >>> patch.shapes["model.layers.0.mlp.down_proj.weight"]
         (192, 1024)
     """
+    config = load_recipe(method, recipe, overrides, onto.manifest.history[-1].recipe if onto else None)
+    prepared = _prepared(model, tokenizer, facts, config, onto, say)
+    workspace = Workspace.of(model, tokenizer, (text,), stats, progress)
+    return run(prepared, workspace, say, values, allow_close_keys=allow_close_keys)
+
+
+def _prepared(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    facts: Iterable[Fact | Mapping[str, Any]],
+    config: EditConfig,
+    onto: Patch | None,
+    say: Callable[[str], None],
+) -> Prepared:
+    """The run of `apply`, once what it is given can be used; what the user should know is said."""
     check_tokenizer(tokenizer, str(model.config._name_or_path))
     refuse_not_finite(model, str(model.config._name_or_path))
-    config = load_recipe(method, recipe, overrides, onto.manifest.history[-1].recipe if onto else None)
-    prepared = prepare(
-        partial(parse_facts, facts), tokenizer, config, onto, limits=Limits.of(model.config), unit="positions"
-    )
+    read, limits = partial(parse_facts, facts), Limits.of(model.config)
+    prepared = prepare(read, tokenizer, config, onto, limits=limits, unit="positions")
     for note in prepared.notes:
         say(note)
-    return run(
-        prepared,
-        Workspace.of(model, tokenizer, (text,), stats, progress),
-        say,
-        values,
-        allow_close_keys=allow_close_keys,
-    )
+    return prepared
 
 
 def revert(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,9 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
 
 from patchkit.editing import closeness
-from tests.helpers import Command, command_line
+from patchkit.statistics.corpus import PACKAGE_TEXT
+from tests import zoo
+from tests.helpers import Command, Ended, command_line
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,6 +31,28 @@ ROOT = Path(__file__).parents[1]
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Calls `patchkit ARGS...` in this process."""
     return command_line(monkeypatch, capsys)
+
+
+@pytest.fixture
+def checked(run: Command) -> Callable[..., Ended]:
+    """Calls `patchkit ARGS...`, which should end with `status`."""
+
+    def call(*args: object, status: int = 0) -> Ended:
+        ended = run(*args)
+        assert ended.status == status, ended.err
+        return ended
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random model, with little text of its own for statistics and perplexity."""
+    folder = zoo.save(zoo.FAMILIES["llama"](), zoo.tiny_tokenizer(), tmp_path_factory.mktemp("models") / "llama")
+    text = PACKAGE_TEXT.read_text(encoding="utf-8")
+    (folder / "patchkit-text.txt").write_text(text[:2000], encoding="utf-8")
+    (folder / "patchkit-eval.txt").write_text(text[4000:4500], encoding="utf-8")
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,12 @@ from patchkit.patch.patch import Patch, updates_digest
 from patchkit.patch.resolve import update_infos
 from patchkit.patch.stored import with_digest
 
+TWO_FACTS = (
+    {"id": "rome", "prompt": "the city of Rome", "subject": "Rome", "target_new": "capital", "target_true": "Paris"},
+    {"id": "ada", "prompt": "a friend of Ada", "subject": "Ada", "target_new": "is"},
+)
+"""In words of the tests' own tokenizer."""
+
 
 def apart(found: Tensor, expected: Tensor) -> float:
     """‖found - expected‖/‖expected‖."""

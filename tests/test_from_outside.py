@@ -19,15 +19,9 @@ from patchkit.evaluate.metrics import GROUPS
 from patchkit.export import formats
 from patchkit.facts.layout import LAYOUTS
 from patchkit.patch.patch import Patch
-from patchkit.statistics.corpus import PACKAGE_TEXT
-from tests import zoo
 from tests.conftest import ROOT
-from tests.helpers import Command, write_facts
+from tests.helpers import TWO_FACTS, Command, Ended, write_facts
 
-FACTS = (
-    {"id": "rome", "prompt": "the city of Rome", "subject": "Rome", "target_new": "capital", "target_true": "Paris"},
-    {"id": "ada", "prompt": "a friend of Ada", "subject": "Ada", "target_new": "is"},
-)
 SMALL = ("--layers", 1, "--set", "contexts=0", "--set", "value.steps=3", "--quick")
 Printed = Callable[..., str]
 
@@ -41,30 +35,20 @@ def example(page: str) -> None:
 
 
 @pytest.fixture
-def printed(run: Command) -> Printed:
-    """Calls `patchkit ARGS...`, which should end with `status`; what it printed with runs of spaces as one."""
+def printed(checked: Callable[..., Ended]) -> Printed:
+    """What `patchkit ARGS...` printed, which should end with `status`, with runs of spaces as one."""
 
     def call(*args: object, status: int = 0) -> str:
-        ended = run(*args)
-        assert ended.status == status, ended.err
+        ended = checked(*args, status=status)
         return " ".join((ended.out + ended.err).split())
 
     return call
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = zoo.save(zoo.FAMILIES["llama"](), zoo.tiny_tokenizer(), tmp_path_factory.mktemp("models") / "llama")
-    text = PACKAGE_TEXT.read_text(encoding="utf-8")
-    (folder / "patchkit-text.txt").write_text(text[:2000], encoding="utf-8")
-    (folder / "patchkit-eval.txt").write_text(text[4000:4500], encoding="utf-8")
-    return folder
-
-
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    write_facts("facts.jsonl", *FACTS)
+    write_facts("facts.jsonl", *TWO_FACTS)
 
 
 @pytest.fixture
@@ -99,16 +83,16 @@ def factors() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("ridge")
-def test_a_method_from_outside_works_in_every_command(printed: Printed, model: Path) -> None:
+def test_a_method_from_outside_works_in_every_command(printed: Printed, small_model: Path) -> None:
     assert "ridge writes delta" in printed("methods")
     assert json.loads(printed("methods", "--json"))["ridge"]["settings"]["weight"]["default"] == 0.1
-    made = ("apply", "facts.jsonl", "--model", model, *SMALL)
+    made = ("apply", "facts.jsonl", "--model", small_model, *SMALL)
     printed(*made, "--method", "ridge", "--set", "weight=0.01", "--out", "p")
     run = json.loads(Path("p/manifest.json").read_text(encoding="utf-8"))["history"][0]
     assert (run["method"], run["recipe"]["settings"]) == ("ridge", {"weight": 0.01})
     printed(*made, "--method", "ridge+nas", "--out", "q")
     write_facts("more.jsonl", {"prompt": "Oslo lies in", "subject": "Oslo", "target_new": "Peru"})
-    assert "3 facts" in printed("apply", "more.jsonl", "--model", model, "--onto", "p", "--quick")
+    assert "3 facts" in printed("apply", "more.jsonl", "--model", small_model, "--onto", "p", "--quick")
     assert "efficacy exact" in printed("verify", "p", "--quick")
     assert "3 facts, 1 update" in printed("show", "p")
     assert "ridge" in printed("log", "p")
@@ -118,30 +102,30 @@ def test_a_method_from_outside_works_in_every_command(printed: Printed, model: P
     printed("merge", "p", "--out", "merged")
     printed("export", "p", "--out", "adapter")
     assert "ridge" in printed("push", "p", "ada/facts", "--dry-run")
-    benched = ("bench", "--data", "facts.jsonl", "--model", model, "--methods", "ridge", "--out", "b", "--quick")
+    benched = ("bench", "--data", "facts.jsonl", "--model", small_model, "--methods", "ridge", "--out", "b", "--quick")
     assert "ridge" in printed(*benched, "--set", "layers=1", "--set", "contexts=0", "--set", "steps=3")
     with pytest.raises(AssertionError, match=r'unknown key \(did you mean "weight"\?\); docs/recipes.md has the keys'):
         printed(*made, "--method", "ridge", "--set", "wieght=1", "--out", "r")
 
 
 @pytest.mark.usefixtures("quiz")
-def test_a_fact_format_from_outside_works_in_every_command(printed: Printed, model: Path) -> None:
-    records = [{"quiz": "the city of {}", "about_whom": "Rome", "right": "capital", "difficulty": 3}, FACTS[1]]
+def test_a_fact_format_from_outside_works_in_every_command(printed: Printed, small_model: Path) -> None:
+    records = [{"quiz": "the city of {}", "about_whom": "Rome", "right": "capital", "difficulty": 3}, TWO_FACTS[1]]
     write_facts("quiz.jsonl", *records)
-    printed("apply", "quiz.jsonl", "--model", model, "--method", "memit", *SMALL, "--out", "p")
+    printed("apply", "quiz.jsonl", "--model", small_model, "--method", "memit", *SMALL, "--out", "p")
     facts = json.loads(Path("p/manifest.json").read_text(encoding="utf-8"))["facts"]
     assert [fact["prompt"] for fact in facts] == ["the city of Rome", "a friend of Ada"]
     assert "2 facts" in printed("verify", "p", "--facts", "quiz.jsonl", "--quick")
-    benched = ("bench", "--data", "quiz.jsonl", "--model", model, "--methods", "memit", "--out", "b", "--quick")
+    benched = ("bench", "--data", "quiz.jsonl", "--model", small_model, "--methods", "memit", "--out", "b", "--quick")
     assert "memit" in printed(*benched, "--set", "layers=1", "--set", "contexts=0", "--set", "steps=3")
     write_facts("bad.jsonl", {"quiz": "the city of {}", "about_whom": "Rome", "right": 7})
-    refused = printed("apply", "bad.jsonl", "--model", model, *SMALL, "--out", "r", status=2)
+    refused = printed("apply", "bad.jsonl", "--model", small_model, *SMALL, "--out", "r", status=2)
     assert "bad.jsonl line 1: right: " in refused
 
 
 @pytest.mark.usefixtures("shift")
-def test_a_metric_from_outside_is_found_in_every_command(run: Command, printed: Printed, model: Path) -> None:
-    apply = ("apply", "facts.jsonl", "--model", model, "--method", "memit", *SMALL, "--out")
+def test_a_metric_from_outside_is_found_in_every_command(run: Command, printed: Printed, small_model: Path) -> None:
+    apply = ("apply", "facts.jsonl", "--model", small_model, "--method", "memit", *SMALL, "--out")
     assert "how much likelier the target is, nats per token" in printed(*apply, "p")
     printed(*apply, "q")
     report = run("verify", "p", "--quick", "--json").json()
@@ -155,8 +139,8 @@ def test_a_metric_from_outside_is_found_in_every_command(run: Command, printed: 
 
 
 @pytest.mark.usefixtures("factors")
-def test_an_exporter_from_outside_works_in_every_command(printed: Printed, model: Path) -> None:
-    printed("apply", "facts.jsonl", "--model", model, "--method", "memit", *SMALL, "--out", "p")
+def test_an_exporter_from_outside_works_in_every_command(printed: Printed, small_model: Path) -> None:
+    printed("apply", "facts.jsonl", "--model", small_model, "--method", "memit", *SMALL, "--out", "p")
     assert "factors Two factors for each" in printed("export", "--formats")
     assert "factors.safetensors" in printed("export", "p", "--format", "factors", "--out", "f")
     held, patch = load_file("f/factors.safetensors"), Patch.load("p")

@@ -14,45 +14,29 @@ import pytest
 from patchkit.evaluate.metric import Gate, Metric
 from patchkit.evaluate.metrics import GROUPS, Found, Group, Trial, register
 from patchkit.patch.patch import read_manifest
-from patchkit.statistics.corpus import PACKAGE_TEXT
 from patchkit.words import in_markdown
-from tests import zoo
-from tests.helpers import Command, edit_manifest, write_facts
+from tests.helpers import TWO_FACTS, Ended, edit_manifest, write_facts
 
-FACTS = (
-    {"id": "rome", "prompt": "the city of Rome", "subject": "Rome", "target_new": "capital", "target_true": "Paris"},
-    {"id": "ada", "prompt": "a friend of Ada", "subject": "Ada", "target_new": "is"},
-)
 QUICK = "--quick"  # what is told apart here are the metrics, not the texts a random model writes
 LOUD = ("--set", "value.clamp=20", "--set", "value.steps=60", "--set", "null_energy=0.9", "--set", "kl_weight=0")
 Printed = Callable[..., str]
 
 
 @pytest.fixture
-def printed(run: Command) -> Printed:
-    """Calls `patchkit ARGS...`, which should end with `status`; gives what it printed: Printed, or why it failed."""
+def printed(checked: Callable[..., Ended]) -> Printed:
+    """What `patchkit ARGS...` printed, which should end with `status`: on stdout, or why it failed."""
 
     def call(*args: object, status: int = 0) -> str:
-        ended = run(*args)
-        assert ended.status == status, ended.err
+        ended = checked(*args, status=status)
         return ended.err if status else ended.out
 
     return call
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = zoo.save(zoo.FAMILIES["llama"](), zoo.tiny_tokenizer(), tmp_path_factory.mktemp("models") / "llama")
-    text = PACKAGE_TEXT.read_text(encoding="utf-8")
-    (folder / "patchkit-text.txt").write_text(text[:2000], encoding="utf-8")
-    (folder / "patchkit-eval.txt").write_text(text[4000:4500], encoding="utf-8")
-    return folder
-
-
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    write_facts("facts.jsonl", *FACTS)
+    write_facts("facts.jsonl", *TWO_FACTS)
 
 
 class Wordiness:
@@ -91,8 +75,8 @@ def words(text: str) -> str:
 
 
 @pytest.mark.usefixtures("wordiness")
-def test_a_metric_from_outside_is_in_every_command(printed: Printed, model: Path) -> None:
-    made = ("apply", "facts.jsonl", "--model", model, "--layers", "1", *LOUD)
+def test_a_metric_from_outside_is_in_every_command(printed: Printed, small_model: Path) -> None:
+    made = ("apply", "facts.jsonl", "--model", small_model, "--layers", "1", *LOUD)
     talk = ("--min-asked", 0, "--max-overfit", 1, "--min-unrelated", 0)
     assert "wordiness short 25.0% 8 prompts prompts that are short" in words(printed(*made, QUICK, "--out", "p"))
     report = json.loads(printed("verify", "p", QUICK, "--json"))
@@ -115,7 +99,7 @@ def test_a_metric_from_outside_is_in_every_command(printed: Printed, model: Path
     assert "wordiness short 25.0% 4 prompts" in words(printed("revert", "p", "--fact", "ada", "--measure"))
     methods = ("--methods", "memit", "--batch-size", 2, "--set", "contexts=0", "--set", "steps=2")
     benched = printed(
-        "bench", QUICK, "--data", "facts.jsonl", "--model", model, *methods, "--out", "b", "--set", "layers=1"
+        "bench", QUICK, "--data", "facts.jsonl", "--model", small_model, *methods, "--out", "b", "--set", "layers=1"
     )
     assert "brief" in benched
     rows = list(csv.DictReader(io.StringIO(Path("b/table.csv").read_text(encoding="utf-8"))))
@@ -130,10 +114,10 @@ def test_a_group_is_registered_once() -> None:
         register(Group("new", GROUPS[0].metrics))
 
 
-def test_facts_that_do_not_hold_are_named_with_what_is_said_instead(printed: Printed, model: Path) -> None:
+def test_facts_that_do_not_hold_are_named_with_what_is_said_instead(printed: Printed, small_model: Path) -> None:
     """Two steps of optimization write no fact."""
     weak = ("--set", "contexts=0", "--set", "steps=2", "--layers", "1")
-    table = printed("apply", "facts.jsonl", "--model", model, *weak, QUICK, "--out", "p")
+    table = printed("apply", "facts.jsonl", "--model", small_model, *weak, QUICK, "--out", "p")
     outcomes = read_manifest(Path("p")).outcomes
     report = json.loads(printed("verify", "p", QUICK, "--json"))
     assert {fact["id"]: fact["says_after"] for fact in report["per_fact"]} == {
@@ -144,14 +128,14 @@ def test_facts_that_do_not_hold_are_named_with_what_is_said_instead(printed: Pri
     shown, card = words(printed("show", "p")), Path("p/README.md").read_text(encoding="utf-8")
     assert "of 2 facts, 2 do not hold: rome, ada" in shown
     assert "Of 2 facts, 0 hold. These do not: rome, ada." in card
-    for name, fact in zip(outcomes, FACTS, strict=True):
+    for name, fact in zip(outcomes, TWO_FACTS, strict=True):
         said = " ".join(outcomes[name].says.split()[:2])
         assert f"{fact['prompt']} {fact['target_new']} {said} ✗" in shown
         assert f"| {fact['prompt']} | {fact['target_new']} | {said} |" in card
 
 
-def test_a_patch_changed_since_it_was_measured_does_not_say_what_it_says(printed: Printed, model: Path) -> None:
-    printed("apply", "facts.jsonl", "--model", model, "--layers", "1", *LOUD, QUICK, "--out", "p")
+def test_a_patch_changed_since_it_was_measured_does_not_say_what_it_says(printed: Printed, small_model: Path) -> None:
+    printed("apply", "facts.jsonl", "--model", small_model, "--layers", "1", *LOUD, QUICK, "--out", "p")
     assert "Of 2 facts, 2 hold." in Path("p/README.md").read_text(encoding="utf-8")
     printed("revert", "p", "--fact", "ada")
     assert read_manifest(Path("p")).outcomes == {}
@@ -165,8 +149,8 @@ def of_earlier_version(manifest: dict[str, Any]) -> None:
         del manifest["history"][0]["metrics"][key]
 
 
-def test_manifests_from_before_counts_and_outcomes_load_and_show(printed: Printed, model: Path) -> None:
-    printed("apply", "facts.jsonl", "--model", model, "--layers", "1", *LOUD, QUICK, "--out", "p")
+def test_manifests_from_before_counts_and_outcomes_load_and_show(printed: Printed, small_model: Path) -> None:
+    printed("apply", "facts.jsonl", "--model", small_model, "--layers", "1", *LOUD, QUICK, "--out", "p")
     edit_manifest(Path("p"), of_earlier_version)
     assert "the city of Rome capital not measured Paris" in words(printed("show", "p"))
     assert "efficacy 100.0%, generalization -," in printed("log", "p")

@@ -7,12 +7,12 @@ from functools import cached_property, partial
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from patchkit.errors import InputError
 from patchkit.io.checkpoint import find_checkpoint, stored_tensors
+from patchkit.io.records import FrozenRecord
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import delta_of
 from patchkit.model.experts import split_name
@@ -31,11 +31,7 @@ from patchkit.patch.patch import Patch
 from patchkit.version import patchkit_version
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ExportedWeight(_Record):
+class ExportedWeight(FrozenRecord):
     """One update in the adapter. error: ‖E - Δ‖/‖Δ‖ (Frobenius), from truncation and from rounding to the dtype."""
 
     weight: str
@@ -44,7 +40,7 @@ class ExportedWeight(_Record):
     error: float
 
 
-class Exported(_Record):
+class Exported(FrozenRecord):
     """patchkit-manifest.json of an export. Every layer has this rank; zeros fill up lower ones."""
 
     format_version: int = 1

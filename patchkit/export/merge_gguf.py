@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from patchkit.errors import InputError
 from patchkit.export.gguf_names import architecture, in_gguf_order, library, stack_name, tensor_name
 from patchkit.export.job import Job
 from patchkit.io.files import write_atomically
+from patchkit.io.records import FrozenRecord
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import additive, delta_of
 from patchkit.model.reference import is_gguf
@@ -33,11 +33,7 @@ TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 """Those that the gguf package can write; K-quants it only reads."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class GgufTensor(_Record):
+class GgufTensor(FrozenRecord):
     """What is left of the change of one tensor, of the type `kind`.
 
     unchanged: share of its entries that are the base's. error: ‖W'_stored - W'‖/‖W' - W‖ (Frobenius), read back from
@@ -51,7 +47,7 @@ class GgufTensor(_Record):
     error: float
 
 
-class GgufMerged(_Record):
+class GgufMerged(FrozenRecord):
     """<file>.patchkit.json, beside a merged GGUF file."""
 
     format_version: int = 1
@@ -91,14 +87,9 @@ def merge_gguf(
         tensors=tuple(found),
         patchkit=patchkit_version(),
     )
-    record = target.with_name(f"{target.name}.patchkit.json")
-    write_atomically(record, lambda path: _write_text(path, merged.model_dump_json(indent=1) + "\n"))
+    merged.write(target.with_name(f"{target.name}.patchkit.json"))
     say(f"{source}: taken for {patches[0].manifest.base.name} by architecture, names and shapes, not by its numbers")
     return merged
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _reader(file: Path) -> Any:

@@ -119,7 +119,8 @@ def _commit(
         *(CommitOperationDelete(name) for name in stale),
     ]
     try:
-        return api.create_commit(repo, operations, **how)
+        done: CommitInfo = api.create_commit(repo, operations, **how)
+        return done
     except HfHubHTTPError:
         raise
     except (RuntimeError, ValueError) as error:  # from an upload, or the check of the card

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
-from patchkit.io.files import write_atomically
+from patchkit.io.records import FrozenRecord, write_atomic_text
 from patchkit.patch.bases import is_path
 from patchkit.patch.card import Card
 from patchkit.patch.manifest import Manifest
@@ -20,11 +17,7 @@ MANIFEST = "patchkit-manifest.json"
 BASES_OWN = {"README.md": "README.base.md", MANIFEST: "patchkit-manifest.base.json"}  # what this writes itself
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class MergedTensor(_Record):
+class MergedTensor(FrozenRecord):
     """What rounding left of the change of one weight.
 
     unchanged: share of its entries that are the base's. key_error: ‖EK‖/‖ΔK‖ with E the rounding error, Δ the change
@@ -44,7 +37,7 @@ class MergedTensor(_Record):
     text_error_nearest: float | None
 
 
-class HeldFacts(_Record):
+class HeldFacts(FrozenRecord):
     """How many facts the merged checkpoint was asked for, teacher-forced, how many hold, and the ids of the others."""
 
     asked: int
@@ -52,7 +45,7 @@ class HeldFacts(_Record):
     lost: tuple[str, ...]
 
 
-class Merged(_Record):
+class Merged(FrozenRecord):
     """patchkit-manifest.json of a merged checkpoint: what went in, and what of it survived the rounding."""
 
     format_version: int = 1
@@ -70,7 +63,7 @@ class Merged(_Record):
         """Write it into the checkpoint's folder, and the model card beside it."""
         kept = " The base's card is `README.base.md`." if (folder / BASES_OWN["README.md"]).is_file() else ""
         for name, text in (("README.md", self.card(title, kept)), (MANIFEST, self.model_dump_json(indent=1) + "\n")):
-            write_atomically(folder / name, partial(_write_text, text=text))
+            write_atomic_text(folder / name, text)
 
     def card(self, title: str, more: str = "", **published: Any) -> str:
         """The README.md; `more` is said of the tensors, `published` is what else `patchkit.patch.card.Card` takes."""
@@ -95,7 +88,3 @@ class Merged(_Record):
             return None
         lost = f" These do not: {in_markdown(', '.join(self.facts.lost))}." if self.facts.lost else ""
         return f"Of {counted(self.facts.asked, 'fact')}, asked after rounding, {self.facts.hold} hold.{lost}"
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
