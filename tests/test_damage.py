@@ -17,7 +17,7 @@ from patchkit import InputError, Patch, methods
 from patchkit.editing.recipe import load_recipe, resolve_layers
 from patchkit.editing.session import problem_at, solve_at
 from patchkit.evaluate.readings import WORST, perplexity
-from patchkit.evaluate.report import Perplexity
+from patchkit.evaluate.texts import Perplexity
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.patch.stored import digests_of, read_stored

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from patchkit.evaluate.texts import NeighborReport, ParaphraseReport, Perplexity
 from patchkit.words import beginning, first_words
 
 Counts = dict[str, dict[str, int]]
@@ -33,15 +34,6 @@ class LocalityRates(BaseModel):
     model_config = ConfigDict(frozen=True)
     success: float | None
     unchanged: float | None
-
-
-class Perplexity(BaseModel):
-    """Perplexity of plain text on the base and with the patch."""
-
-    model_config = ConfigDict(frozen=True)
-    before: float
-    after: float
-    ratio: float
 
 
 class Outcome(BaseModel):
@@ -76,27 +68,6 @@ class Asked(BaseModel):
     before: str
     after: str
     holds: bool
-
-
-class ParaphraseReport(BaseModel):
-    """A paraphrase, and how the base and the patched model go on with it, greedily."""
-
-    model_config = ConfigDict(frozen=True)
-    prompt: str
-    before: str
-    after: str
-    exact: bool
-
-
-class NeighborReport(BaseModel):
-    """A neighbor, and the likeliest tokens where its target (else the fact's) stands, on both models, as text."""
-
-    model_config = ConfigDict(frozen=True)
-    prompt: str
-    target: str | None
-    before: str
-    after: str
-    unchanged: bool
 
 
 class Why(BaseModel):

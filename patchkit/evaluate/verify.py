@@ -20,12 +20,10 @@ from patchkit.evaluate.report import (
     Counts,
     FactReport,
     LocalityRates,
-    NeighborReport,
-    ParaphraseReport,
-    Perplexity,
     Rates,
     Report,
 )
+from patchkit.evaluate.texts import NeighborReport, ParaphraseReport, Perplexity
 from patchkit.facts.schema import Fact, Locality, Pair
 from patchkit.model.forward import LayerRunner
 from patchkit.statistics.corpus import Corpus
