@@ -24,6 +24,7 @@ from patchkit.export.publish import Pushed, pack, push
 from patchkit.io.hub import patch_folder
 from patchkit.patch.card import FACT_ROWS, Card, model_card
 from patchkit.statistics.sharing import pull_statistics, push_statistics
+from patchkit.words import in_markdown
 from tests import zoo
 from tests.helpers import Command, key_pair, tree
 from tests.hub_server import TOKEN, Hub, reachable
@@ -361,7 +362,7 @@ def test_a_pull_request_says_what_is_in_it(hub: Hub, folder: Path) -> None:
     pushed = send(folder, "somebody/facts", pr=True)
     said = hub.repos["somebody/facts"].commits[pushed.commit].description
     facts = Patch.load(folder).manifest.facts
-    assert all(f"- {fact.prompt} **{fact.target_new}**" in said for fact in facts)
+    assert all(f"- {in_markdown(fact.prompt)} **{in_markdown(fact.target_new)}**" in said for fact in facts)
     assert "Made with patchkit" in said
 
 
