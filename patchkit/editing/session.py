@@ -234,7 +234,7 @@ def solve_at(method: Method, settings: MethodConfig, site: Site, problem: LayerP
     each = problem.blocks > 1 and method.block_by_block
     try:
         update = solve_block_by_block(method, settings, problem) if each else method.solve(problem, settings)
-    except torch.linalg.LinAlgError as error:  # keys or settings of 1e30, in a state that somebody made up for example
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined] # a state that somebody made up, say
         reason = str(error).partition("\n")[0]
         raise InputError(
             f"{site.weight_name}: {method.name} cannot be solved for these keys and settings ({reason}); try others"
