@@ -16,8 +16,8 @@ import torch
 
 import patchkit
 from patchkit import methods
-from patchkit.bench.drift import weight_drift
-from patchkit.bench.records import Result, score
+from patchkit.bench.health import weight_drift
+from patchkit.bench.records import Result, States, score
 from patchkit.bench.run import Outcome, run_bench
 from patchkit.errors import InputError
 from patchkit.evaluate.report import Report
@@ -103,14 +103,21 @@ def places(outcome: Outcome) -> list[tuple[str, int, int]]:
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
-def test_texts_are_written_at_the_last_checkpoint(bench: Bench) -> None:
+def test_texts_are_written_and_states_compared_at_every_checkpoint(bench: Bench) -> None:
     """And for the unedited model, which needs no second asking."""
-    unedited, first, last = bench("memit", edits=2, checkpoints=(1,), quick=False).rows
-    assert first.more == {}
+    outcome = bench("memit", edits=2, checkpoints=(1,), quick=False)
+    unedited, first, last = outcome.rows
+    assert first.count("in_use", "asked") == 1 * 3
     assert unedited.value("in_use", "unrelated") == 1.0
     assert unedited.value("in_use", "asked") == 0.0
     assert last.count("in_use", "asked") == 2 * 3
     assert last.value("in_use", "overfit") is not None
+    for row in (first, last):
+        assert len(row.shift) == 5  # the embedded model's layers
+        assert row.shift[-1] > 0
+    states = States.model_validate_json((outcome.folder / "memit" / "2.states.json").read_bytes())
+    assert states.shift == last.shift
+    assert len(states.before) == len(states.after) == states.prompts > 2
 
 
 def test_rows_say_what_apply_and_measure_say(bench: Bench, loaded: LoadedModel, eval_text: Path) -> None:

@@ -9,9 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from patchkit.api import EVAL_TOKENS, EVAL_WINDOW
-from patchkit.bench.drift import Spectra
-from patchkit.bench.records import UNEDITED, Result, Setup
+from patchkit.bench.health import Spectra, last_states, moved_states, prompts_of
+from patchkit.bench.judge import Judge
+from patchkit.bench.records import UNEDITED, Result, Setup, States
 from patchkit.bench.results import Results
 from patchkit.editing.editor import Progress, frozen
 from patchkit.editing.session import ValueCache
@@ -39,8 +42,9 @@ class Bench:
         eval_text: str | Path | None = None,
         progress: Progress = lambda phase, done, total: None,
         quick: bool = False,
+        judge: Judge | None = None,
     ) -> None:
-        """With `quick` the model writes no texts at any checkpoint; else it does at the last one.
+        """With `quick` the model writes no texts at any checkpoint; else it does at each. `judge` judges its answers.
 
         Raises InputError for a text that cannot be read, a fact without tokens, a model that cannot be edited.
         """
@@ -50,7 +54,8 @@ class Bench:
         self.corpus = self.reading(chat=False)
         plain = eval_text or default_text(loaded.name, "eval")
         self.plain = read_corpus(plain, self.tokenizer, EVAL_TOKENS, window_of(self.model, EVAL_WINDOW))
-        self.quick = quick
+        self.quick, self.judge = quick, judge
+        self.prompts = [] if quick else prompts_of(self.facts)
         self.spectra: Spectra = {}
         self.known: ValueCache = {}
         for fact in self.facts:
@@ -79,9 +84,25 @@ class Bench:
     def measure(self, count: int, attached: Callable[[], AbstractContextManager[Any]]) -> Report:
         """What `verify` says of the first `count` facts."""
         facts, base = self.facts[:count], self.base
-        quick = self.quick or count < len(self.facts)
         with frozen(self.model):
-            return verify(self.runner, self.tokenizer, facts, attached, self.plain, self._measuring, base, quick)
+            return verify(self.runner, self.tokenizer, facts, attached, self.plain, self._measuring, base, self.quick)
+
+    def judged(self, report: Report) -> float | None:
+        """The share of answers that the judge takes for right, where there is one."""
+        return self.judge.share(report, self.facts) if self.judge else None
+
+    @cached_property
+    def _base_states(self) -> Tensor:
+        return last_states(self.runner, self.tokenizer, self.prompts)
+
+    def states(self, attached: Callable[[], AbstractContextManager[Any]]) -> States | None:
+        """How far states at the end of the facts' neighbors' prompts have moved; None where texts are not measured."""
+        if not self.prompts:
+            return None
+        with frozen(self.model):
+            before = self._base_states
+            with attached():
+                return moved_states(before, last_states(self.runner, self.tokenizer, self.prompts))
 
     def add_unedited(self) -> None:
         """Add the row of the unedited model, unless it is there."""
@@ -89,7 +110,7 @@ class Bench:
         if self.results.find(UNEDITED, 0, count) is None:
             with frozen(self.model):
                 report = compare(self.facts, self.base, ask_unpatched(self._trial, self.base))
-            row = Result.of(UNEDITED, 0, report, self.setup(count, None), {})
+            row = Result.of(UNEDITED, 0, report, self.setup(count, None), {}, judged=self.judged(report))
             self.results.add(row, report, count)
 
     def setup(self, count: int, recipe: str | None) -> Setup:

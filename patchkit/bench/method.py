@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from patchkit.api import apply
-from patchkit.bench.drift import weight_drift
+from patchkit.bench.health import weight_drift
 from patchkit.bench.measuring import Bench
 from patchkit.bench.records import Result
 from patchkit.editing.recipe import EditConfig
@@ -140,6 +140,7 @@ class MethodRun:
         with clock.timed("measure", mark):
             report = bench.measure(mark, lambda: patch.attached(bench.model))
             drifts = weight_drift(bench.model, patch, bench.spectra)
+            states = bench.states(lambda: patch.attached(bench.model))
         row = Result.of(
             self.name,
             mark,
@@ -148,10 +149,12 @@ class MethodRun:
             drifts,
             bytes=(folder / "patch.safetensors").stat().st_size,
             rank=_rank(patch.manifest),
+            shift=states.shift if states else (),
+            judged=bench.judged(report),
             seconds={**_phases(patch.manifest), "measuring": round(time.perf_counter() - began, 3)},
         )
         patch.with_metrics(report.summary(), report.outcomes()).save(folder)
-        bench.results.add(row, report, len(bench.facts))
+        bench.results.add(row, report, len(bench.facts), states)
         return row
 
     def _saved(self) -> Iterator[tuple[Path, Manifest]]:

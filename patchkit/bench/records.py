@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from patchkit.evaluate.report import Report, Summary
+from patchkit.evaluate.spread import intervals
 
 UNEDITED = "unedited"
 
@@ -29,10 +30,36 @@ class Setup(_Record):
 
 
 class Drift(_Record):
-    """How much of itself a weight has gained (0.01) or lost (-0.01) in Frobenius norm and in condition number."""
+    """How much of itself a weight has gained (0.01) or lost (-0.01) in Frobenius norm, in condition number, and in its
+    largest singular value (spectral); and what is told of the change (`patchkit.bench.health`).
+
+    size: Frobenius norm of the change over that of the weight. effective_rank: of the change. overlap, activation: how
+    much facts' changes have to do with one another; None where the change is not one of columns, one for each fact.
+    """
 
     norm: float
     condition: float
+    spectral: float | None = None
+    size: float | None = None
+    effective_rank: float | None = None
+    overlap: float | None = None
+    activation: float | None = None
+
+
+class States(_Record):
+    """How far hidden states at the end of prompts about other things have moved.
+
+    prompts: how many. shift: by layer, the mean of ‖h' - h‖/‖h‖. before, after: by prompt, where the last layer's state
+    lies in the plane in which the base's spread most.
+    """
+
+    prompts: int
+    shift: tuple[float, ...]
+    before: tuple[tuple[float, float], ...]
+    after: tuple[tuple[float, float], ...]
+
+
+Interval = tuple[float, float]
 
 
 class Result(Summary):
@@ -40,8 +67,9 @@ class Result(Summary):
 
     norm_change, condition_change: the largest among the edited weights, without sign; weights: each of them; bytes:
     size of patch.safetensors; rank: the largest of a weight's updates together; seconds: by phase, editing since the
-    first fact; score: harmonic mean of exact efficacy, generalization success (exact where no fact has a target_true)
-    and unchanged locality.
+    first fact; intervals: by a metric's key, where it lies in 95 of 100 samples of as many facts; shift: by layer, how
+    far states have moved (`States`); judged: share of answers that a judge takes for right; score: harmonic mean of
+    exact efficacy, generalization success (exact where no fact has a target_true) and unchanged locality.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,6 +82,9 @@ class Result(Summary):
     bytes: int | None = None
     rank: int | None = None
     seconds: dict[str, float] = Field(default_factory=dict)
+    intervals: dict[str, Interval] = Field(default_factory=dict)
+    shift: tuple[float, ...] = ()
+    judged: float | None = None
     setup: Setup
 
     @classmethod
@@ -69,6 +100,7 @@ class Result(Summary):
             condition_change=max((abs(drift.condition) for drift in weights.values()), default=None),
             weights=dict(weights),
             setup=setup,
+            intervals=intervals(report),
             **report.model_dump(include=set(Summary.model_fields)),
             **more,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from filelock import FileLock
 from pydantic import ValidationError
 
-from patchkit.bench.records import UNEDITED, Result
+from patchkit.bench.records import UNEDITED, Result, States
 from patchkit.bench.tables import csv_table, markdown_table
 from patchkit.errors import InputError
 from patchkit.evaluate.report import Report
@@ -50,15 +51,27 @@ class Results:
         order = list(dict.fromkeys([UNEDITED, *(row.method for row in rows)]))
         return sorted(rows, key=lambda row: (order.index(row.method), row.edits))
 
-    def add(self, row: Result, report: Report, facts: int) -> None:
-        """Write a new row, its report, and the tables of `facts` edits."""
+    def add(self, row: Result, report: Report, facts: int, states: States | None = None) -> None:
+        """Write a new row, its report, the states if there are any, and the tables of `facts` edits."""
         folder = self.folder / row.method
         whole = report.model_dump_json() + "\n"
         write_atomically(folder / f"{row.edits}.json", lambda path: _write(path, whole))
+        if states:
+            moved = states.model_dump_json() + "\n"
+            write_atomically(folder / f"{row.edits}.states.json", lambda path: _write(path, moved))
         with FileLock(self.folder / ".lock"):
             lines = "".join(f"{known.model_dump_json()}\n" for known in (*self.rows(), row))
             write_atomically(self._file, lambda path: _write(path, lines))
             self.write_tables(facts)
+
+    def note(self, run: Mapping[str, Any]) -> None:
+        """Write down what a run was asked for, beside what earlier runs in the folder were: run.json, a list."""
+        file = self.folder / "run.json"
+        with FileLock(self.folder / ".lock"):
+            known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+            if run not in known:
+                text = json.dumps([*known, run], indent=1, ensure_ascii=False) + "\n"
+                write_atomically(file, lambda path: _write(path, text))
 
     def write_tables(self, facts: int) -> None:
         """Write table.md and table.csv of `facts` edits."""

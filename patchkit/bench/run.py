@@ -5,6 +5,9 @@ OUT/
   table.md, table.csv     the same for people
   <method>/<edits>/       the patch after so many edits, a patch like any other
   <method>/<edits>.json   what `verify` found with it, fact by fact
+  <method>/<edits>.states.json   how far hidden states have moved
+  run.json                what was asked for: facts, recipes, versions
+  judged.jsonl            what a judge said
   <method>/unfinished/    the patch between two checkpoints
 
 What is there already is not computed again, and a run that was killed goes on from the last patch it saved: continuing
@@ -14,17 +17,21 @@ a patch is bit for bit the same as never having stopped.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+import torch
+import transformers
+
+from patchkit.bench.judge import Judge
 from patchkit.bench.measuring import Bench
 from patchkit.bench.method import SAVE_EVERY, Clock, MethodRun
 from patchkit.bench.records import Result
 from patchkit.bench.results import Results
 from patchkit.editing.editor import Progress
-from patchkit.editing.recipe import load_recipe
+from patchkit.editing.recipe import EditConfig, load_recipe
 from patchkit.editing.session import plan
 from patchkit.errors import InputError, PatchkitError
 from patchkit.evaluate.metrics import summary_line
@@ -33,6 +40,7 @@ from patchkit.facts.limits import GENERATED, Limits, fitting
 from patchkit.facts.reader import read_facts
 from patchkit.facts.schema import FactFile
 from patchkit.model.loading import ModelChoice
+from patchkit.version import patchkit_version
 from patchkit.words import counted
 
 Say = Callable[[str], None]
@@ -70,6 +78,8 @@ def run_bench(
     skip_bad: bool = False,
     save_every: int = SAVE_EVERY,
     quick: bool = False,
+    judge: str | None = None,
+    judge_model: str = "default",
     progress: Progress = lambda phase, done, total: None,
     say: Say = lambda line: None,
 ) -> Outcome:
@@ -81,7 +91,9 @@ def run_bench(
         recipe, overrides: as in `patchkit.apply`, for all methods alike.
         text, eval_text: plain text for the statistics, and for the perplexity.
         save_every: batches after which a patch is saved on the way to the next checkpoint.
-        quick: the model writes no texts to measure (the group in_use) at any checkpoint; else at the last one.
+        quick: the model writes no texts to measure (the group in_use), and no states are compared, at any checkpoint.
+        judge: address of an OpenAI-compatible server that judges the answers, and judge_model, the model it is asked
+            for; what it says is kept in judged.jsonl, and asked for once.
         say: told of every row, with an estimate of the time left.
 
     Raises:
@@ -96,7 +108,8 @@ def run_bench(
     marks = marks or [len(read.facts)]
     loaded = chosen.load()
     title = f"{PurePath(loaded.name).name}, {PurePath(read.path).name} in batches of {batch_size}"
-    bench = Bench(loaded, read.facts, Results(out, title), text, eval_text, progress, quick)
+    judging = Judge(judge, out / "judged.jsonl", judge_model) if judge else None
+    bench = Bench(loaded, read.facts, Results(out, title), text, eval_text, progress, quick, judging)
     options = {"recipe": recipe, "overrides": overrides, "stats": stats}
     runs = [MethodRun(bench, name, config, options, save_every) for name, config in configs.items()]
     for run in runs:
@@ -105,6 +118,7 @@ def run_bench(
     for run in runs:
         run.refuse_others()
     out.mkdir(parents=True, exist_ok=True)
+    bench.results.note(_asked_for(bench, read, marks, configs))
     bench.add_unedited()
     stopped = _run(runs, marks, say)
     bench.results.write_tables(marks[-1])
@@ -141,6 +155,24 @@ def _read(data: str, chosen: ModelChoice, count: int | None, zsre_target: Any, s
             f"{read.path}: {counted(there, 'fact')}, and --edits or --checkpoints ask for {count}; ask for fewer"
         )
     return read
+
+
+def _asked_for(bench: Bench, read: FactFile, marks: Sequence[int], configs: Mapping[str, EditConfig]) -> dict[str, Any]:
+    """The facts, recipes with their seeds, and versions: what somebody else needs to run it again."""
+    return {
+        "model": PurePath(str(bench.model.config._name_or_path)).name,
+        "data": PurePath(read.path).name,
+        "facts": [fact.id for fact in bench.facts],
+        "checkpoints": list(marks),
+        "methods": {name: config.model_dump(mode="json") for name, config in configs.items()},
+        "quick": bench.quick,
+        "judge": bench.judge.model if bench.judge else None,
+        "versions": {
+            "patchkit": patchkit_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
 
 
 def _run(runs: Sequence[MethodRun], marks: Sequence[int], say: Say) -> dict[str, str]:

@@ -57,6 +57,13 @@ def _numbers(context: click.Context, option: click.Parameter, given: str | None)
 @zsre_option
 @click.option("--skip-bad", is_flag=True, help="Leave out bad facts.")
 @quick_option
+@click.option(
+    "--judge",
+    metavar="URL",
+    help="Have an OpenAI-compatible server judge the answers as well, such as http://localhost:8000/v1; its key is in "
+    "PATCHKIT_JUDGE_KEY.",
+)
+@click.option("--judge-model", metavar="M", default="default", help="The model that the judge's server is asked for.")
 @click.option("--out", metavar="DIR", required=True, help="Folder of the results; a run that was killed goes on there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def command(
@@ -75,14 +82,17 @@ def command(
     zsre_target: str,
     skip_bad: bool,
     quick: bool,
+    judge: str | None,
+    judge_model: str,
     out: str,
     as_json: bool,
 ) -> None:
     """Edit the same facts with several methods, one batch after another, and measure them all at every checkpoint.
 
-    All facts edited so far are measured as `patchkit verify` does; with them, how far the edited weights' norm and
-    condition number have moved. DIR gets results.jsonl, table.md, table.csv and the patches. What is there already is
-    not computed again, so methods and checkpoints can be added later.
+    All facts edited so far are measured as `patchkit verify` does, with intervals; with them, how far the edited
+    weights' norm, condition number and directions have moved, and hidden states at other prompts. DIR gets
+    results.jsonl, table.md, table.csv and the patches; `patchkit report DIR` shows them. What is there already is not
+    computed again, so methods and checkpoints can be added later.
     """
     from patchkit.bench.run import run_bench
     from patchkit.bench.tables import rich_table
@@ -104,6 +114,8 @@ def command(
             zsre_target=zsre_target,
             skip_bad=skip_bad,
             quick=quick,
+            judge=judge,
+            judge_model=judge_model,
             progress=progress,
             say=note,
         )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from patchkit.api import EVAL_WINDOW
-from patchkit.bench.drift import Spectra, site_drift
+from patchkit.bench.health import Spectra, site_drift
 from patchkit.editing.editor import edit
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan

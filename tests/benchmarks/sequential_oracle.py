@@ -17,7 +17,7 @@ from pathlib import Path, PurePath
 import torch
 
 from patchkit import methods
-from patchkit.bench.drift import site_drift
+from patchkit.bench.health import site_drift
 from patchkit.bench.measuring import Bench
 from patchkit.bench.records import Result
 from patchkit.bench.results import Results
