@@ -312,6 +312,7 @@ def test_a_fact_that_holds_already_is_left_alone(text: Path) -> None:
 OWN = {
     "ft": ("settings.steps=60", "settings.rate=0.3", "bound=5"),
     "ultraedit": ("rate=30", "sweeps=10"),
+    "stableedit": ("rate=30", "sweeps=10"),
     "adaedit": ("keep_left=1", "keep_right=1"),
 }
 
@@ -364,3 +365,34 @@ def test_progress_counts_facts_up_to_all_of_them(text: Path) -> None:
     editing = [(done, total) for phase, done, total in seen if phase == "editing"]
     assert editing == sorted(editing)
     assert editing[-1] == (3, 3)
+
+
+def test_blue_edits_the_two_ends_each_toward_a_value_of_its_own(text: Path) -> None:
+    """The first as it would be edited alone; the last on top of that, not with what a spread residual has left."""
+    model, tokenizer, facts = FAMILIES["llama"](), tiny_tokenizer(), [ROME, ADA]
+
+    def made(method: str, layers: str) -> Patch:
+        return patchkit.apply(model, tokenizer, facts, method, overrides=(*LOUD, f"layers={layers}"), text=text)
+
+    both, first, last = made("blue", "0-2"), made("alphaedit", "0"), made("alphaedit", "2")
+    names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 2)]
+    assert list(both.updates) == names
+    assert both.manifest.history[0].layers == (0, 2)
+    dense = [update.dense() for name in names for update in both.updates[name] if isinstance(update, Delta)]
+    alone = [patch.updates[name][0] for patch, name in ((first, names[0]), (last, names[1]))]
+    assert all(isinstance(update, Delta) for update in alone)
+    assert apart(dense[0], alone[0].dense()) < 1e-6  # type: ignore[union-attr]
+    assert apart(dense[1], alone[1].dense()) > 0.01  # type: ignore[union-attr]
+    with both.attached(model):
+        assert exact(model, facts) == [True, True]
+
+
+def test_locft_teaches_that_the_text_ends_after_the_target(text: Path) -> None:
+    model, tokenizer = FAMILIES["llama"](), tiny_tokenizer()
+    settings = ("rate=0.1", "epochs=200", "layers=2")
+    patch = patchkit.apply(model, tokenizer, [ROME, CURIE], "locft", overrides=settings, text=text)
+    with patch.attached(model):
+        assert exact(model, [ROME, CURIE]) == [True, True]
+        ids = torch.tensor([tokenizer(f"{ROME['prompt']} {ROME['target_new']}")["input_ids"]])
+        with torch.no_grad():
+            assert int(model(input_ids=ids).logits[0, -1].argmax()) == tokenizer.eos_token_id

@@ -25,6 +25,8 @@ from patchkit.maths.updates import Update, delta_of, kind_of, tensors_of
 from patchkit.methods import LayerProblem, Loss
 from patchkit.methods.adaedit import AdaEditConfig, adaedit
 from patchkit.methods.alphaedit import AlphaEditConfig, alphaedit
+from patchkit.methods.betaedit import BetaEditConfig
+from patchkit.methods.encore import EncoreConfig
 from patchkit.methods.memit import MemitConfig, memit
 from patchkit.methods.nas import NasConfig
 from patchkit.methods.oedit import OEditConfig, penalty
@@ -32,6 +34,7 @@ from patchkit.methods.oedit_plus import OEditPlusConfig, inside, rank_left
 from patchkit.methods.prune import PruneConfig, damped
 from patchkit.methods.rome import RomeConfig, rome
 from patchkit.methods.sphere import principal_directions
+from patchkit.methods.stableedit import whitened
 from patchkit.patch.patch import Patch
 from patchkit.statistics.corpus import PACKAGE_TEXT
 from tests import zoo
@@ -223,7 +226,7 @@ def test_a_wrapped_method_has_its_inner_ones_recipe_and_its_own_settings() -> No
     config = load_recipe("rome+nas+prune", None, ["nas.anchor=7", "damping=0.5", "prune.variant=linear"])
     assert config.method == "rome+nas+prune"
     assert config.layers == load_recipe("rome").layers
-    assert config.settings["nas"] == {"anchor": 7.0}
+    assert config.settings["nas"] == {"anchor": 7.0, "both_ways": False}
     assert (config.settings["prune"]["variant"], config.settings["damping"]) == ("linear", 0.5)
     with pytest.raises(InputError, match=r"unknown key"):
         load_recipe("rome+nas", None, ["nas.anker=7"])
@@ -526,6 +529,24 @@ def test_sphere_takes_the_smaller_side_of_a_tall_weight_too() -> None:
     assert apart(directions @ directions.T, vt.T @ vt) < 1e-10
 
 
+def test_nas_both_ways_gives_every_value_the_anchors_length_or_drops_it() -> None:
+    """As the paper's third version does: up and down to m, and not at all over 2m."""
+    problem = problem_of(3, 0).replace(prior=PriorKeys(torch.zeros(D_IN, 0, dtype=torch.float64)))
+    m = float(((problem.base_weight @ covariance_of(problem).matrix) * problem.base_weight).sum().sqrt())
+    now = problem.weight @ problem.keys
+    wanted = torch.nn.functional.normalize(torch.ones_like(now), dim=0) * torch.tensor([0.5, 1.5, 2.5]) * m
+    found: list[Tensor] = []
+
+    def inner(changed: LayerProblem) -> Delta:
+        found.append(now + changed.residual)
+        return Delta(changed.residual, 0 * changed.keys.T)
+
+    wrapper = methods.wrappers()["nas"]
+    wrapper.around(problem.replace(residual=wanted - now), NasConfig(anchor=1.0, both_ways=True), inner)
+    assert found[0][:, :2].norm(dim=0).tolist() == pytest.approx([m, m])
+    assert apart(found[0][:, 2], now[:, 2]) < 1e-12
+
+
 def test_the_null_space_projection_leaves_plain_texts_keys_alone() -> None:
     problem = problem_of(5, 3)
     projector = projector_of(problem, 0.3)
@@ -541,3 +562,78 @@ def test_wrappers_act_from_the_inside_out() -> None:
     assert apart(solve("memit+nullspace+sphere", problem), inner @ projector @ attenuated) < 1e-10
     assert apart(solve("memit+sphere+nullspace", problem), inner @ attenuated @ projector) < 1e-10
     assert kind_of(update_of("memit+rect+sphere", problem)) == "full"
+
+
+@pytest.mark.parametrize(("facts", "prior"), [(1, 0), (5, 3), (5, D_IN), (D_IN + 4, 7)])
+def test_encore_satisfies_memits_normal_equations_with_a_ridge(facts: int, prior: int) -> None:
+    config, problem = EncoreConfig(), problem_of(facts, prior)
+    matrix, keys, earlier = covariance_of(problem).matrix, problem.keys, problem.prior_keys
+    ridge = config.ridge * matrix.trace() / D_IN * torch.eye(D_IN, dtype=torch.float64)
+    system = config.preserve * matrix + ridge + earlier @ earlier.T + keys @ keys.T
+    assert apart(solve("encore", problem) @ system, problem.residual @ keys.T) < 1e-10
+    assert solve("encore", problem, ridge=150.0).norm() < solve("encore", problem, ridge=1.0).norm()
+
+
+@pytest.mark.parametrize(("facts", "prior"), [(1, 0), (5, 0), (5, 3), (5, D_IN), (D_IN + 4, 7)])
+def test_betaedit_equals_its_equation_and_is_alphaedit_without_the_texts_term(facts: int, prior: int) -> None:
+    """Δ' = (P(KK' + KpKp' + l1·C) + l2·I)⁻¹ P K R'."""
+    config, problem = BetaEditConfig(), problem_of(facts, prior)
+    matrix, keys, earlier = covariance_of(problem).matrix, problem.keys, problem.prior_keys
+    projector = projector_of(problem, config.null_energy)
+    l2 = config.ridge * (projector @ matrix).trace() * torch.eye(D_IN, dtype=torch.float64)
+    system = projector @ (keys @ keys.T + earlier @ earlier.T + config.preserve * matrix) + l2
+    expected = torch.linalg.solve(system, projector @ keys @ problem.residual.T).T
+    assert apart(solve("betaedit", problem), expected) < 1e-9
+    assert apart(solve("betaedit", problem, preserve=0.0), solve("alphaedit", problem)) < 1e-9
+
+
+def test_stableedit_whitens_gradients_once_it_has_seen_enough() -> None:
+    every = torch.randn(4, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    every = torch.diag(torch.tensor([1.0, 5.0, 0.1, 2.0], dtype=torch.float64)) @ every + 3
+    white = whitened(every, every, 1e-6)
+    assert apart(white @ white.T / (200 - 4 - 1), torch.eye(4, dtype=torch.float64)) < 1e-10
+    assert white.mean(1).abs().max() < 1e-12
+    few, many = problem_of(5, 0), problem_of(D_OUT + 2, 0)
+    assert apart(solve("stableedit", few), solve("ultraedit", few)) < 1e-12
+    assert apart(solve("stableedit", many), solve("ultraedit", many)) > 0.01
+
+
+def test_pmet_is_memit_whose_residual_is_shared_by_the_root() -> None:
+    problem = problem_of(5, 3)
+    assert apart(solve("pmet", problem), solve("memit", problem)) < 1e-12
+    chosen = methods.get("pmet")
+    assert (chosen.spread, chosen.attention, chosen.value_at) == ("root", True, "module_out")
+
+
+@pytest.mark.parametrize("over", ["alphaedit", "memit"])
+def test_blue_is_the_method_underneath_at_each_end(over: str) -> None:
+    problem = problem_of(5, 3)
+    assert apart(solve("blue", problem, over=over), solve(over, problem)) < 1e-12
+    assert methods.get("blue").ends_only
+
+
+def test_locft_steps_through_minibatches_and_skips_those_that_are_done() -> None:
+    """One that is met from the start is never stepped on; the other is brought below the bound."""
+    problem = problem_of(4, 0)
+    halves = [asking(problem, problem.keys[:, part], problem.residual[:, part]) for part in ([0, 1], [2, 3])]
+    asked: list[int] = []
+
+    def counting(place: int) -> Loss:
+        def loss(change: Update | None) -> tuple[float, Tensor]:
+            asked.append(place)
+            own = halves[place].loss
+            assert own is not None
+            found, gradient = own(change)
+            return (0.0 if place else found), gradient
+
+        return loss
+
+    parts = (counting(0), counting(1))
+    found = solve("locft", problem.replace(part_losses=parts), epochs=400, rate=0.01, stop_loss=0.05)
+    assert asked.count(0) == asked.count(1) > 10
+    assert {tuple(asked[i : i + 2]) for i in range(0, len(asked), 2)} == {(0, 1), (1, 0)}  # in a new order each time
+    missing = halves[0].residual - found @ halves[0].keys
+    assert float(missing.square().sum()) / 2 < 0.1
+    only_first = asking(problem, halves[0].keys, halves[0].residual)
+    alone = solve("locft", only_first, epochs=400, rate=0.01, stop_loss=0.1)
+    assert apart(found, alone) < 0.2  # nothing else was fitted

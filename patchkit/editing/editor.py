@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ from patchkit.editing.state import EditRun, EditState
 from patchkit.editing.value_edits import ValueEdits
 from patchkit.editing.wordings import in_use_requests
 from patchkit.facts.batches import batches
-from patchkit.facts.requests import EditRequest, build_request
+from patchkit.facts.requests import EditRequest, build_request, ended
 from patchkit.facts.schema import Fact
 from patchkit.maths.linalg import Covariance
 from patchkit.model.devices import solve_device
@@ -42,6 +42,22 @@ _EDITS: Mapping[str, type[ValueEdits] | type[GradientEdits] | type[FittedEdits]]
 """By `Method.targets`, what edits a batch."""
 
 
+class Guard(Protocol):
+    """Looks at the model after batches, and may end a run early.
+
+    Attributes:
+        kept: the run as it was when the guard last let it go on, or before its first batch.
+    """
+
+    kept: EditRun
+
+    def begin(self, run: EditRun) -> None:
+        """`run` is about to edit its first batch."""
+
+    def stops(self, run: EditRun, last: bool) -> bool:
+        """Whether the run ends here, with what is `kept`; `last` says that no batch is left."""
+
+
 def edit(
     runner: LayerRunner,
     tokenizer: Any,
@@ -55,6 +71,7 @@ def edit(
     contexts: Sequence[str] = (),
     journal: Journal | None = None,
     rooms: Mapping[int, Room] = MappingProxyType({}),
+    guard: Guard | None = None,
 ) -> EditRun:
     """Compute the updates that make the model predict every fact's target. The model is as before when this returns.
 
@@ -96,14 +113,19 @@ def edit(
             own = _own_neurons(runner, config, how, covariances, rooms, state, live, opening)
             session = EditSession(runner, config, how, run, live, covariances, gradients, known, journal, own)
             edits = _EDITS[session.method.targets](session)
+            if guard:
+                guard.begin(run)
             for number, batch in enumerate(batches(facts, solve_batch_size(config))):
                 these = requests[batch.start : batch.stop]
                 if session.finished_before(number, these):
                     advance(len(these))
-                    continue
-                edits.edit(these, advance)
-                journal.keep_batch(number, run.seconds)
-        state.subjects |= {fact.subject for fact in facts}
+                else:
+                    edits.edit(these, advance)
+                    journal.keep_batch(number, run.seconds)
+                if guard and guard.stops(run, last=batch.stop == len(facts)):
+                    run = guard.kept
+                    break
+    run.state.subjects |= {written.fact.subject for written in run.facts}
     return run
 
 
@@ -156,6 +178,19 @@ def requests_of(
     Raises:
         InputError: a fact cannot be tokenized.
     """
+    found = _requests_of(runner, tokenizer, facts, contexts, config, written)
+    end = tokenizer.eos_token_id
+    return [ended(each, end) for each in found] if methods.get(config.method).ends and end is not None else found
+
+
+def _requests_of(
+    runner: LayerRunner,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    contexts: Sequence[str],
+    config: EditConfig,
+    written: Collection[str],
+) -> list[EditRequest]:
     known, shared = set(written), list[bool]()
     for batch in batches(facts, solve_batch_size(config)):
         subjects = [facts[place].subject for place in batch]

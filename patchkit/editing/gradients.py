@@ -7,7 +7,7 @@ positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,8 @@ class TargetGradients:
 @dataclass(frozen=True)
 class _Group:
     """Some facts' rows, padded on the right. A point is a position that predicts a target token: of which fact, in
-    which row, where, which token, and by how much its loss is divided in the fact's mean, each (points,)."""
+    which row, where, which token, and by how much its loss is divided in the fact's mean, each (points,). facts: how
+    many."""
 
     inputs: dict[str, Any]
     fact: Tensor
@@ -44,6 +45,7 @@ class _Group:
     at: Tensor
     label: Tensor
     among: Tensor
+    facts: int
 
     @staticmethod
     def of(requests: Sequence[EditRequest], first: int, device: torch.device) -> _Group:
@@ -60,7 +62,7 @@ class _Group:
         rows_of = torch.tensor([len(request.rows) for request in requests])
         among = torch.bincount(row)[row] * rows_of[fact - first]
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        return _Group(inputs, *(sent(each, device) for each in (fact, row, place, label, among)))
+        return _Group(inputs, *(sent(each, device) for each in (fact, row, place, label, among)), len(requests))
 
     def losses(self, runner: LayerRunner, start: int = 0, hidden: Tensor | None = None) -> Tensor:
         """What each point adds to its fact's loss, (points,); `hidden` as in `LayerRunner.run`."""
@@ -85,7 +87,7 @@ class TargetLoss:
         widest = max(len(row.ids) for request in requests for row in request.rows)
         fact = graph_bytes(runner, 0) * widest * max(len(request.rows) for request in requests)
         size = max(1, min(parallel, free_memory(runner.device) // 2 // fact))
-        self._groups = [_Group.of(requests[i : i + size], i, runner.device) for i in range(0, len(requests), size)]
+        self.groups = [_Group.of(requests[i : i + size], i, runner.device) for i in range(0, len(requests), size)]
 
     @property
     def columns(self) -> list[int]:
@@ -95,7 +97,7 @@ class TargetLoss:
     @torch.no_grad()
     def per_fact(self) -> Tensor:
         """Each fact's loss, (n,), float64."""
-        return self._per_fact([group.losses(self.runner) for group in self._groups])
+        return self._per_fact([group.losses(self.runner) for group in self.groups])
 
     def gradients(self, sites: Sequence[Site]) -> TargetGradients:
         """Gradients of the sum of all facts' losses: one forward and backward pass for all sites."""
@@ -103,7 +105,7 @@ class TargetLoss:
         losses: list[Tensor] = []
         keys: dict[int, list[Tensor]] = {site.layer: [] for site in sites}
         gradients: dict[int, list[Tensor]] = {site.layer: [] for site in sites}
-        for group in self._groups:
+        for group in self.groups:
             with torch.enable_grad(), traced(sites, len(group.inputs["input_ids"])) as seen:
                 losses.append(group.losses(self.runner))
             found = torch.autograd.grad(losses[-1].sum(), [leaf for _, leaf in seen.values()])
@@ -115,32 +117,18 @@ class TargetLoss:
         joined = [{layer: torch.cat(rows).T for layer, rows in parts.items()} for parts in (keys, gradients)]
         return TargetGradients(self._per_fact([each.detach() for each in losses]), *joined)
 
-    def at(self, site: Site) -> Callable[[Tensor | None], tuple[float, Tensor]]:
-        """The mean loss over facts and its gradient, as a function of a change of the site's weight, (d_out, d_in).
+    def at(self, site: Site) -> SiteLoss:
+        """The loss as a function of a change of the site's weight.
 
         What the layers below the site put out is computed here, once; nothing below may change from then on.
         """
-        below = [self._below(group, site.layer) for group in self._groups]
-
-        def loss(change: Tensor | None) -> tuple[float, Tensor]:
-            self.passes += 1
-            where = solve_device(site.module)
-            gradient = torch.zeros(site.d_out, site.d_in, dtype=torch.float64, device=where)
-            total = gradient.new_zeros(())
-            for group, hidden in zip(self._groups, below, strict=True):
-                found, part = self._changed(group, site, hidden, change)
-                total, gradient = total + exact(found, where), gradient + exact(part, where)
-            return float(total) / self.facts, gradient / self.facts
-
-        return loss
+        return SiteLoss(self, site, [self._below(group, site.layer) for group in self.groups])
 
     @torch.no_grad()
     def _below(self, group: _Group, layer: int) -> Tensor | None:
         return self.runner.run(group.inputs, stop=layer).hidden if layer else None
 
-    def _changed(
-        self, group: _Group, site: Site, hidden: Tensor | None, change: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def changed(self, group: _Group, site: Site, hidden: Tensor | None, change: Tensor | None) -> tuple[Tensor, Tensor]:
         like = torch.zeros(site.d_out, site.d_in, device=home_of(site.module), dtype=widen(site.stored[:0]).dtype)
         leaf = (like if change is None else change.detach().to(like)).requires_grad_()
 
@@ -153,5 +141,34 @@ class TargetLoss:
 
     def _per_fact(self, losses: Sequence[Tensor]) -> Tensor:
         found = exact(torch.cat(list(losses)))
-        facts = torch.cat([group.fact for group in self._groups]).to(found.device)
+        facts = torch.cat([group.fact for group in self.groups]).to(found.device)
         return found.new_zeros(self.facts).index_add(0, facts, found)
+
+
+@dataclass(frozen=True)
+class SiteLoss:
+    """The mean loss over facts and its gradient (d_out, d_in), as a function of a change of a site's weight.
+
+    below: by group, what enters the site's layer, None at the first one.
+    """
+
+    loss: TargetLoss
+    site: Site
+    below: Sequence[Tensor | None]
+
+    def __call__(self, change: Tensor | None) -> tuple[float, Tensor]:
+        """Over all facts."""
+        return self.of(range(len(self.below)), change)
+
+    def of(self, groups: Sequence[int], change: Tensor | None) -> tuple[float, Tensor]:
+        """Over the facts of some groups alone."""
+        self.loss.passes += 1
+        where, site = solve_device(self.site.module), self.site
+        gradient = torch.zeros(site.d_out, site.d_in, dtype=torch.float64, device=where)
+        total, facts = gradient.new_zeros(()), 0
+        for number in groups:
+            group = self.loss.groups[number]
+            found, part = self.loss.changed(group, site, self.below[number], change)
+            total, gradient = total + exact(found, where), gradient + exact(part, where)
+            facts += group.facts
+        return float(total) / facts, gradient / facts

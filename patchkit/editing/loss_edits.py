@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
 
 import torch
+from torch import Tensor
 
-from patchkit.editing.gradients import TargetLoss
+from patchkit.editing.gradients import SiteLoss, TargetLoss
 from patchkit.editing.session import EditSession
 from patchkit.editing.state import SiteHistory, storable
 from patchkit.editing.values import Values
@@ -80,13 +81,19 @@ class FittedEdits(_LossEdits):
             problem = self.session.problem(site, keys, residual, prior.get(site.layer))
             at_site = loss.at(site)
 
-            def of_update(update: Update | None, at_site: Any = at_site, problem: LayerProblem = problem) -> Any:
-                if update is None or isinstance(update, Full):  # as a product, a full update would cost its cube
-                    return at_site(update and update.matrix)
-                return at_site(delta_of((update,), lambda: problem.weight).dense())
-
-            yield site, problem.replace(loss=of_update)
+            every = range(len(at_site.below))
+            parts = [partial(_of_update, at_site, problem, [group]) for group in every]
+            yield site, problem.replace(loss=partial(_of_update, at_site, problem, every), part_losses=parts)
 
     def columns(self, loss: TargetLoss, count: int) -> list[int]:
         """None."""
         return [0] * count
+
+
+def _of_update(
+    at_site: SiteLoss, problem: LayerProblem, groups: Sequence[int], update: Update | None
+) -> tuple[float, Tensor]:
+    """The loss of some groups of facts as a function of an update, as methods ask for it."""
+    if update is None or isinstance(update, Full):  # as a product, a full update would cost its cube
+        return at_site.of(groups, update and update.matrix)
+    return at_site.of(groups, delta_of((update,), lambda: problem.weight).dense())

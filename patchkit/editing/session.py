@@ -63,6 +63,8 @@ def plan(arch: Architecture, config: EditConfig) -> Plan:
     last = sites[-1]
     if config.neurons == "on":
         sites = [site for site in sites if site.direct and site.layer < len(arch.layers) - 1] or sites[-1:]
+    elif method.ends_only and len(sites) > 1:
+        sites = [sites[0], last]
     if method.targets != "values":
         return Plan((last,) if method.single_site else tuple(sites), "module_out")
     if not last.direct or last.layer == len(arch.layers) - 1:

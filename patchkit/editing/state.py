@@ -261,6 +261,10 @@ class EditRun:
         """How many facts each batch has."""
         return list(Counter(written.batch for written in self.facts).values())
 
+    def copy(self) -> EditRun:
+        """A copy that stays as it is while this run goes on."""
+        return EditRun(self.state.copy(), list(self.contexts), list(self.facts), dict(self.seconds))
+
     def add_batch(
         self,
         facts: Sequence[Fact],

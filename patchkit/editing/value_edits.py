@@ -89,6 +89,9 @@ class ValueEdits:
     def edit(self, requests: Sequence[EditRequest], advance: Callable[[int], None]) -> None:
         """Edit `requests` on top of all earlier batches; `advance` is told how many facts have finished."""
         session = self.session
+        if session.method.ends_only and len(session.plan.sites) > 1:
+            self._edit_ends(requests, advance)
+            return
         for part in self._parts(requests, advance):
             prior = session.prior_keys()
             session.open_neurons([requests[i] for i in part.members], [site.layer for site in part.sites])
@@ -96,6 +99,17 @@ class ValueEdits:
             for _ in range(session.config.sweeps):
                 self._sweep(chosen, part.sites, targets, prior)
             session.finish([request.fact for request in chosen], part.values, [site.layer for site in part.sites])
+
+    def _edit_ends(self, requests: Sequence[EditRequest], advance: Callable[[int], None]) -> None:
+        """Each site toward values of its own, optimized once the sites below are edited; a patch keeps the last's."""
+        session, sites = self.session, self.session.plan.sites
+        prior = session.prior_keys()
+        for site in sites:
+            last = site is sites[-1]
+            values = self.targets.find(requests, site, advance) if last else self.targets.find(requests, site)
+            for _ in range(session.config.sweeps):
+                self._sweep(requests, (site,), values.targets, prior)
+        session.finish([request.fact for request in requests], values, [site.layer for site in sites])
 
     def _sweep(
         self, requests: Sequence[EditRequest], sites: Sequence[Site], targets: Tensor, prior: Mapping[int, PriorKeys]
@@ -105,8 +119,10 @@ class ValueEdits:
         for i, site in enumerate(sites):
             with self.session.run.timed("keys"):
                 keys, current = reader.read(site)
-            # MEMIT eq. 20: each site takes an equal share of what is still missing.
-            residual = storable((exact(targets, current.device) - current) / (len(sites) - i))  # (d_out, n)
+            # MEMIT eq. 20: each site takes an equal share of what is still missing; PMET's takes 1/√k of it.
+            left = len(sites) - i
+            share = left if self.session.method.spread == "equal" else left**0.5
+            residual = storable((exact(targets, current.device) - current) / share)  # (d_out, n)
             problem = self.session.problem(site, storable(keys), residual, prior.get(site.layer))
             self.session.solve(site, problem)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,12 @@ class EditRequest:
     def target_ids(self) -> tuple[int, ...]:
         """Token ids of the new target."""
         return self.rows[0].ids[self.rows[0].target :]
+
+
+def ended(request: EditRequest, end: int) -> EditRequest:
+    """The request with the token that ends a text after the target in each row where it does not stand already."""
+    rows = (row if end in row.ids[row.target :] else replace(row, ids=(*row.ids, end)) for row in request.rows)
+    return replace(request, rows=tuple(rows))
 
 
 ESSENCE = "{} is a"  # ROME section 3.1: the prompt on which the subject's essence must not drift

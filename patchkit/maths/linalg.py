@@ -220,7 +220,22 @@ class NullSpace:
         return self.covariance.project_null(columns, self.energy) / self.l2
 
 
-SolveMetric = Damped | NullSpace
+@dataclass(frozen=True)
+class SoftNullSpace:
+    """G = P (weight·C + l2·I)⁻¹ P, P as in `Covariance.project_null`: BetaEdit's. Called with columns (d_in, n)."""
+
+    covariance: Covariance
+    energy: float
+    l2: float
+    weight: float
+
+    def __call__(self, columns: Tensor) -> Tensor:
+        rank, (values, vectors) = self.covariance.null_rank(self.energy), self.covariance.eigh
+        basis = vectors[:, :rank]  # (d_in, rank)
+        return basis @ ((basis.T @ columns) / (self.weight * values[:rank] + self.l2).unsqueeze(1))
+
+
+SolveMetric = Damped | NullSpace | SoftNullSpace
 """The symmetric G of a solve's penalty tr(Δ G⁻¹ Δ'), as a function of columns (d_in, n). Equal ones do the same."""
 
 

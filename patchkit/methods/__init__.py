@@ -43,7 +43,7 @@ class LayerProblem:
         read_earlier: gives `earlier`, None where the site has not been edited.
         gradient: G (d_out, q), the left singular vectors of the loss's gradient on plain text, leading ones first, for
             a method that declares needs_gradients.
-        loss: for a method whose targets are "none", which gets no keys.
+        loss: for a method whose targets are "none", which gets no keys; part_losses: that of some of the facts each.
         gradient_columns: gives `prior_gradients`, None where there are none.
         sites: over how many sites the residual of a value is spread, for `constrain` and `penalty`.
         blocks: how many weights side by side W is; the rows of K are in blocks, one for each.
@@ -58,6 +58,7 @@ class LayerProblem:
     read_earlier: Callable[[], Delta | None] = lambda: None
     gradient: Tensor | None = None
     loss: Loss | None = None
+    part_losses: Sequence[Loss] = ()
     gradient_columns: Callable[[], tuple[Tensor, Tensor] | None] = lambda: None
     sites: int = 1
     blocks: int = 1
@@ -151,12 +152,16 @@ class Method:
             loss at every site, with the inputs at the target's positions as keys; or "none" for a method that fits the
             loss itself.
         value_at: where values live, if not where the model's structure decides.
+        spread: how a residual at the last site is shared among sites, of which k are left: in equal parts, 1/k, or by
+            their root, 1/√k.
+        ends_only: of the sites, only the first and the last are edited, each toward a value of its own.
         attention: values are optimized along with a second one at the attention's output, which is discarded.
         constrain, penalty: given the value site's problem (residual 0) and the config, how values are constrained and
             what is added to their loss.
         choose: given one fact's problems at the recipe's layers, in their order, the place of the one to edit, unless a
             setting choose_layer is false.
         neighbors: how many of those layers on either side of it are edited with it.
+        ends: targets end with the token that ends a text, where they do not end a turn of talk.
         spends_directions: every fact uses up an output direction, so that users hear how many are left.
         block_by_block: weights side by side are solved for one by one, each for its share of the residual; what it
             does to one matrix would mix their keys.
@@ -176,11 +181,14 @@ class Method:
     needs_gradients: bool = False
     targets: Literal["values", "gradients", "none"] = "values"
     value_at: Literal["layer_out", "module_out"] | None = None
+    spread: Literal["equal", "root"] = "equal"
+    ends_only: bool = False
     attention: bool = False
     constrain: Callable[[LayerProblem, Any], Constraint] | None = None
     penalty: Callable[[LayerProblem, Any], Penalty] | None = None
     choose: Callable[[Sequence[LayerProblem], Any], int] | None = None
     neighbors: int = 0
+    ends: bool = False
     spends_directions: bool = False
     block_by_block: bool = False
 

@@ -17,6 +17,10 @@ class NasConfig(MethodConfig):
     """Settings of NAS."""
 
     anchor: float = Field(2.0, gt=0, description="longest value, in units of the base's mean output on plain text")
+    both_ways: bool = Field(
+        False,
+        description="scale shorter values up to the anchor as well, and drop those over twice it, as the paper does",
+    )
 
 
 @wrapper(
@@ -32,9 +36,9 @@ def nas(problem: LayerProblem, config: NasConfig, solve: Callable[[LayerProblem]
 
     Each column of V = WK + R becomes V·min(1, m/‖V‖), and R what is then missing. m is `anchor` times the root mean
     square of ‖W₀k‖ over plain text, √tr(W₀CW₀'); a fact whose output is longer than that already may keep its length.
-    The paper rescales in both directions, once, at the value's layer, to the mean norm of values optimized on the
-    unedited model, and drops values over twice that norm. Here it is done at every site, on its share of the residual;
-    scaling up as well would change outputs that no fact wants changed.
+    The paper (version 3) rescales in both directions, once, at the value's layer, to the mean norm of values optimized
+    on the unedited model, and drops values over twice that norm; `both_ways` does that. Here it is done at every site,
+    on its share of the residual, where scaling up changes outputs that no fact wants changed.
     """
     assert problem.covariance is not None
     mean = problem.once(mean_output, problem.covariance)
@@ -42,6 +46,11 @@ def nas(problem: LayerProblem, config: NasConfig, solve: Callable[[LayerProblem]
     wanted = now + problem.residual
     longest = torch.maximum(config.anchor * mean, now.norm(dim=0))  # (n,)
     tiny = torch.finfo(wanted.dtype).tiny
+    if config.both_ways:
+        length, m = wanted.norm(dim=0), config.anchor * mean
+        edited = problem.residual.norm(dim=0) > 0  # a value that is there already stays as it is
+        kept = (m / length.clamp_min(tiny)) * wanted - now  # (d_out, n)
+        return solve(problem.replace(residual=torch.where(edited & (length <= 2 * m), kept, torch.zeros_like(now))))
     scale = (longest / wanted.norm(dim=0).clamp_min(tiny)).clamp_max(1)
     # Written so that a zero residual stays exactly zero.
     return solve(problem.replace(residual=problem.residual * scale - now * (1 - scale)))

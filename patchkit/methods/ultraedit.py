@@ -42,7 +42,7 @@ def ultraedit(problem: LayerProblem, config: UltraEditConfig) -> Delta:
     output = (problem.base_weight @ keys).square().sum(0).mean().sqrt()
     rate = config.rate * output / (len(h) * len(g) ** 0.5)
     values = -rate * h.square().sum(0) * g  # (d_out, n)
-    return _ridge(values, keys, config.ridge * keys.square().sum(0).mean())
+    return ridge_solve(values, keys, config.ridge * keys.square().sum(0).mean())
 
 
 def normalized(columns: Tensor, earlier: Tensor, warm_up: float) -> Tensor:
@@ -59,7 +59,7 @@ def normalized(columns: Tensor, earlier: Tensor, warm_up: float) -> Tensor:
     return (columns - mean) / deviation.clamp_min(torch.finfo(columns.dtype).tiny)
 
 
-def _ridge(values: Tensor, keys: Tensor, ridge: Tensor) -> Delta:
+def ridge_solve(values: Tensor, keys: Tensor, ridge: Tensor) -> Delta:
     """V K'(KK' + ridge·I)⁻¹, by the smaller of the two equivalent systems."""
     d_in, n = keys.shape
     gram = keys.T @ keys if n <= d_in else keys @ keys.T
