@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-thorough test-llama docs pages models table clean
+.PHONY: demo test test-slow test-thorough test-llama docs pages models table results clean
 
 .venv/ready: pyproject.toml constraints.txt
 	@echo "installing into .venv: once, some minutes, and up to gigabytes where torch comes with CUDA"
@@ -53,6 +53,13 @@ WITH = --model $(MODEL) --data $(FACTS) --text $(TEXT) --eval-text $(EVAL_TEXT) 
 table: models
 	$(BIN)/patchkit bench $(WITH) --methods $(METHODS) --edits 50
 	$(BIN)/python -m tests.benchmarks.sequential_oracle $(WITH)
+
+# docs/results: 100 facts one by one with every method, 1,000 in batches of 100 with six: days on two cores, hours on a
+# GPU (DEVICE=cuda). It goes on where it stopped.
+DEVICE ?= cpu
+results: models
+	$(BIN)/python -m tests.benchmarks.results --model $(MODEL) --device $(DEVICE) --facts $(FACTS) --text $(TEXT) \
+		--eval-text $(EVAL_TEXT)
 
 clean:
 	rm -rf .venv out models

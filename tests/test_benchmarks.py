@@ -15,6 +15,7 @@ from tests.benchmarks import (
     gpu,
     in_use,
     preserving,
+    results,
     solve,
     text_statistics,
     value_engine,
@@ -147,3 +148,18 @@ def test_generalization(files: list[str], capsys: pytest.CaptureFixture[str]) ->
     heading, *found = rows(capsys)
     assert [row[0] for row in found] == ["the prompt alone", "2 texts, 3 about the subject"]
     assert {len(row) for row in found} == {len(heading)}
+
+
+def test_results(options: list[str], monkeypatch: pytest.MonkeyPatch, text: str, tmp_path: Path) -> None:
+    """One stage, at a tiny size: a page with a row for each method and checkpoint, and the report."""
+    stage = ["--stage", "in-batches", "--methods", "memit,encore", "--edits", "2", "--batch-size", "1"]
+    where = ["--skip", "1", "--checkpoints", "1", "--out", str(tmp_path / "out"), "--pages", str(tmp_path / "pages")]
+    arguments = [each for each in options if each != "--json"]
+    texts = ["--text", text, "--eval-text", text, "--quick"]
+    monkeypatch.setattr("sys.argv", ["results", *arguments, *stage, *where, *texts])
+    results.main()
+    page = (tmp_path / "pages" / "in-batches.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ")[:2] for line in page.splitlines() if line.startswith(("| memit", "| encore"))]
+    assert rows == [["| memit", "1"], ["| memit", "2"], ["| encore", "1"], ["| encore", "2"]]
+    assert f"2 facts of in-batches.jsonl ({FACTS[1].id} to {FACTS[2].id})" in page
+    assert "memit" in (tmp_path / "out" / "in-batches.html").read_text(encoding="utf-8")

@@ -33,7 +33,7 @@ FLOW = (
         "evaluate",
         "patch",
     ),
-    *("runs", "imports", "export", "api", "bench", "serve", "cli", "__main__"),
+    *("runs", "imports", "export", "api", "bench", "report", "serve", "cli", "__main__"),
 )
 
 

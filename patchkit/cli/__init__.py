@@ -18,6 +18,7 @@ from patchkit.words import visible
 COMMANDS = {
     "apply": "Write facts into a model, as a patch.",
     "verify": "Measure a patch against the untouched base.",
+    "report": "One page with every fact before and after, to look at.",
     "generate": "What a patched model answers, and its base.",
     "import": "A LoRA or an edited checkpoint as a patch.",
     "chat": "Talk to a patched model, and to its base beside it.",
@@ -33,6 +34,7 @@ COMMANDS = {
     "push": "Publish a patch, an adapter or a merged model on the Hub.",
     "sign": "Sign a patch.",
     "bench": "Compare methods in a long sequence of edits.",
+    "locate": "Which layers hold what a model says of its subjects.",
     "stats": "Compute a model's key statistics ahead of time.",
 }
 _MODULES = {"import": "importing"}  # a word that Python keeps for itself

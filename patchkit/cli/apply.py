@@ -12,10 +12,12 @@ import click
 from patchkit.cli.common import (
     GatedCommand,
     ModelOptions,
+    check_page,
     force_option,
     model_options,
     note,
     own_folder,
+    page_option,
     place_of_its_own,
     print_json,
     progress_bars,
@@ -62,6 +64,18 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Write facts although their subjects' keys are all over plain text or the chat template.",
 )
+@click.option(
+    "--guard",
+    "bounds",
+    multiple=True,
+    metavar="NAME=X",
+    help="Where to stop: norm (of a weight, over the base's) 2, kl (on plain text, nats) 0.5, or answers (share of "
+    "unrelated ones that are empty or loop) 0.5; may be repeated.",
+)
+@click.option("--no-guard", is_flag=True, help="Go on whatever becomes of the model.")
+@click.option(
+    "--no-retry", is_flag=True, help="Leave facts that do not hold as they are, instead of editing them again."
+)
 @quick_option
 @click.option("--out", metavar="DIR", help="The patch's folder [default: that of --onto, else <name of FACTS>-patch].")
 @force_option
@@ -70,6 +84,7 @@ if TYPE_CHECKING:
 @click.option(
     "--dry-run", "dry", is_flag=True, help="Show what would be edited, in what time and memory; edit nothing."
 )
+@page_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def command(
     facts: str | None,
@@ -88,6 +103,9 @@ def command(
     skip_bad: bool,
     yes: bool,
     allow_close_keys: bool,
+    bounds: tuple[str, ...],
+    no_guard: bool,
+    no_retry: bool,
     quick: bool,
     out: str | None,
     force: bool,
@@ -95,29 +113,35 @@ def command(
     repo: str | None,
     gates: Gates,
     dry: bool,
+    page: str | None,
     as_json: bool,
 ) -> None:
     """Write FACTS (a file, "-" for standard input, or hf://datasets/ORG/NAME/FILE) into a model, as a patch.
 
     The model itself is not changed. Native facts have prompt, subject and target_new; CounterFact, ZsRE and many other
-    formats are recognized (docs/formats.md). Afterward every fact is measured with and without the patch.
+    formats are recognized (docs/formats.md). Afterward every fact is measured with and without the patch. Facts that do
+    not hold are edited once more, with twice the steps. After batches a guard looks at the model: past a bound the run
+    stops, what was good by then is written, and the exit status is 1.
 
     A gate that does not hold makes the exit status 1, and nothing is merged or published; the patch is written all the
     same. --merge and --push ask for what the gates below say "to publish", unless told otherwise.
     """
     from patchkit.cli.jobs import ApplyRequest, apply_file, dry_run
+    from patchkit.runs.guard import Bounds
 
     overrides = (*overrides, *_settings(layers=layers, batch_size=batch_size, seed=seed))
     request = ApplyRequest(
         *(_source(facts, typed), onto, method, recipe, overrides, zsre_target, skip_bad, yes), tuple(sys.argv[1:])
     )
+    guard = None if no_guard else Bounds.of(bounds)
     choose, folder = model.choice, _folder(out, onto, facts)
     if dry:
         show_planned(dry_run(request, choose, text=text, stats=stats, quick=quick, say=note), as_json)
         return
     gates = gates.within(Gates.published()) if merged or repo else gates
     refuse_quick(quick, gates)
-    after = _After(merged, repo, gates, stats, as_json)
+    check_page(page)
+    after = _After(merged, repo, gates, stats, as_json, page)
     after.check(folder)
     with place_of_its_own(folder, onto, force), progress_bars() as progress:
         done = apply_file(
@@ -131,6 +155,8 @@ def command(
             progress=progress,
             say=note,
             check=after.check_base,
+            bounds=guard,
+            retry=not no_retry,
         )
     after.run(done)
 
@@ -174,6 +200,7 @@ class _After:
     gates: Gates
     stats: str | None
     as_json: bool
+    page: str | None = None
 
     def check(self, folder: Path) -> None:
         """Raises PatchkitError for what cannot be done however the edit turns out."""
@@ -204,11 +231,14 @@ class _After:
         from patchkit.cli.tables import apply_table
 
         more: dict[str, Any] = {}
+        self._draw(done)
         if not self.as_json:
             stdout.print(apply_table(done.report))
             again = f"`patchkit verify {done.folder}` measures it again"
             stdout.print(f"patch: {done.folder} ({done.size / 1e3:,.0f} kB; {again})", soft_wrap=True)
         try:
+            if done.stopped:
+                raise GateError(done.stopped)
             self.gates.check(done.report)
             self._merge(done, more)
             self._push(done, more)
@@ -223,6 +253,13 @@ class _After:
         finally:
             if self.as_json:
                 print_json(done.as_json(more))
+
+    def _draw(self, done: Applied) -> None:
+        if self.page:
+            from patchkit.report.page import write_page
+            from patchkit.report.patches import patch_page
+
+            write_page(patch_page(done.folder.name, done.patch.manifest, done.report), Path(self.page))
 
     def _merge(self, done: Applied, more: dict[str, Any]) -> None:
         from patchkit.cli.jobs import merge_patches

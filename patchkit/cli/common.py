@@ -95,6 +95,17 @@ quick_option = click.option(
 )
 
 
+page_option = click.option("--page", metavar="FILE", help="Write `patchkit report`'s HTML page about it, too.")
+
+
+def check_page(page: str | None) -> None:
+    """Raises InputError where a page that is asked for cannot be written; before any work."""
+    if page:
+        from patchkit.report.page import check_file
+
+        check_file(Path(page), "--page")
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """--model, --device, --device-map, --dtype and --trust-remote-code."""

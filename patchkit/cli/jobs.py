@@ -39,8 +39,11 @@ from patchkit.patch.manifest import BaseInfo, Origin
 from patchkit.patch.patch import OWN_FILES, Patch
 from patchkit.runs.dry_run import PlannedRun, planned
 from patchkit.runs.execute import SMALL_TEXT, run, take_out
+from patchkit.runs.guard import Bounds, Guard
 from patchkit.runs.journals import forget
+from patchkit.runs.locate import Located, locate
 from patchkit.runs.prepare import Prepared, prepare
+from patchkit.runs.retry import Retried, retried
 from patchkit.runs.subjects import SubjectFinder
 from patchkit.runs.workspace import Workspace
 from patchkit.statistics.corpus import PACKAGE_TEXT, default_text, read_corpus, window_of
@@ -58,6 +61,10 @@ class Applied:
     folder: Path
     incoming: Incoming
     base: str
+    retried: tuple[str, ...] = ()
+    """Ids of facts that did not hold at first and were edited once more."""
+    stopped: str | None = None
+    """Why the guard ended the run, if it did."""
 
     @property
     def size(self) -> int:
@@ -70,6 +77,8 @@ class Applied:
         if self.patch.manifest.parents:
             added = [fact.id for fact in self.incoming.new]
             made |= {"added": added, "skipped": self.incoming.skipped, "superseded": self.incoming.superseded}
+        made |= {"retried": self.retried} if self.retried else {}
+        made |= {"stopped": self.stopped} if self.stopped else {}
         return json.dumps({**made, **self.report.model_dump(mode="json"), **more})
 
 
@@ -164,26 +173,36 @@ def apply_file(
     progress: Progress,
     say: Callable[[str], None],
     check: Callable[[LoadedModel], object] = lambda model: None,
+    bounds: Bounds | None = None,
+    retry: bool = False,
 ) -> Applied:
     """Read the facts, edit, measure, write the patch's folder.
 
-    `check` may refuse the model before any work is done with it.
+    Args:
+        check: may refuse the model before any work is done with it.
+        bounds: of the guard, which ends the run where the model goes wrong; None does without one.
+        retry: edit facts that do not hold once more, with twice the steps.
 
     Raises:
         InputError: anything about the input; nothing has been written then.
+        GateError: the guard ended the run before a fact could be kept; nothing has been written.
     """
     prepared, load = request.prepared(choose, say)
     loaded = load()
     check(loaded)
     workspace = Workspace.of(loaded.model, loaded.tokenizer, (text,), stats, progress)
-    patch = run(prepared, workspace, say, folder=folder, allow_close_keys=allow_close_keys)
+    guard = None if bounds is None else Guard(workspace, bounds)
+    patch = run(prepared, workspace, say, folder=folder, allow_close_keys=allow_close_keys, guard=guard)
+    again = retried(prepared, workspace, patch, guard, quick, say) if retry else Retried(patch)
+    patch = again.patch
     report = measure_in(workspace, patch, quick=quick)
     if known := _known_before(prepared, report):
         say(f"the base says the target already, so that an edit shows nothing there: {listed(known)}")
     origin = _origin(request.command, report, prepared.read) if prepared.incoming.new else None
     patch = patch.with_metrics(report.summary(), report.outcomes(), origin)
     _save(patch, folder, _in_place(prepared.onto, request.onto, folder), prepared.read, say)
-    return Applied(patch, report, folder, prepared.incoming, loaded.name)
+    stopped = guard.told(len(prepared.incoming.new)) if guard and guard.reason else None
+    return Applied(patch, report, folder, prepared.incoming, loaded.name, again.facts, stopped)
 
 
 def _origin(command: Sequence[str], report: Report, read: FactFile) -> Origin:
@@ -315,6 +334,44 @@ def verify_patch(
             say(note)
     loaded = chosen.load()
     return measure(loaded.model, loaded.tokenizer, patch, known, text=text, quick=quick, progress=progress)
+
+
+def locate_facts(
+    facts: str,
+    chosen: ModelChoice,
+    *,
+    count: int,
+    noise: float,
+    samples: int,
+    seed: int,
+    trial: int,
+    zsre_target: Any,
+    skip_bad: bool,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> Located:
+    """Trace the first `count` facts of a file; arguments as in `patchkit.runs.locate.locate`.
+
+    Raises:
+        InputError: the facts or the model cannot be used.
+    """
+    check = fitting(chosen.tokenizer(), Limits.of(chosen.config()))
+    read = read_facts(facts, zsre_target=zsre_target, skip_bad=skip_bad, check=check, limit=count)
+    for note in read.notes:
+        say(note)
+    loaded = chosen.load()
+    runner = LayerRunner(inspect_model(loaded.model))
+    return locate(
+        runner,
+        loaded.tokenizer,
+        read.facts,
+        model=loaded.name,
+        noise=noise,
+        samples=samples,
+        seed=seed,
+        trial=trial,
+        progress=progress,
+    )
 
 
 def merge_patches(

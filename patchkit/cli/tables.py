@@ -21,6 +21,7 @@ from patchkit.words import counted, listed
 if TYPE_CHECKING:
     from patchkit.patch.stored import Stored
     from patchkit.runs.dry_run import PlannedFact, PlannedRun
+    from patchkit.runs.locate import Located
 
 MOST_ROWS = 40
 MOST_CHARACTERS = 120
@@ -268,3 +269,32 @@ def _on(metric: Metric, found: Summary) -> str:
 
 def _says(fact: EditedFact) -> str:
     return f"{fact.id}  {_short(fact.prompt)} -> {_short(fact.target_new)}"
+
+
+def located_table(found: Located) -> RenderableType:
+    """One row for each layer; the recommended ones bold."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    tried = any(layer.loss is not None for layer in found.layers)
+    headings = ["layer", "feed-forward", "", "layer whole", "activation", "of the stream"]
+    for heading in (*headings, *(["value loss", "change needed"] if tried else [])):
+        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+    first, _, last = found.recommended.partition("-")
+    most = max(1e-12, *(layer.feed_forward for layer in found.layers))
+    for layer in found.layers:
+        chosen = int(first) <= layer.layer <= int(last or first)
+        table.add_row(
+            f"{layer.layer}",
+            f"{layer.feed_forward:.1%}",
+            "█" * round(20 * max(0.0, layer.feed_forward) / most),
+            f"{layer.states:.1%}",
+            f"{layer.active:.3g}",
+            f"{layer.share:.2f}",
+            *(
+                [f"{layer.loss:.2f}", f"{layer.needed:.2g}"]
+                if layer.loss is not None and layer.needed is not None
+                else []
+            ),
+            style="bold" if chosen else None,
+        )
+    counts = f"{found.counted} of {counted(found.facts, 'fact')} count: noise on their subjects takes something away"
+    return Group(Adapting(table), Text(counts, style="dim"))

@@ -89,7 +89,7 @@ class ValueEdits:
     def edit(self, requests: Sequence[EditRequest], advance: Callable[[int], None]) -> None:
         """Edit `requests` on top of all earlier batches; `advance` is told how many facts have finished."""
         session = self.session
-        if session.method.ends_only and len(session.plan.sites) > 1:
+        if session.method.ends_only and session.own is None and len(session.plan.sites) > 1:
             self._edit_ends(requests, advance)
             return
         for part in self._parts(requests, advance):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from patchkit.evaluate.answers import ROWS, Ask, Said, batches, common_start
 from patchkit.facts.requests import pad
-from patchkit.model.forward import LayerRunner
+from patchkit.model.forward import LayerRunner, watching_output
 
 _LOGITS = 1 << 25
 """Logits held at a time."""
@@ -33,6 +33,20 @@ def divergences(runner: LayerRunner, said: Mapping[Ask, Said]) -> dict[Ask, floa
         kl = F.kl_div(new, old, reduction="none", log_target=True).sum(-1).clamp_min(0)  # (tokens of all answers,)
         parts = kl.split([len(own.ids) for own in answers])
         found |= {ask: float(part.mean()) for ask, part in zip(batch, parts, strict=True)}
+    return found
+
+
+@torch.no_grad()
+def as_said(runner: LayerRunner, windows: Sequence[Sequence[int]]) -> dict[Ask, Said]:
+    """Windows of plain text as if the model as it now is had said them, for `divergences`: the first token of each is
+    given, the others are the answer."""
+    found: dict[Ask, Said] = {}
+    for number, window in enumerate(windows):
+        states, ids = list[Tensor](), torch.tensor([list(window)], device=runner.device)
+        with watching_output(runner.arch.layers[-1], 1, states.append):
+            runner.run({"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False})
+        said = Said("", tuple(window[:1]), tuple(window[1:]), states[0][0, :-1].clone())
+        found[Ask(f"window {number}", message=False)] = said
     return found
 
 

@@ -130,7 +130,8 @@ def compare(facts: Sequence[Fact], before: Answers, after: Answers) -> Report:
 def facts_held(trial: Trial) -> dict[str, bool]:
     """By fact whether the model as it now is holds it, as `FactReport.holds` says, and nothing else."""
     readings = read_targets(trial.runner, trial.tokenizer, [fact.pair(fact.prompt) for fact in trial.facts])
-    return {fact.id: readings[fact.pair(fact.prompt)].exact for fact in trial.facts} | asked_alone(trial)
+    exact = {fact.id: readings[fact.pair(fact.prompt)].exact for fact in trial.facts}
+    return exact if trial.quick else exact | asked_alone(trial)
 
 
 # --- asking -----------------------------------------------------------------------------------------------------------

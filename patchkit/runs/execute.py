@@ -14,6 +14,7 @@ from patchkit.editing.neurons import settled
 from patchkit.editing.recipe import EditConfig
 from patchkit.editing.session import Plan, ValueCache, plan
 from patchkit.editing.state import BlockHistory, EditRun, EditState
+from patchkit.errors import GateError
 from patchkit.maths.linalg import Covariance, SideBySide
 from patchkit.model.arch import Architecture
 from patchkit.model.loading import model_name
@@ -24,6 +25,7 @@ from patchkit.patch.manifest import BaseInfo, EditedFact, Run
 from patchkit.patch.patch import Patch
 from patchkit.patch.resolve import Sites, assemble, state_of, with_run
 from patchkit.patch.superseded import superseding, waiting_in, without_these
+from patchkit.runs.guard import Guard
 from patchkit.runs.journals import journal_for
 from patchkit.runs.key_check import KeyCheck
 from patchkit.runs.prepare import Prepared
@@ -41,6 +43,7 @@ def run(
     values: ValueCache | None = None,
     folder: Path | None = None,
     allow_close_keys: bool = False,
+    guard: Guard | None = None,
 ) -> Patch:
     """Edit the new facts of `prepared`. The model is left bit for bit as it was.
 
@@ -50,6 +53,7 @@ def run(
         folder: where the patch will be written. Batches and values that are finished are then kept until `forget` is
             called for it, and the same run goes on from them.
         allow_close_keys: write facts although their edits would show everywhere (`patchkit.editing.closeness`).
+        guard: may end the run early, with the facts that were written before the model went wrong; it says why.
 
     Returns:
         A new patch with the earlier facts and history and this run, or `prepared.onto` itself if it has all the facts.
@@ -57,6 +61,7 @@ def run(
     Raises:
         InputError: the text, the model or the earlier patch cannot be used, the edit of a fact would show everywhere,
             or it is not finite.
+        GateError: the guard ended the run before any fact was written that could be kept.
     """
     runner, config, onto = workspace.runner, prepared.config, prepared.onto
     method = methods.get(config.method)
@@ -80,6 +85,8 @@ def run(
         if method.targets == "values" and metric is not None:  # without statistics there is no metric to compare in
             check = KeyCheck(workspace, config, compared, metric)
             check.run(prepared.incoming.new, earlier, start, say, allow_close_keys)
+        if guard:
+            guard.read_base()
         edited = edit(
             runner,
             workspace.tokenizer,
@@ -93,11 +100,26 @@ def run(
             _contexts(earlier, config) if earlier else (),
             journal_for(folder, prepared, workspace, corpus),
             workspace.rooms(config, how.sites, covariances, corpus),
+            guard,
         )
+    if guard and guard.reason:
+        prepared, whole = _only_written(prepared, edited, guard), prepared
+        if prepared.incoming.superseded != whole.incoming.superseded:  # an earlier fact stays whose successor is not
+            return run(prepared, workspace, say, values, None, allow_close_keys)  # there: solve again beside it
     patch = _RunResult(workspace, prepared, how, corpus, edited).patch(earlier, sites)
     if method.spends_directions:
         say(_directions_left(patch))
     return patch
+
+
+def _only_written(prepared: Prepared, edited: EditRun, guard: Guard) -> Prepared:
+    """The run with the facts alone that it has written; raises GateError if there are none."""
+    if not edited.facts:
+        raise GateError(guard.told(len(prepared.incoming.new)))
+    written = {each.fact.id for each in edited.facts}
+    new = tuple(fact for fact in prepared.incoming.new if fact.id in written)
+    superseded = {old: by for old, by in prepared.incoming.superseded.items() if by in written}
+    return replace(prepared, incoming=replace(prepared.incoming, new=new, superseded=superseded))
 
 
 def _without_superseded(workspace: Workspace, prepared: Prepared, sites: Sites) -> Patch | None:

@@ -1,0 +1,146 @@
+"""The page of a benchmark's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from patchkit.bench.records import UNEDITED, Result, States
+from patchkit.bench.results import Results
+from patchkit.bench.tables import Column, most, shown_columns
+from patchkit.errors import InputError
+from patchkit.evaluate.metric import Metric
+from patchkit.evaluate.metrics import metrics
+from patchkit.evaluate.report import Report
+from patchkit.report.charts import Cloud, Lines, Series
+from patchkit.report.page import Page, Table
+from patchkit.words import counted
+
+_Kind = TypeVar("_Kind", bound=BaseModel)
+
+
+def bench_page(folder: Path) -> Page:
+    """What a benchmark has found so far.
+
+    Raises:
+        InputError: no results there, or not of this version.
+    """
+    results = Results(folder, "")
+    rows = results.table(max((row.facts for row in results.rows()), default=0))
+    if not rows:
+        raise InputError(f"{folder}: no results of `patchkit bench` in it")
+    edited = [row for row in rows if row.method != UNEDITED]
+    names = list(dict.fromkeys(row.method for row in edited))
+    columns = shown_columns()
+    return Page(
+        title=f"{counted(len(names), 'method')} after up to {counted(max(row.edits for row in rows), 'edit')}",
+        lead=[f"{', '.join(names) or 'Nothing'} edited, and measured beside the untouched model ({folder.name})."],
+        headline=None,
+        charts=[*_curves(edited, names), *_states(folder, edited)],
+        tables=[
+            Table("All rows", [c.heading or "" for c in columns], [[_cell(c, row) for c in columns] for row in rows])
+        ],
+        reports=_reports(folder, edited),
+    )
+
+
+def _cell(column: Column, row: Result) -> str:
+    """A number, and where it lies in 95 of 100 samples of as many facts."""
+    low, high = row.intervals.get(column.name, (None, None))
+    return column.cell(row) + ("" if low is None else f" ({low:.2f} to {high:.2f})")
+
+
+def _last(rows: Sequence[Result]) -> dict[str, Result]:
+    """Each method's row of its last checkpoint."""
+    return {row.method: row for row in rows}
+
+
+def _reports(folder: Path, edited: Sequence[Result]) -> dict[str, Report]:
+    """Each method's report of its last checkpoint; a folder may hold rows alone, where somebody has kept no more."""
+    found = {}
+    for method, row in _last(edited).items():
+        file = folder / method / f"{row.edits}.json"
+        if file.is_file():
+            found[f"{method}, {counted(row.edits, 'edit')}"] = _read(file, Report)
+    return found
+
+
+def _read(file: Path, kind: type[_Kind]) -> _Kind:
+    try:
+        return kind.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise InputError(f"{file}: not of this version: {error.errors()[0]['msg']}") from None
+
+
+def _states(folder: Path, edited: Sequence[Result]) -> Iterator[Lines | Cloud]:
+    """How far states have moved, by layer, and where they lie."""
+    last = _last(edited)
+    series = [Series(name, list(enumerate(map(float, row.shift)))) for name, row in last.items()]
+    yield Lines(
+        "shift of states",
+        "layer",
+        series,
+        caption="‖h' - h‖/‖h‖ at the end of prompts about other things, after the last checkpoint.",
+    )
+    for name, row in last.items():
+        file = folder / name / f"{row.edits}.states.json"
+        if file.is_file():
+            states = _read(file, States)
+            groups = [Series("base", states.before), Series(name, states.after)]
+            what = f"The last layer at the end of {counted(states.prompts, 'prompt')} about other things."
+            yield Cloud(f"states after {name}", groups, what)
+
+
+def _curves(rows: Sequence[Result], names: Sequence[str]) -> Iterator[Lines]:
+    """A chart for each number, with a line for each method."""
+    for metric in metrics():
+        yield _chart(rows, names, metric.label, metric.of, metric.what, _bounds(metric))
+    for name, of, what in _WEIGHTS:
+        yield _chart(rows, names, name, of, what)
+    for field, what in _OF_WEIGHTS.items():
+        yield _chart(rows, names, field.replace("_", " "), partial(most, name=field), what)
+
+
+def _bounds(metric: Metric) -> tuple[float, float] | None:
+    return (0.0, 1.0) if metric.share else None
+
+
+_WEIGHTS: tuple[tuple[str, Callable[[Result], float | None], str], ...] = (
+    ("norm change", lambda row: row.norm_change, "Largest relative change of an edited weight's Frobenius norm."),
+    ("condition change", lambda row: row.condition_change, "The same of its condition number."),
+    ("rank", lambda row: row.rank, "Largest rank of the change of one weight."),
+    ("seconds of editing", lambda row: _editing(row), "Since the first fact, without measuring."),
+)
+
+
+_OF_WEIGHTS = {
+    "spectral": "Largest relative change of an edited weight's largest singular value.",
+    "size": "Frobenius norm of the change over that of the weight, the largest.",
+    "effective_rank": "exp of the entropy of the change's singular values.",
+    "overlap": "Mean |cos| between the input directions of single facts' changes.",
+    "activation": "What other facts' changes add to a fact's output, over that output's norm.",
+}
+
+
+def _editing(row: Result) -> float | None:
+    spent = [seconds for phase, seconds in row.seconds.items() if phase != "measuring"]
+    return sum(spent) if spent else None
+
+
+def _chart(
+    rows: Sequence[Result],
+    names: Sequence[str],
+    title: str,
+    of: Callable[[Result], float | None],
+    caption: str,
+    bounds: tuple[float, float] | None = None,
+) -> Lines:
+    series = []
+    for name in names:
+        points = [(float(row.edits), value) for row in rows if row.method == name and (value := of(row)) is not None]
+        series.append(Series(name, points))
+    return Lines(title, "edits", series, bounds, caption)

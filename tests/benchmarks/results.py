@@ -1,0 +1,163 @@
+"""The tables and the report of docs/results: methods one by one and in batches, on all measures.
+
+    python -m tests.benchmarks.results --facts F --text T --eval-text E [--model M] [--skip N] [--set KEY=VALUE]
+        [--stage one-by-one|in-batches] [--edits N] [--batch-size B] [--checkpoints K,L] [--methods A,B]
+
+runs `patchkit bench` into out/results/<stage>, where a run that was killed goes on, and writes docs/results/<stage>.md
+from its rows and out/results/<stage>.html, the report. `make results` runs both stages as they stand in STAGES: 100
+facts one by one for all methods of the four papers and their baselines, 1,000 in batches of 100 for six.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from patchkit.bench.records import UNEDITED, Result
+from patchkit.bench.results import Results
+from patchkit.bench.run import run_bench
+from patchkit.evaluate.metrics import GROUPS
+from patchkit.facts.reader import read_facts
+from patchkit.model.loading import ModelChoice
+from patchkit.report.benchmarks import bench_page
+from patchkit.report.page import write_page
+from tests.benchmarks.common import parser
+
+ROOT = Path(__file__).parents[2]
+PAPERS = (
+    *("ft", "rome", "r-rome", "memit", "pmet", "memit+prune", "memit+rect", "emmet", "wilke"),
+    *("alphaedit", "adaedit", "oedit", "oedit+", "mose", "mose-right"),
+)
+BEST = ("alphaedit", "memit", "encore", "betaedit", "mose-right", "locft")
+COLUMNS = (
+    *("in_use_asked", "in_use_overfit", "in_use_unrelated", "in_use_fluency", "efficacy_exact", "efficacy_generated"),
+    *("generalization_exact", "locality_unchanged", "perplexity_ratio"),
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One table: what is edited, how, and what is looked at on the way."""
+
+    methods: Sequence[str]
+    edits: int
+    batch_size: int
+    checkpoints: Sequence[int]
+
+
+STAGES = {
+    "one-by-one": Stage(PAPERS, 100, 1, (10, 50)),
+    "in-batches": Stage(BEST, 1000, 100, (100, 500)),
+}
+
+
+def options_of() -> argparse.Namespace:
+    """The options of the command."""
+    known = parser(__doc__)
+    known.add_argument("--stage", choices=[*STAGES], action="append")
+    known.add_argument("--methods")
+    known.add_argument("--edits", type=int)
+    known.add_argument("--batch-size", type=int)
+    known.add_argument("--checkpoints")
+    known.add_argument("--skip", type=int, default=0, help="facts at the beginning of the file to leave out")
+    known.add_argument("--text")
+    known.add_argument("--eval-text")
+    known.add_argument("--quick", action="store_true", help="measure nothing that the model has to write texts for")
+    known.add_argument("--out", type=Path, default=ROOT / "out" / "results")
+    known.add_argument("--pages", type=Path, default=ROOT / "docs" / "results")
+    return known.parse_args()
+
+
+def main() -> None:
+    """Run the stages, and write what they found."""
+    options = options_of()
+    for name in options.stage or STAGES:
+        stage = asked_for(STAGES[name], options)
+        out = options.out / name
+        done = run_bench(
+            str(facts_from(options, out)),
+            ModelChoice(options.model, options.device, "auto"),
+            out,
+            methods=stage.methods,
+            edits=stage.edits,
+            batch_size=stage.batch_size,
+            checkpoints=stage.checkpoints,
+            overrides=options.set,
+            text=options.text,
+            eval_text=options.eval_text,
+            quick=options.quick,
+            say=lambda line: print(line, flush=True),
+        )
+        options.pages.mkdir(parents=True, exist_ok=True)
+        (options.pages / f"{name}.md").write_text(page(name, out, done.stopped), encoding="utf-8")
+        write_page(bench_page(out), options.out / f"{name}.html")
+
+
+def asked_for(stage: Stage, options: argparse.Namespace) -> Stage:
+    """The stage as the options have it."""
+    edits = options.edits or stage.edits
+    given = [int(each) for each in options.checkpoints.split(",")] if options.checkpoints else stage.checkpoints
+    return Stage(
+        tuple(options.methods.split(",")) if options.methods else stage.methods,
+        edits,
+        options.batch_size or stage.batch_size,
+        [each for each in given if each < edits],
+    )
+
+
+def facts_from(options: argparse.Namespace, out: Path) -> Path:
+    """The fact file, or one of what follows the first `skip` facts of it."""
+    if not options.skip:
+        return Path(options.facts)
+    file = out.with_suffix(".jsonl")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    facts = read_facts(options.facts, skip_bad=True).facts[options.skip :]
+    file.write_text("".join(fact.model_dump_json(exclude_defaults=True) + "\n" for fact in facts), encoding="utf-8")
+    return file
+
+
+def page(name: str, out: Path, stopped: dict[str, str]) -> str:
+    """The page about a stage: what was run, the table, and who stopped."""
+    rows = Results(out, "").rows()
+    run = json.loads((out / "run.json").read_text(encoding="utf-8"))[-1]
+    first, last = run["facts"][0], run["facts"][-1]
+    head = (
+        f"# Methods {name.replace('-', ' ')}\n\n{run['model']}, {len(run['facts'])} facts of {run['data']} ({first} to "
+        f"{last}), with torch {run['versions']['torch']}. `make results` makes it. In parentheses: 95 % intervals over "
+        "facts, for unrelated over answers.\n\n"
+    )
+    ended = "".join(f"\n`{method}` {why}\n" for method, why in stopped.items())
+    return head + "\n".join(table(rows)) + "\n" + ended
+
+
+def table(rows: Sequence[Result]) -> Iterator[str]:
+    """The rows as Markdown, the unedited model first."""
+    headings = ("method", "edits", *(key.replace("in_use_", "").replace("_", " ") for key in COLUMNS))
+    more = ("norm change", "condition change", "shift of states", "s an edit")
+    yield f"| {' | '.join((*headings, *more))} |"
+    yield "|---|" + "---:|" * (len(headings) + len(more) - 1)
+    most = max(row.facts for row in rows)
+    for row in rows:
+        if row.method != UNEDITED or row.facts == most:
+            yield f"| {' | '.join(cells(row))} |"
+
+
+def cells(row: Result) -> Iterator[str]:
+    """One row's cells."""
+    yield row.method
+    yield f"{row.edits}"
+    for key in COLUMNS:
+        group = next(group.name for group in GROUPS if key.startswith(group.name))
+        value, (low, high) = row.value(group, key.removeprefix(f"{group}_")), row.intervals.get(key, (None, None))
+        yield ("-" if value is None else f"{value:.3f}") + ("" if low is None else f" ({low:.2f}-{high:.2f})")
+    spent = sum(seconds for phase, seconds in row.seconds.items() if phase != "measuring")
+    numbers = (row.norm_change, row.condition_change, row.shift[-1] if row.shift else None)
+    yield from ("-" if number is None else f"{number:.1e}" for number in numbers)
+    yield f"{spent / row.edits:.1f}" if row.edits and spent else "-"
+
+
+if __name__ == "__main__":
+    main()
