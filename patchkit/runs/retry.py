@@ -38,7 +38,8 @@ def retried(
     and down to a tenth of the loss.
 
     The second patch counts where more of the new facts hold in it; its history has what was taken out and written
-    again. Methods without values have no steps to give, and where the guard has ended the run, nothing is added.
+    again. Methods without values have no steps to give; where the guard has ended the run, nothing is added; and where
+    more than half do not hold, it is not for want of steps (another layer or method may do).
 
     Args:
         quick: a fact holds where its prompt is completed with the target; the model is not asked.
@@ -48,7 +49,7 @@ def retried(
     if methods.get(prepared.config.method).targets != "values" or (guard and guard.reason):
         return Retried(patch)
     lost = _lost(workspace, patch, facts, quick)
-    if not lost:
+    if not lost or 2 * len(lost) > len(facts):
         return Retried(patch)
     value = prepared.config.value
     steps = MORE * value.pace(prepared.config.in_use(workspace.tokenizer)).steps
