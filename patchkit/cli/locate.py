@@ -43,7 +43,7 @@ def command(
     """
     from patchkit.cli.jobs import locate_facts
     from patchkit.cli.tables import located_table
-    from patchkit.io.files import write_atomically
+    from patchkit.io.files import write_text
     from patchkit.report.locations import locations_page
     from patchkit.report.page import check_file, write_page
 
@@ -64,7 +64,7 @@ def command(
             say=note,
         )
     if out:
-        write_atomically(Path(out), lambda path: path.write_text(found.recipe, encoding="utf-8"))
+        write_text(Path(out), found.recipe)
     if page:
         write_page(locations_page(found), Path(page))
     if as_json:

@@ -62,7 +62,8 @@ class _Group:
         rows_of = torch.tensor([len(request.rows) for request in requests])
         among = torch.bincount(row)[row] * rows_of[fact - first]
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        return _Group(inputs, *(sent(each, device) for each in (fact, row, place, label, among)), len(requests))
+        fact, row, place, label, among = (sent(each, device) for each in (fact, row, place, label, among))
+        return _Group(inputs, fact, row, place, label, among, len(requests))
 
     def losses(self, runner: LayerRunner, start: int = 0, hidden: Tensor | None = None) -> Tensor:
         """What each point adds to its fact's loss, (points,); `hidden` as in `LayerRunner.run`."""

@@ -95,5 +95,5 @@ def _of_update(
 ) -> tuple[float, Tensor]:
     """The loss of some groups of facts as a function of an update, as methods ask for it."""
     if update is None or isinstance(update, Full):  # as a product, a full update would cost its cube
-        return at_site.of(groups, update and update.matrix)
+        return at_site.of(groups, None if update is None else update.matrix)
     return at_site.of(groups, delta_of((update,), lambda: problem.weight).dense())

@@ -31,6 +31,15 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         flush(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """The same with a text, as UTF-8."""
+
+    def write(file: Path) -> None:
+        file.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
 def write_folder(
     folder: Path, own: Sequence[str], write: Callable[[Path], None], check: Callable[[], None] = lambda: None
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from patchkit.maths.linalg import Delta
+from patchkit.maths.updates import Update
 from patchkit.methods import LayerProblem, method
 from patchkit.methods.alphaedit import AlphaEditConfig, alphaedit
 from patchkit.methods.memit import MemitConfig, memit
@@ -26,7 +26,7 @@ class BlueConfig(AlphaEditConfig, MemitConfig):
     use_when="several layers are to be edited, but spreading one residual over all of them blurs it",
     ends_only=True,
 )
-def blue(problem: LayerProblem, config: BlueConfig) -> Delta:
+def blue(problem: LayerProblem, config: BlueConfig) -> Update:
     """AlphaEdit or MEMIT at the first and the last of the layers alone, without a residual that is spread.
 
     A value is optimized at the first layer and solved for there; then one at the last layer, on the model as it is by

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from patchkit.maths.linalg import Delta
+from patchkit.maths.updates import Update
 from patchkit.methods import LayerProblem, method
 from patchkit.methods.memit import MemitConfig, memit
 
@@ -21,7 +21,7 @@ class PmetConfig(MemitConfig):
     spread="root",
     attention=True,
 )
-def pmet(problem: LayerProblem, config: PmetConfig) -> Delta:
+def pmet(problem: LayerProblem, config: PmetConfig) -> Update:
     """MEMIT toward feed-forward states that were optimized along with attention's, which are then let go.
 
     The solve is MEMIT's, of a residual at the last site's feed-forward output, of which each site takes 1/√k while k

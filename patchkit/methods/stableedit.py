@@ -57,4 +57,5 @@ def whitened(columns: Tensor, every: Tensor, floor: float) -> Tensor:
     centered = every - mean
     values, axes = torch.linalg.eigh(centered @ centered.T / (count - len(every) - 1))
     least = (floor * values.mean()).clamp_min(torch.finfo(values.dtype).tiny)
-    return axes @ ((axes.T @ (columns - mean)) / values.clamp_min(least).sqrt().unsqueeze(1))
+    white: Tensor = axes @ ((axes.T @ (columns - mean)) / values.clamp_min(least).sqrt().unsqueeze(1))
+    return white

@@ -11,7 +11,7 @@ from pathlib import Path
 from patchkit.errors import InputError
 from patchkit.evaluate.metrics import metrics
 from patchkit.evaluate.report import Report, Summary
-from patchkit.io.files import write_atomically
+from patchkit.io.files import write_text
 from patchkit.report.charts import Bars, Cloud, Heat, Lines
 from patchkit.report.facts import Texts, packed_report
 from patchkit.report.safe import escaped, json_in_html
@@ -100,7 +100,7 @@ class Page:
 
 def write_page(page: Page, file: Path) -> None:
     """Write the page; one that was written before is replaced."""
-    write_atomically(file, lambda path: path.write_text(page.html(), encoding="utf-8"))
+    write_text(file, page.html())
 
 
 def check_file(file: Path, option: str = "--out") -> None:

@@ -163,7 +163,7 @@ def _restored(
 
 def _spread(runner: LayerRunner) -> float:
     """Standard deviation of all entries of the embeddings."""
-    weight: Tensor = runner.arch.model.get_input_embeddings().weight  # type: ignore[operator,union-attr,assignment]
+    weight: Tensor = runner.arch.model.get_input_embeddings().weight  # type: ignore[operator]
     return float(weight.float().std())
 
 
