@@ -9,8 +9,10 @@ import base64
 import fcntl
 import json
 import os
+import select
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,8 @@ _FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
     *("--disable-extensions", "--disable-background-networking", "--disable-component-update", "--hide-scrollbars"),
 )
+
+SECONDS = 120
 
 
 class Browser:
@@ -45,7 +49,11 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._call("Emulation.setEmulatedMedia", features=[scheme])
         self._call("Page.navigate", url=file.resolve().as_uri())
-        self._wait_for("Page.loadEventFired")
+        there = f"document.readyState === 'complete' && location.href === '{file.resolve().as_uri()}'"
+        limit = time.monotonic() + SECONDS
+        while self._call("Runtime.evaluate", expression=there)["result"].get("value") is not True:
+            assert time.monotonic() < limit, f"{file} does not open"
+            time.sleep(0.02)
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page."""
@@ -76,12 +84,9 @@ class Browser:
                 assert "error" not in answer, (method, answer["error"])
                 return answer["result"]
 
-    def _wait_for(self, event: str) -> None:
-        while self._next().get("method") != event:
-            pass
-
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
+            assert select.select([self._reader], [], [], SECONDS)[0], "the browser does not answer"
             read = os.read(self._reader, 1 << 16)
             assert read, "the browser has gone"
             self._buffer += read

@@ -101,7 +101,7 @@ def test_apply_json_is_the_report_and_the_patch(run: Command, model: Path) -> No
 def test_options_reach_the_manifest(run: Command, model: Path) -> None:
     Path("mine.txt").write_text(PACKAGE_TEXT.read_text(encoding="utf-8")[:2000], encoding="utf-8")
     options = ("--method", "memit", "--layers", "0,2", "--batch-size", "1", "--seed", "7", "--text", "mine.txt")
-    settings = ("--set", "value.steps=3", "--set", "preserve=40", "--set", "contexts=2")
+    settings = ("--set", "value.steps=3", "--set", "preserve=40", "--set", "contexts=2", "--no-retry")
     assert run("apply", "facts.jsonl", "--model", model, *options, *settings, "--out", "p").status == 0
     (done,) = json.loads(Path("p/manifest.json").read_text())["history"]
     assert done["method"] == "memit"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -343,12 +342,16 @@ def test_search_answers_as_one_types(chromium: Browser, tmp_path: Path, manifest
     count = "document.querySelector('#count').textContent"
     assert page.run(count) == "1,000 of 1,000 facts, 112 of which do not hold"
     page.run("document.querySelector('#words').focus()")
-    began = time.perf_counter()
     page.type("person 77")
-    assert time.perf_counter() - began < 5  # nine keys, each answered before the next one
     wanted = [number for number in range(1000) if "77" in str(number)]
     assert page.run(count).startswith(f"{len(wanted)} of 1,000 facts")
     assert page.run("document.querySelectorAll('.fact').length") == len(wanted)
+    timed = """[1, 2, 3, 4, 5].map(() => {
+        const began = performance.now();
+        document.querySelector('#words').dispatchEvent(new Event('input'));
+        return performance.now() - began;
+    })"""
+    assert min(page.run(timed)) < 200  # milliseconds, of the key that was disturbed least
     lost = [number for number in wanted if number % 9 == 0]
     classes = page.run("[...document.querySelectorAll('.fact')].map((each) => each.className)")
     assert classes == ["fact lost"] * len(lost) + ["fact held"] * (len(wanted) - len(lost))
