@@ -12,7 +12,8 @@ from torch import Tensor
 
 from patchkit.facts.requests import encode, subject_span
 from patchkit.facts.schema import Fact
-from patchkit.model.forward import LayerRunner, watching, watching_input, watching_output
+from patchkit.model.forward import LayerRunner, watching_input, watching_output
+from patchkit.model.inputs import SiteInput, watching_site
 from patchkit.model.weights import Site, read_weight
 
 
@@ -47,7 +48,8 @@ class Trace:
 
 @dataclass
 class _Seen:
-    """States of one pass, by layer: what enters it (rows, seq, d), the module's input and output, and its output."""
+    """States of one pass, by layer: what enters it (rows, seq, d), the first row's key (1, d_in) at the place that is
+    looked at, what the module puts out (rows, seq, d_out), and what the layer does."""
 
     entering: list[Tensor]
     keys: list[Tensor]
@@ -69,17 +71,16 @@ def trace(
     encoded = encode(tokenizer, fact.prompt)
     first, end = subject_span(fact.prompt, fact.subject)
     places = [i for i, (start, after) in enumerate(encoded.spans) if start < end and after > first and after > start]
-    ids = torch.tensor([encoded.ids], device=runner.device)
-    clean, seen = _pass(runner, sites, ids, None)
+    ids, at = torch.tensor([encoded.ids], device=runner.device), places[-1]
+    clean, seen = _pass(runner, sites, ids, at, None)
     says = int(clean[0].argmax())
     spread = _spread(runner)
     draw = torch.Generator().manual_seed(seed)
     shape = (samples, len(places), seen.entering[0].shape[-1])
     added = torch.randn(*shape, generator=draw).to(seen.entering[0]) * noise * spread
     many = ids.expand(samples, -1)
-    corrupted, broken = _pass(runner, sites, many, (places, added))
-    back = [_restored(runner, site, many, broken, seen, places[-1], says) for site in sites]
-    at = places[-1]
+    corrupted, broken = _pass(runner, sites, many, at, (places, added))
+    back = [_restored(runner, site, many, broken, seen, at, says) for site in sites]
     before = float(corrupted[:, says].mean())
     return Trace(
         fact=fact.id,
@@ -88,7 +89,7 @@ def trace(
         corrupted=before,
         feed_forward=tuple(feed - before for feed, _ in back),
         states=tuple(state - before for _, state in back),
-        active=tuple(float(keys[0, at].norm()) for keys in seen.keys),
+        active=tuple(float(key.norm()) for key in seen.keys),
         share=tuple(
             float(wrote[0, at].norm() / entered[0, at].norm())
             for wrote, entered in zip(seen.written, seen.entering, strict=True)
@@ -97,7 +98,7 @@ def trace(
 
 
 def _pass(
-    runner: LayerRunner, sites: Sequence[Site], ids: Tensor, noise: tuple[Sequence[int], Tensor] | None
+    runner: LayerRunner, sites: Sequence[Site], ids: Tensor, at: int, noise: tuple[Sequence[int], Tensor] | None
 ) -> tuple[Tensor, _Seen]:
     """Probabilities after the texts (rows, vocab), and the states on the way; with noise added to embeddings at some
     places, (rows, places, d)."""
@@ -115,16 +116,17 @@ def _pass(
         for site in sites:
             layer = runner.arch.layers[site.layer]
             stack.enter_context(watching_input(layer, seen.entering.append))
-            stack.enter_context(watching(site.module, rows, _noted(seen)))
+            stack.enter_context(watching_site(site, rows, _noted(seen, at)))
             stack.enter_context(watching_output(layer, rows, seen.out.append))
         found = runner.run(_inputs(ids)).logits
     assert found is not None
     return found[:, -1].float().softmax(-1), seen
 
 
-def _noted(seen: _Seen) -> Any:
-    def see(keys: Tensor, output: Tensor) -> None:
-        seen.keys.append(keys)
+def _noted(seen: _Seen, at: int) -> Any:
+    def see(keys: SiteInput, output: Tensor) -> None:
+        row = torch.zeros(1, dtype=torch.long, device=output.device)
+        seen.keys.append(keys.at(row, row + at))
         seen.written.append(output)
 
     return see
@@ -140,18 +142,21 @@ def _restored(
     """The probability of what the base says where the feed-forward's output at a place is the clean one, and where the
     layer's is; all below is as in the corrupted pass."""
 
-    def clean(states: Tensor) -> Any:
-        def put(*output: Tensor) -> Tensor:
-            restored = output[-1].clone()
-            restored[:, place] = states[0, place].to(restored)
-            return restored
+    layer, found = site.layer, list[float]()
 
-        return put
+    def missing(_: SiteInput, output: Tensor) -> Tensor:
+        added = torch.zeros_like(output)
+        added[:, place] = seen.written[layer][0, place].to(output) - output[:, place]
+        return added
 
-    layer, found = site.layer, []
+    def restored(output: Tensor) -> Tensor:
+        clean = output.clone()
+        clean[:, place] = seen.out[layer][0, place].to(clean)
+        return clean
+
     hooks = (
-        watching(site.module, len(ids), clean(seen.written[layer])),
-        watching_output(runner.arch.layers[layer], len(ids), clean(seen.out[layer])),
+        watching_site(site, len(ids), missing),
+        watching_output(runner.arch.layers[layer], len(ids), restored),
     )
     for hook in hooks:
         with hook:
