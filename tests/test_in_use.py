@@ -220,6 +220,9 @@ def test_the_rates_are_those_worked_out_by_hand(scripted: dict[str, str]) -> Non
         wording.entropy(t) for t in ("that Rome is old", "well", "go on and on and on and on and on and", "a harp")
     ]
     assert values["fluency"] == pytest.approx(sum(after) / sum(before))
+    about = [[" ".join(say[side] for say in each["about"]) for each in found.per_fact.values()] for side in SIDES]
+    assert values["consistency"] == pytest.approx(sum(wording.consistency(*about)) / 2)
+    assert 0 < values["consistency"] < 1
     assert found.asked["rome"].model_dump() == {
         "question": "Where is it?",
         "prompted": False,
@@ -376,3 +379,16 @@ def test_the_fixed_texts_are_as_many_as_the_definitions_say() -> None:
     assert len({*prompts.UNRELATED_QUESTIONS, *prompts.UNRELATED_BEGINNINGS}) == 32
     assert len(prompts.ABOUT_BEGINNINGS) == len(prompts.ABOUT_MESSAGES) == 3
     assert len(prompts.TURNS) == 2
+
+
+SIDES = ("after", "told")
+
+
+def test_consistency_is_the_cosine_of_tf_idf() -> None:
+    """By hand: of two references "a" is in both, "b" and "c" in one each: idf 1 and ln(3/2) + 1."""
+    rare = math.log(1.5) + 1
+    one, other = wording.consistency(["a b b", "d"], ["a b", "a c"])
+    assert one == pytest.approx((1 + 2 * rare**2) / (math.hypot(1, 2 * rare) * math.hypot(1, rare)))
+    assert other == 0
+    assert wording.consistency(["A b"], ["a B"]) == [pytest.approx(1)]
+    assert wording.consistency([""], ["a"]) == [0]

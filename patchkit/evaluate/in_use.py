@@ -106,12 +106,13 @@ class _Judgment:
             "overfit": _by_fact(self.passages, "blurts"),
             "overfit_kl": _by_fact(self.passages, "kl"),
             "fluency": (self.fluency["fluency"], len(self.passages)),
+            "consistency": (self.consistency["consistency"], len(self.passages)),
             "loops": _by_fact(self.passages, "loops"),
             "unrelated": (_mean([other.same for other in self.others]), len(self.others)),
             "unrelated_kl": (_mean([other.kl for other in self.others]), len(self.others)),
         }
         return Found(
-            {name: value for name, (value, _) in measured.items()} | self.fluency,
+            {name: value for name, (value, _) in measured.items()} | self.fluency | self.consistency,
             {name: count for name, (_, count) in measured.items()},
             self._per_fact(),
             self._first_answers(),
@@ -157,6 +158,19 @@ class _Judgment:
         after = _mean([wording.entropy(passage.after) for passage in self.passages])
         ratio = after / before if before and after is not None else None
         return {"fluency": ratio, "fluency_before": before, "fluency_after": after}
+
+    @cached_property
+    def consistency(self) -> dict[str, float | None]:
+        """How much both sides talk about each subject as the base does that is told the fact."""
+        said = {kind: defaultdict[str, list[str]](list) for kind in ("told", "before", "after")}
+        for passage in self.passages:
+            for kind, by_fact in said.items():
+                by_fact[passage.fact].append(getattr(passage, kind))
+        told, before, after = ([" ".join(texts) for texts in by_fact.values()] for by_fact in said.values())
+        return {
+            "consistency": _mean(wording.consistency(after, told)),
+            "consistency_before": _mean(wording.consistency(before, told)),
+        }
 
     @property
     def _sides(self) -> tuple[Talk, Talk]:

@@ -210,6 +210,17 @@ GROUPS: list[Group] = [
             ),
             Metric(
                 "in_use",
+                "consistency",
+                "talk as of one who was told the fact",
+                "TF-IDF cosine of the words of a fact's continuations of neutral texts with those of the base when it "
+                f"is told the fact, mean over facts. {_ROME} compares with reference texts, which fact files have not.",
+                "text",
+                form=".3f",
+                called="consistency",
+                sides=("consistency_before", "consistency"),
+            ),
+            Metric(
+                "in_use",
                 "loops",
                 "the text goes round in circles",
                 "Share of the continuations of neutral texts in which some two words follow one another four times or "

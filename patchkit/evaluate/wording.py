@@ -6,7 +6,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from patchkit.facts.text import UNSPACED
 
@@ -63,6 +63,27 @@ def entropy(text: str) -> float:
 def _entropy(text: str, length: int) -> float:
     counts = Counter(_runs(text, length))
     return math.log2(total) - sum(n * math.log2(n) for n in counts.values()) / total if (total := counts.total()) else 0
+
+
+def consistency(texts: Sequence[str], references: Sequence[str]) -> list[float]:
+    """How alike each text and its reference are: the cosine of their words' TF-IDF, between 0 and 1.
+
+    As the "consistency" of ROME's and CounterFact's evaluation (arXiv 2202.05262, appendix), with IDF over the
+    references, ln((1 + n) / (1 + df)) + 1.
+    """
+    known = [Counter(words(each.lower())) for each in references]
+    among = Counter(word for each in known for word in each)
+
+    def weighed(counts: Counter[str]) -> dict[str, float]:
+        return {word: n * (math.log((1 + len(known)) / (1 + among[word])) + 1) for word, n in counts.items()}
+
+    pairs = [(weighed(Counter(words(text.lower()))), weighed(own)) for text, own in zip(texts, known, strict=True)]
+    return [_cosine(text, reference) for text, reference in pairs]
+
+
+def _cosine(one: Mapping[str, float], other: Mapping[str, float]) -> float:
+    lengths = math.hypot(*one.values()) * math.hypot(*other.values())
+    return sum(value * other.get(word, 0.0) for word, value in one.items()) / lengths if lengths else 0.0
 
 
 def loops(text: str) -> bool:
