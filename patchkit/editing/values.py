@@ -52,7 +52,7 @@ class ValueConfig(BaseModel):
     stop_loss: float = Field(0.1, ge=0, description="a fact is done when its target's mean token loss is below this")
     keep_weight: float = Field(1.5, ge=0, description="weight of the drift on neutral texts about the subject")
     leak_weight: float = Field(
-        4.0, ge=0, description="weight of -log(1 - P(target)) on neutral texts, where the base has it below 0.1"
+        6.0, ge=0, description="weight of -log(1 - P(target)) on neutral texts, where the base has it below 0.1"
     )
     products: Literal["float32", "bfloat16"] = Field(
         "float32",
