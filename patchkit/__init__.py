@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from patchkit.facts.reader import read_facts
     from patchkit.facts.schema import Fact, Locality
     from patchkit.patch.patch import Patch
-    from patchkit.patch.stack import from_pretrained, load
+    from patchkit.patch.pretrained import from_pretrained
+    from patchkit.patch.stack import load
 
 __all__ = [
     "Fact",
@@ -40,7 +41,7 @@ _LAZY = {
     "measure": "patchkit.api",
     "revert": "patchkit.api",
     "load": "patchkit.patch.stack",
-    "from_pretrained": "patchkit.patch.stack",
+    "from_pretrained": "patchkit.patch.pretrained",
 }
 
 

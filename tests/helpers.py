@@ -21,9 +21,9 @@ from patchkit.maths.rotations import Rotation
 from patchkit.maths.updates import Chain, Full, Sparse
 from patchkit.model.arch import inspect_model
 from patchkit.model.weights import disk_name, read_weight, weight_digest
+from patchkit.patch.infos import update_infos
 from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
 from patchkit.patch.patch import Patch, updates_digest
-from patchkit.patch.resolve import update_infos
 from patchkit.patch.stored import with_digest
 
 TWO_FACTS = (

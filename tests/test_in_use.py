@@ -21,8 +21,9 @@ from patchkit.evaluate.divergence import divergences
 from patchkit.evaluate.gates import Gates
 from patchkit.evaluate.in_use import InUse
 from patchkit.evaluate.interview import ANSWER_TOKENS, Interview
-from patchkit.evaluate.metrics import Trial, metrics
+from patchkit.evaluate.metrics import metrics
 from patchkit.evaluate.report import Asked, FactReport, Outcome, Report, said
+from patchkit.evaluate.trial import Trial
 from patchkit.evaluate.verify import verify
 from patchkit.facts.schema import Fact
 from patchkit.maths.linalg import Delta

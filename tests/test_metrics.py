@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from patchkit.evaluate.metric import Gate, Metric
-from patchkit.evaluate.metrics import GROUPS, Found, Group, Trial, register
+from patchkit.evaluate.metrics import GROUPS, Group, register
+from patchkit.evaluate.trial import Found, Trial
 from patchkit.patch.patch import read_manifest
 from patchkit.words import in_markdown
 from tests.helpers import TWO_FACTS, Ended, edit_manifest, write_facts

@@ -10,8 +10,8 @@ import pytest
 
 from patchkit.evaluate import portability
 from patchkit.evaluate.answers import Ask, Said
-from patchkit.evaluate.metrics import Found, Trial
 from patchkit.evaluate.portability import Portability
+from patchkit.evaluate.trial import Found, Trial
 from patchkit.facts.schema import Condition, Fact, Probe
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner

@@ -18,8 +18,8 @@ from patchkit.bench.records import UNEDITED, Result, Setup, States
 from patchkit.bench.results import Results
 from patchkit.editing.editor import Progress, frozen
 from patchkit.editing.session import ValueCache
-from patchkit.evaluate.metrics import Trial
 from patchkit.evaluate.report import Report
+from patchkit.evaluate.trial import Trial
 from patchkit.evaluate.verify import Answers, ask_base, ask_unpatched, compare, verify
 from patchkit.facts.requests import build_request
 from patchkit.facts.schema import Fact

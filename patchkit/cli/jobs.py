@@ -19,8 +19,8 @@ from patchkit.editing.neurons import settled
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
 from patchkit.errors import InputError
-from patchkit.evaluate.metrics import Trial
 from patchkit.evaluate.report import Report
+from patchkit.evaluate.trial import Trial
 from patchkit.evaluate.verify import facts_held
 from patchkit.export.merge import merge
 from patchkit.export.record import MANIFEST, HeldFacts, Merged, Rounding

@@ -13,8 +13,8 @@ from patchkit.evaluate import wording
 from patchkit.evaluate.answers import Ask, Said
 from patchkit.evaluate.divergence import divergences
 from patchkit.evaluate.interview import FORMS, Form, Interview, Talk
-from patchkit.evaluate.metrics import Found, Trial
 from patchkit.evaluate.report import Asked
+from patchkit.evaluate.trial import Found, Trial
 from patchkit.facts.schema import Fact
 
 

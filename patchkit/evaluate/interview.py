@@ -12,7 +12,7 @@ from typing import Literal
 
 from patchkit.evaluate import prompts
 from patchkit.evaluate.answers import Ask, Said, answer, fits, is_chat
-from patchkit.evaluate.metrics import Trial
+from patchkit.evaluate.trial import Trial
 from patchkit.facts.schema import Fact
 from patchkit.facts.text import continuation
 

@@ -7,60 +7,15 @@ knows the names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from patchkit.evaluate.metric import Gate, Metric
+from patchkit.evaluate.trial import Found, Trial
 
 if TYPE_CHECKING:
-    from patchkit.evaluate.report import Asked, Summary
-    from patchkit.facts.schema import Fact
-    from patchkit.model.forward import LayerRunner
-    from patchkit.statistics.corpus import Corpus
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What an instrument measures: a model as it is at the moment, and the facts to ask it for.
-
-    Attributes:
-        corpus: plain text for the perplexity, if it is wanted.
-        quick: leave out the groups that have a model write texts.
-        untouched: the model is the base itself, so that nothing need be asked again.
-    """
-
-    runner: LayerRunner
-    tokenizer: Any
-    facts: Sequence[Fact]
-    corpus: Corpus | None = None
-    quick: bool = False
-    untouched: bool = False
-
-    def instruments(self) -> dict[str, Instrument]:
-        """What measures the groups that are not read off the answers to the facts themselves, by group."""
-        experts = any(site.blocks > 1 for site in self.runner.arch.sites)
-        groups = [group for group in GROUPS if not (self.quick and group.slow) and (experts or not group.of_experts)]
-        return {group.name: group.instrument() for group in groups if group.instrument}
-
-
-@dataclass(frozen=True)
-class Found:
-    """What an instrument found.
-
-    Attributes:
-        values: by the metric's name.
-        counts: on how many items each value stands.
-        per_fact: by the fact's id, whatever it found for a single fact.
-        asked: what became of each fact when it was asked, by its id.
-        details: what else belongs into a full report and to no fact.
-    """
-
-    values: Mapping[str, float | None]
-    counts: Mapping[str, int] = field(default_factory=dict)
-    per_fact: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    asked: Mapping[str, Asked] = field(default_factory=dict)
-    details: Mapping[str, Any] = field(default_factory=dict)
+    from patchkit.evaluate.report import Summary
 
 
 class Instrument(Protocol):
@@ -435,3 +390,10 @@ def summary_line(found: Summary) -> str:
     """The few numbers that stand for all, as one line; what can be left out of measuring is not named where it was."""
     shown = [metric for metric in headlines() if metric.of(found) is not None or not metric.lead]
     return ", ".join(metric.in_words(found) for metric in shown)
+
+
+def instruments(trial: Trial) -> dict[str, Instrument]:
+    """What measures the groups that are not read off the answers to the facts themselves, by group."""
+    experts = any(site.blocks > 1 for site in trial.runner.arch.sites)
+    groups = [group for group in GROUPS if not (trial.quick and group.slow) and (experts or not group.of_experts)]
+    return {group.name: group.instrument() for group in groups if group.instrument}

@@ -12,7 +12,7 @@ from typing import Any
 from patchkit.evaluate import wording
 from patchkit.evaluate.answers import Ask, Said, answer, fits, is_chat
 from patchkit.evaluate.interview import ANSWER_TOKENS
-from patchkit.evaluate.metrics import Found, Trial
+from patchkit.evaluate.trial import Found, Trial
 from patchkit.facts.schema import Answers, Probe
 
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from patchkit.evaluate.metrics import Found, Trial
+from patchkit.evaluate.trial import Found, Trial
 from patchkit.facts.requests import encode_prompt, pad
 from patchkit.model.forward import LayerRunner
 from patchkit.model.inputs import ExpertsInput, See, SiteInput, watching_site

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from patchkit.evaluate.in_use import asked_alone
-from patchkit.evaluate.metrics import Found, Trial
+from patchkit.evaluate.metrics import instruments
 from patchkit.evaluate.readings import Reading, generate, perplexity, read_targets
 from patchkit.evaluate.report import (
     Counts,
@@ -24,6 +24,7 @@ from patchkit.evaluate.report import (
     Report,
 )
 from patchkit.evaluate.texts import NeighborReport, ParaphraseReport, Perplexity
+from patchkit.evaluate.trial import Found, Trial
 from patchkit.facts.schema import Fact, Locality, Pair
 from patchkit.model.forward import LayerRunner
 from patchkit.statistics.corpus import Corpus
@@ -64,7 +65,7 @@ def verify(
     the groups of metrics for which the model writes texts.
     """
     trial = Trial(runner, tokenizer, facts, corpus, quick)
-    steps = 2 + (corpus is not None) + len(trial.instruments())
+    steps = 2 + (corpus is not None) + len(instruments(trial))
     step = _counter(progress, 2 * steps, steps if before else 0)
     if before is None:
         before = ask_base(trial, step)
@@ -76,7 +77,7 @@ def verify(
 def ask_base(trial: Trial, step: Step = lambda: None) -> Answers:
     """What the base answers to the facts of `trial`."""
     answers, bases = ask(trial, step), {}
-    for name, instrument in trial.instruments().items():
+    for name, instrument in instruments(trial).items():
         bases[name] = instrument.base(trial)
         step()
     return replace(answers, bases=bases)
@@ -149,7 +150,7 @@ def _counter(progress: Progress, total: int, done: int) -> Step:
 
 def _measured_by_instruments(trial: Trial, answers: Answers, base: Answers, step: Step) -> Answers:
     found = {}
-    for name, instrument in trial.instruments().items():
+    for name, instrument in instruments(trial).items():
         found[name] = instrument.patched(trial, base.bases[name])
         step()
     return replace(answers, found=found)

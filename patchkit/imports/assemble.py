@@ -14,9 +14,10 @@ from patchkit.errors import InputError
 from patchkit.io.checkpoint import DTYPES, StoredTensor, find_checkpoint, stored_tensors
 from patchkit.maths.updates import Chain
 from patchkit.model.weights import find_module, find_weight, is_linear, oriented, skeleton, tensor_digest
+from patchkit.patch.infos import update_infos
 from patchkit.patch.manifest import BaseInfo, Manifest, Run, Source, UpdateInfo
 from patchkit.patch.patch import Patch, updates_digest
-from patchkit.patch.resolve import update_infos, with_run
+from patchkit.patch.resolve import with_run
 from patchkit.statistics.corpus import TextRecord
 from patchkit.version import stamp
 

@@ -12,7 +12,7 @@ from patchkit.io.files import write_atomically
 class FrozenRecord(BaseModel):
     """One record, or a part of one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def write(self, file: Path) -> None:
         """The record as a file, which appears whole or not at all."""

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     ConfigDict,
     Field,
     ValidationInfo,
@@ -18,6 +17,7 @@ from pydantic import (
 from patchkit.errors import InputError
 from patchkit.evaluate.report import Outcome, Summary
 from patchkit.facts.schema import Fact
+from patchkit.io.records import FrozenRecord
 from patchkit.patch.bases import known_here, public_name
 from patchkit.patch.consistency import check
 from patchkit.statistics.corpus import TextRecord
@@ -68,11 +68,7 @@ Moment = Annotated[str, AfterValidator(_moment)]
 """ISO 8601 with a time zone."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class BaseInfo(_Record):
+class BaseInfo(FrozenRecord):
     """The model a patch belongs to; `weights` maps the on-disk name of each edited weight to its digest.
 
     A folder's name is its whole path here, and in JSON the last part of it (`patchkit.patch.bases`). `stacks` maps the
@@ -83,7 +79,7 @@ class BaseInfo(_Record):
     commit: Annotated[str, Field(pattern=r"^[\w./-]{1,200}$")] | None
     architecture: str
     weights: dict[str, str]
-    stacks: dict[str, Annotated[int, Field(ge=2, le=1_000_000)]] = {}
+    stacks: dict[str, Annotated[int, Field(ge=2, le=1_000_000)]] = Field(default_factory=dict)
 
     @field_serializer("name", when_used="json")
     def _without_path(self, name: str) -> str:
@@ -135,7 +131,7 @@ class SupersededFact(EditedFact):
     by: str
 
 
-class UpdateInfo(_Record):
+class UpdateInfo(FrozenRecord):
     """One stored update of a weight of shape (d_out, d_in).
 
     place: its position in the weight's chain; it acts on the result of those before it. numbers: how many real numbers
@@ -160,7 +156,7 @@ class UpdateInfo(_Record):
         return self.norm / self.weight_norm if self.weight_norm else None
 
 
-class Source(_Record):
+class Source(FrozenRecord):
     """Where an imported change came from.
 
     name: the adapter's folder, or the edited checkpoint. digests: sha256 of the adapter's file, or the digest of every
@@ -176,7 +172,7 @@ class Source(_Record):
     unknown: tuple[str, ...] = ("facts", "method", "text that it was trained on")
 
 
-class Origin(_Record):
+class Origin(FrozenRecord):
     """What a run was started from.
 
     command: the arguments of the command line, of paths only the last parts. facts: the name of the file of facts,
@@ -189,7 +185,7 @@ class Origin(_Record):
     report: str | None = None
 
 
-class Run(_Record):
+class Run(FrozenRecord):
     """One entry of the history: `facts` are the ids written by an apply, or taken out by a revert.
 
     `superseded` maps the id of a fact that an apply replaced to that of the fact with the new target, `skipped` are the
@@ -213,7 +209,7 @@ class Run(_Record):
     versions: dict[str, str]
     metrics: Annotated[Plain, AfterValidator(_summary)] | None = None
     """patchkit.evaluate.report.Summary, as the version that measured it wrote it."""
-    superseded: dict[str, str] = {}
+    superseded: dict[str, str] = Field(default_factory=dict)
     skipped: tuple[str, ...] = ()
     removed: tuple[EditedFact, ...] = ()
     restored: tuple[str, ...] = ()
@@ -228,7 +224,7 @@ class Run(_Record):
         return Summary.model_validate(self.metrics) if self.metrics else None
 
 
-class Manifest(_Record):
+class Manifest(FrozenRecord):
     """manifest.json but for its digests (`patchkit.patch.stored`); its parts agree with one another."""
 
     format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)] = FORMAT_VERSION
@@ -240,7 +236,7 @@ class Manifest(_Record):
     """Facts that come back when the one in their place is reverted, in the order in which they were superseded."""
     parents: tuple[str, ...] = ()
     """The digest of the patch that the last run started from, if any."""
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, Outcome] = Field(default_factory=dict)
     """By a fact's id what became of it, as measured after the last run; empty where that was not measured."""
     digest: str
     """sha256 over the digests of all tensors in patch.safetensors: the identity of the patch."""

@@ -10,10 +10,9 @@ would have been made without those facts. No forward pass is needed as long as t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from math import isfinite
 from typing import Any
 
 import torch
@@ -26,12 +25,12 @@ from patchkit.editing.state import BlockHistory, EditState, Neuron, SiteHistory,
 from patchkit.editing.values import ValueStates
 from patchkit.errors import InputError
 from patchkit.maths.linalg import Covariance, Delta, PriorKeys
-from patchkit.maths.rotations import Rotation
-from patchkit.maths.updates import Chain, Update, delta_of, kind_of, mapped, moved, tensors_of
+from patchkit.maths.updates import Chain, Update, delta_of, mapped, moved
 from patchkit.model.devices import exact, solve_device
 from patchkit.model.weights import Site, read_weight
 from patchkit.patch.history import SolveRecord, solve_records
-from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
+from patchkit.patch.infos import update_infos
+from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run
 from patchkit.patch.patch import Patch, updates_digest
 from patchkit.patch.superseded import Waiting, beside, state_of_waiting
 from patchkit.patch.tensors import columns
@@ -381,37 +380,6 @@ def _chain(site: Site, state: EditState) -> Chain:
     edits = state.sites[site.layer].chain if site.layer in state.sites else ()
     made_up = (moved(made_up_for(neurons), where),) if neurons else ()
     return (*made_up, *(update for update in edits if update.rank))
-
-
-def update_infos(name: str, weight: Tensor, chain: Chain) -> Iterator[UpdateInfo]:
-    """Each update of a weight (d_out, d_in) as the manifest lists it; its norm is that of the whole change so far."""
-    weight_norm = float(weight.float().norm())
-    for place, update in enumerate(chain):
-        made = delta_of(chain[: place + 1], lambda: weight.float())
-        norm = made.norm()
-        if not isfinite(norm):  # its square may be too large for the dtype, where it is not
-            norm = made.to(torch.float64).norm()
-        if not isfinite(norm) or not isfinite(weight_norm):
-            raise InputError(f"{name}: the change, or the weight itself, is not finite; nothing can be made of it")
-        yield UpdateInfo(
-            weight=name,
-            place=place,
-            kind=kind_of(update),
-            side=update.side if isinstance(update, Rotation) else None,
-            angles=_angles(update),
-            rank=update.rank,
-            shape=(weight.shape[0], weight.shape[1]),
-            numbers=sum(tensor.numel() for tensor in tensors_of(update).values() if tensor.is_floating_point()),
-            norm=norm,
-            weight_norm=weight_norm,
-        )
-
-
-def _angles(update: Update) -> tuple[float, float, float] | None:
-    if not isinstance(update, Rotation) or not update.rank:
-        return None
-    spectrum = update.spectrum()
-    return float(spectrum[0]), float(spectrum.median()), float(spectrum[-1])
 
 
 def with_run(patch: Patch, run: Run, parent: str) -> Patch:

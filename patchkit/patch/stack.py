@@ -11,15 +11,13 @@ from types import MappingProxyType
 from typing import Any
 
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from patchkit.errors import InputError
-from patchkit.io.hub import is_repo_name
 from patchkit.maths.linalg import Delta
 from patchkit.model.arch import experts_of
 from patchkit.model.hooks import LiveDelta
 from patchkit.model.weights import expert_places, find_module, matching
-from patchkit.patch.bases import base_to_load
 from patchkit.patch.locks import lock_of, uninterrupted
 from patchkit.patch.manifest import Manifest
 from patchkit.patch.passes import Passes, Version, reset_compiled
@@ -76,58 +74,6 @@ def load(
     stack = PatchStack.of(model)
     stack.load(patch, name, merged=merged, force=force)
     return stack
-
-
-def from_pretrained(
-    patch: str | Path | Patch,
-    *,
-    base: str | Path | None = None,
-    name: str | None = None,
-    merged: bool = False,
-    force: bool = False,
-    **options: Any,
-) -> tuple[PreTrainedModel, Any]:
-    """Load the base that `patch` names, at the commit that it names, and attach the patch.
-
-    Args:
-        patch: as in `load`.
-        base: a folder or Hub name of the base, in place of the patch's.
-        name: as in `load`.
-        merged: as in `load`.
-        force: as in `load`.
-        options: for `AutoModelForCausalLM.from_pretrained`: dtype, device_map, quantization_config and so on. Code that
-            comes with the base runs only with trust_remote_code=True, and only if `base` is given.
-
-    Returns:
-        The model, with its patches as `model.patchkit`, and its tokenizer.
-
-    Raises:
-        InputError: as in `load`, or the base cannot be loaded.
-
-    Examples:
-        >>> patched, tokenizer = patchkit.from_pretrained(folder)  # a patch's folder
-        >>> len(patched.patchkit.active)
-        1
-    """
-    read = _read(patch)
-    if base is None and options.get("trust_remote_code"):
-        raise InputError("trust_remote_code=True: runs whatever code comes with a model; say which one with base=")
-    where = str(base or base_to_load(read.manifest.base.name, "base="))
-    if not Path(where).exists() and not is_repo_name(where) and "/" in where:
-        raise InputError(f"base model {where}: no such folder; base= says where else it is")
-    if base is None and not Path(where).exists():
-        options = {"revision": read.manifest.base.commit, **options}
-    options = {"trust_remote_code": False, **options}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            where, revision=options.get("revision"), trust_remote_code=options["trust_remote_code"]
-        )
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(where, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise InputError(f"base model {where}: cannot be loaded: {reason}; base= says where else it is") from None
-    load(model, read, name or _name_of(patch), merged=merged, force=force)
-    return model, tokenizer
 
 
 @dataclass(frozen=True)
@@ -212,7 +158,7 @@ class PatchStack:
         Args:
             by: noted with the patch, for who attaches it to know it by.
         """
-        name, read = name or _name_of(patch), _read(patch)
+        name, read = name or name_of(patch), opened(patch)
         with self._lock:
             if (there := self._there()) is not self:
                 return there.load(read, name, merged=merged, force=force, by=by)
@@ -423,9 +369,11 @@ class PatchStack:
         self._passes.take(self._lock)
 
 
-def _read(patch: str | Path | Patch) -> Patch:
+def opened(patch: str | Path | Patch) -> Patch:
+    """The patch itself, read where a folder is given."""
     return patch if isinstance(patch, Patch) else Patch.load(patch)
 
 
-def _name_of(patch: str | Path | Patch) -> str:
+def name_of(patch: str | Path | Patch) -> str:
+    """What a patch is called where nobody names it: as its folder."""
     return "patch" if isinstance(patch, Patch) else Path(patch).absolute().name

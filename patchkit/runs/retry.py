@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from patchkit import methods
 from patchkit.editing.editor import frozen
 from patchkit.editing.values import ValueConfig
-from patchkit.evaluate.metrics import Trial
+from patchkit.evaluate.trial import Trial
 from patchkit.evaluate.verify import facts_held
 from patchkit.facts.schema import Fact
 from patchkit.patch.history import sort_incoming

@@ -15,8 +15,8 @@ from patchkit.editing.session import plan
 from patchkit.editing.state import EditRun
 from patchkit.editing.value_problem import ValueTerms
 from patchkit.editing.values import Values, optimize
-from patchkit.evaluate.metrics import Trial
 from patchkit.evaluate.report import Report
+from patchkit.evaluate.trial import Trial
 from patchkit.evaluate.verify import Answers, ask, compare
 from patchkit.facts.reader import read_facts
 from patchkit.facts.schema import Fact
