@@ -134,7 +134,8 @@ def test_in_use(options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pyt
     row = "memit:prompts=in-use,steps=2,layers=1-2"
     monkeypatch.setattr("sys.argv", ["benchmark", *chosen, "--row", row])
     in_use.main()
-    heading, _, found, *said = capsys.readouterr().out.splitlines()
+    asking, heading, _, found, *said = capsys.readouterr().out.splitlines()
+    assert asking.endswith("paraphrases ask for the fact")
     cells = dict(zip(heading.split(" | "), found.split(" | "), strict=True))
     assert cells["| row"] == f"| {row}"
     assert 0 <= float(cells["asked"]) <= 1

@@ -32,6 +32,9 @@ class PatchedModule:
     Its hook adds what `passes` says that the pass in its thread sees under the module's name.
     """
 
+    wants_kwargs = False
+    """Whether the hook is to have the module's keyword arguments."""
+
     def __init__(self, name: str, module: nn.Module, passes: Passes) -> None:
         self.name, self.module, self.passes = name, module, passes
         self._original: Tensor | None = None
@@ -52,16 +55,19 @@ class PatchedModule:
         if self._add in self.module._forward_hooks.values():
             return False
         # First, so that the user's own hooks see the patched output.
-        self.module.register_forward_hook(self._add, prepend=True, with_kwargs=True)
+        self.module.register_forward_hook(self._add, prepend=True, with_kwargs=self.wants_kwargs)
         return True
 
     def unhook(self) -> None:
         """Take the hook off."""
         remove_hook(self.module, self._add)
 
-    def _add(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def _add(self, module: nn.Module, args: tuple[Tensor, ...], *rest: Any) -> Tensor:
+        """The hook. While another thread puts it on or takes it off, torch may not know yet, or no more, that it is to
+        have the keyword arguments: `rest` is they and the output, or the output alone."""
+        output: Tensor = rest[-1]
         live = self.passes.acting().get(self.name)
-        return output if live is None else self._added(live, args, kwargs, output)
+        return output if live is None else self._added(live, args, rest[0] if len(rest) > 1 else {}, output)
 
     def _added(self, live: LiveDelta, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         return live.hook(self.module, args, output)
@@ -130,6 +136,8 @@ class PatchedModule:
 
 class PatchedExperts(PatchedModule):
     """A module of experts with the updates of the active patches on the output projections of some of them."""
+
+    wants_kwargs = True
 
     def __init__(self, experts: Experts, passes: Passes) -> None:
         super().__init__(experts.name, experts.module, passes)
