@@ -40,7 +40,7 @@ class EditConfig(BaseModel):
     layers: str = Field(
         "auto",
         max_length=2000,
-        description='layers to edit: "4-8", "4,6", or a share of the depth, "14%-27%"; auto: 55%-65% where subjects '
+        description='layers to edit: "4-8", "4,6", or a share of the depth, "14%-27%"; auto: 55%-60% where subjects '
         "get neurons of their own, else 14%-27%",
     )
     batch_size: int = Field(100, ge=1, le=MOST, description="facts solved for together; batches follow one another")
@@ -94,7 +94,7 @@ class EditConfig(BaseModel):
     @property
     def depth(self) -> str:
         """`layers`, or what auto stands for."""
-        by_itself = "55%-65%" if self.neurons == "on" else "14%-27%"
+        by_itself = "55%-60%" if self.neurons == "on" else "14%-27%"
         return by_itself if self.layers == "auto" else self.layers
 
     def digest(self) -> str:
