@@ -33,7 +33,7 @@ class Point:
     @property
     def color(self) -> str:
         """Red for edits in the ordinary key, green for the defaults, gray for what else was tried."""
-        return OLD if "neurons=off" in self.label else CHOSEN if self.label == "alphaedit" else OTHER
+        return OLD if "neurons=off" in self.label else CHOSEN if self.label == "alphaedit:layers=55%-65%" else OTHER
 
 
 def points() -> Iterator[Point]:
@@ -85,11 +85,15 @@ def drawn() -> Iterator[str]:
         circle = f'<circle cx="{x:.0f}" cy="{y:.0f}" r="7" fill="{fill}" stroke="{point.color}" stroke-width="3">'
         yield f"{circle}<title>{title}</title></circle>"
     for i, (color, words) in enumerate(
-        ((CHOSEN, "the default"), (OTHER, "other settings, with own neurons"), (OLD, "before: rows of other words"))
+        (
+            (CHOSEN, "the default, at 55-65 % of the depth"),
+            (OTHER, "other settings, with own neurons"),
+            (OLD, "before: rows of other words"),
+        )
     ):
-        yield f'<circle cx="{WIDTH - 300}" cy="{HEIGHT - 190 + 26 * i}" r="7" fill="{color}"/>'
-        yield text(WIDTH - 284, HEIGHT - 185 + 26 * i, words)
-    yield text(WIDTH - 306, HEIGHT - 107, "hollow: facts that were chosen on")
+        yield f'<circle cx="{WIDTH - 330}" cy="{HEIGHT - 190 + 26 * i}" r="7" fill="{color}"/>'
+        yield text(WIDTH - 314, HEIGHT - 185 + 26 * i, words)
+    yield text(WIDTH - 336, HEIGHT - 107, "hollow: facts that were chosen on")
     yield "</svg>"
 
 
