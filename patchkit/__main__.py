@@ -7,6 +7,8 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from patchkit.errors import CTRL_C
+
 if TYPE_CHECKING:
     from types import FrameType
 
@@ -23,12 +25,17 @@ def main() -> None:
         run()
     except KeyboardInterrupt:  # before the command line could say more of it, or while it said so
         _end()
+    except Exception:
+        if CTRL_C.is_set():  # what a compiled module makes of an interrupt while it is imported
+            _end()
+        raise
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to tell or to keep
 
 
 def _first(number: int, frame: FrameType | None) -> NoReturn:
     signal.signal(signal.SIGINT, lambda *_: _end())  # who asks twice does not want to wait for anything
+    CTRL_C.set()
     raise KeyboardInterrupt
 
 

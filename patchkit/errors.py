@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import Event
+
 
 class PatchkitError(Exception):
     """Anything patchkit refuses to do, in one line: what, where, what to do. The other errors are kinds of it.
@@ -44,6 +46,11 @@ class GateError(PatchkitError):
         ...     print(error)
         gate failed: perplexity ratio 1..., asked for at most 0.5
     """
+
+
+CTRL_C = Event()
+"""Set once Ctrl-C was pressed: compiled modules that are interrupted while they are imported raise errors of their own,
+which do not say what they came of."""
 
 
 class Interrupted(KeyboardInterrupt):

@@ -52,7 +52,7 @@ def planted(model: LlamaForCausalLM, layer: int, ids: Tensor, target: int) -> No
 
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_it_finds_the_layer_that_a_fact_was_planted_in(layer: int) -> None:
-    """In a random model of five layers, one of whose feed-forwards was made to write the fact's target."""
+    """In a random model of five layers, one of whose feed-forward layers was made to write the fact's target."""
     model, tokenizer = deep_llama(), zoo.tiny_tokenizer()
     fact = Fact(id="f", prompt="the friend of Ada Lovelace", subject="Ada Lovelace", target_new="Rome")
     planted(model, layer, tokenizer(fact.prompt, return_tensors="pt")["input_ids"], target=200)

@@ -232,6 +232,32 @@ def test_ctrl_c_while_importing_is_one_line(seconds: float, call: Command, tmp_p
     assert not list(tmp_path.glob("one-patch*"))
 
 
+def test_a_library_that_makes_an_error_of_its_own_of_ctrl_c(call: Command) -> None:
+    """As compiled modules do while they are imported: nothing in the error says what it came of."""
+    told = subprocess.run(
+        [sys.executable, "-c", SWALLOWED + STARTED, "apply", "one.jsonl"], capture_output=True, text=True
+    )
+    assert (told.returncode, told.stderr) == (130, "interrupted; the same command goes on where it stopped\n")
+
+
+SWALLOWED = """
+import os, signal, sys, time
+
+class Swallows:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name != "patchkit.cli.apply":
+            return None
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            pass
+        raise ImportError("numpy._core.multiarray failed to import")
+
+sys.meta_path.insert(0, Swallows)
+"""
+
 STARTED = """
 import patchkit.__main__ as program
 print("there", flush=True)

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import click
 
-from patchkit.errors import InputError, Interrupted, PatchkitError, shortage
+from patchkit.errors import CTRL_C, InputError, Interrupted, PatchkitError, shortage
 from patchkit.version import DISTRIBUTION
 from patchkit.words import visible
 
@@ -83,7 +83,7 @@ def main() -> None:
     except click.exceptions.Exit as ended:
         sys.exit(ended.exit_code)
     except (Exception, KeyboardInterrupt) as error:
-        if (interrupt := _interrupt_behind(error)) or isinstance(error, click.Abort):
+        if (interrupt := _interrupt_behind(error)) or isinstance(error, click.Abort) or _came_of_ctrl_c(error):
             more = str(interrupt) if isinstance(interrupt, Interrupted) else _how_to_go_on(arguments)
             click.echo(f"interrupted; {more}", err=True)
             sys.exit(130)
@@ -113,10 +113,16 @@ def _how_to_go_on(arguments: Sequence[str]) -> str:
 
 
 def _interrupt_behind(error: BaseException | None) -> BaseException | None:
-    """The Ctrl-C that it is or came of: some libraries make another error of one while they are imported."""
+    """The Ctrl-C that it is or was raised from: some libraries make another error of one while they are imported."""
     if error is None or isinstance(error, KeyboardInterrupt):
         return error
     return _interrupt_behind(error.__cause__ or error.__context__)
+
+
+def _came_of_ctrl_c(error: BaseException) -> bool:
+    """What a compiled module raised instead, with nothing of the interrupt in it: "numpy._core.multiarray failed to
+    import". Nothing else goes on after a Ctrl-C, so that an error nobody foresaw can have no other cause."""
+    return CTRL_C.is_set() and not isinstance(error, PatchkitError)
 
 
 def unforeseen(error: BaseException) -> str:

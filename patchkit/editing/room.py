@@ -263,13 +263,13 @@ def _drawn(likely: Tensor, draws: torch.Generator) -> Tensor:
     return likely.gather(1, label.clamp_max(likely.shape[-1] - 1)).squeeze(1)
 
 
-# --- what feed-forwards read ------------------------------------------------------------------------------------------
+# --- what feed-forward layers read -----------------------------------------------------------------------------------
 
 
 def _heard(
     runner: LayerRunner, opened: Mapping[int, Openers], text: Sequence[Sequence[int]]
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """By layer, moments and mean as in `Room` of what feed-forwards that are opened so read in the text's windows."""
+    """By layer, moments and mean as in `Room` of what feed-forward layers opened so read in the text's windows."""
     wanted = max(SAMPLE, *(4 * each.gate.d_in for each in opened.values()))
     some = text[:: max(1, sum(map(len, text)) // wanted)]
     found: dict[int, list[Tensor]] = {layer: [] for layer in opened}
@@ -285,8 +285,8 @@ def _heard(
 def reading(
     runner: LayerRunner, opened: Mapping[int, Openers], texts: Sequence[Sequence[int]]
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """By layer, what the feed-forwards read in texts of token ids, (texts, tokens, hidden), and where there are tokens,
-    (texts, tokens)."""
+    """By layer, what the feed-forward layers read in texts of token ids, (texts, tokens, hidden), and where there are
+    tokens, (texts, tokens)."""
     seen: dict[int, Tensor] = {}
 
     def note(layer: int, states: Tensor, output: Tensor) -> None:

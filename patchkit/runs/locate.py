@@ -103,8 +103,8 @@ def locate(
 
 
 def recommended(layers: Sequence[Layer]) -> str:
-    """Layers next to one another, as many as the default has, whose feed-forwards together bring most back. The last
-    layer is left out: what it writes comes too late for the tokens after the subject to read it."""
+    """Layers next to one another, as many as the default has, whose feed-forward parts together bring most back. The
+    last layer is left out: what it writes comes too late for the tokens after the subject to read it."""
     width = len(resolve_layers(load_recipe("alphaedit").depth, len(layers)))
     starts = range(max(1, len(layers) - width))
     best = max(starts, key=lambda first: sum(each.feed_forward for each in layers[first : first + width]))
