@@ -20,7 +20,8 @@ from patchkit.maths.linalg import Delta
 from patchkit.maths.rotations import Rotation
 from patchkit.maths.updates import Chain, Full, Sparse
 from patchkit.model.arch import inspect_model
-from patchkit.model.weights import disk_name, read_weight, weight_digest
+from patchkit.model.digests import weight_digest
+from patchkit.model.weights import disk_name, read_weight
 from patchkit.patch.infos import update_infos
 from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
 from patchkit.patch.patch import Patch, updates_digest

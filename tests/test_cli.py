@@ -639,7 +639,7 @@ def test_an_interrupt_ends_quietly(run: Command, model: Path, monkeypatch: pytes
     def interrupt(*args: object, **more: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("patchkit.cli.jobs.run", interrupt)
+    monkeypatch.setattr("patchkit.cli.applying.run", interrupt)
     ended = run("apply", "facts.jsonl", "--model", model)
     assert (ended.status, ended.out) == (130, "")
     assert ended.err.strip() == "interrupted; the same command goes on where it stopped"

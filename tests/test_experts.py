@@ -19,11 +19,12 @@ from patchkit.maths.rotations import Rotation
 from patchkit.maths.updates import Full, Sparse, delta_of
 from patchkit.methods import LayerProblem, get
 from patchkit.model.arch import Architecture, inspect_model
+from patchkit.model.digests import weight_digest
 from patchkit.model.experts import split_name
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import live_deltas
 from patchkit.model.inputs import SiteInput, watching_site
-from patchkit.model.weights import Site, expert_sites, read_weight, weight_digest, write_weight
+from patchkit.model.weights import Site, expert_sites, read_weight, write_weight
 from patchkit.statistics.corpus import PACKAGE_TEXT, read_corpus
 from patchkit.statistics.moments import FIRST, _of_experts, statistics
 from tests import zoo

@@ -143,7 +143,7 @@ def test_the_longest_names_and_the_folder_itself_are_right(call: Command, monkey
 def test_places_that_cannot_be_written_are_refused_before_the_work(
     name: str, call: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("patchkit.cli.jobs.apply_file", lambda *args, **options: pytest.fail("work was done"))
+    monkeypatch.setattr("patchkit.cli.applying.apply_file", lambda *args, **options: pytest.fail("work was done"))
     monkeypatch.setattr("patchkit.cli.jobs.merge_patches", lambda *args, **options: pytest.fail("work was done"))
     made(zoo.FAMILIES["llama"](), Path("blocked"))
     Path("blocked/state.safetensors").unlink()

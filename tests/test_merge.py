@@ -27,8 +27,8 @@ from patchkit.maths.linalg import Delta
 from patchkit.maths.rotations import Rotation
 from patchkit.maths.rounding import Feedback, RoundingMetric
 from patchkit.model.arch import inspect_model
+from patchkit.model.digests import tensor_digest
 from patchkit.model.forward import LayerRunner
-from patchkit.model.weights import tensor_digest
 from patchkit.patch.patch import Patch
 from patchkit.statistics.corpus import PACKAGE_TEXT, Corpus, read_corpus
 from patchkit.statistics.moments import digests_below, origin_of, statistics, tensors_of

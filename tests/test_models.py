@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 import patchkit
 from patchkit.errors import InputError
 from patchkit.model.arch import inspect_model
+from patchkit.model.digests import model_digest, tensor_digest
 from patchkit.model.finite import refuse_not_finite
 from patchkit.model.loading import choose_model, embedded_model, load_model
-from patchkit.model.weights import disk_name, model_digest, same_weight, tensor_digest
+from patchkit.model.weights import disk_name, same_weight
 from tests import zoo
 from tests.helpers import Command, edited_fact, random_patch, tree, write_facts
 

@@ -75,6 +75,25 @@ def test_the_architecture_page_has_the_folders_in_their_order() -> None:
     assert tuple(rows[1:]) == FLOW
 
 
+@pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(PACKAGE)) for file in FILES])
+def test_modules_and_functions_stay_small(file: Path) -> None:
+    """At most 400 lines and eight classes a module, and 50 lines a function below its signature and docstring."""
+    text = file.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    assert len(text.splitlines()) <= 400
+    assert sum(isinstance(node, ast.ClassDef) for node in tree.body) <= 8
+    long = {
+        node.name: lines for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and (lines := body(node)) > 50
+    }
+    assert long == {}
+
+
+def body(function: ast.FunctionDef) -> int:
+    """Lines of what a function does."""
+    rest = function.body[1:] if ast.get_docstring(function) else function.body
+    return (rest[-1].end_lineno or 0) - rest[0].lineno + 1 if rest else 0
+
+
 MATHS = [*(PACKAGE / "maths" / f"{name}.py" for name in ("linalg", "rotations", "updates"))]
 MATHS += sorted((PACKAGE / "methods").glob("*.py"))
 

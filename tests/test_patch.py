@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 import patchkit
 from patchkit import InputError, Patch
 from patchkit.model.arch import inspect_model
-from patchkit.model.weights import read_weight, weight_digest
+from patchkit.model.digests import weight_digest
+from patchkit.model.weights import read_weight
 from patchkit.statistics.corpus import PACKAGE_TEXT
 from tests import zoo
 from tests.helpers import edit_manifest

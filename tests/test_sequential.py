@@ -8,7 +8,7 @@ import pytest
 
 from patchkit.bench.records import Result
 from patchkit.bench.run import run_bench
-from patchkit.cli.jobs import ModelChoice
+from patchkit.model.loading import ModelChoice
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 METHODS = ("alphaedit", "memit", "rome", "mose-right")

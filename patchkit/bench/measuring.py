@@ -24,9 +24,10 @@ from patchkit.evaluate.verify import Answers, ask_base, ask_unpatched, compare, 
 from patchkit.facts.requests import build_request
 from patchkit.facts.schema import Fact
 from patchkit.model.arch import inspect_model
+from patchkit.model.digests import model_digest
 from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import LoadedModel
-from patchkit.model.weights import model_digest, stored_parameters
+from patchkit.model.weights import stored_parameters
 from patchkit.statistics.corpus import Corpus, default_text, read_corpus, window_of
 
 

@@ -33,7 +33,7 @@ from patchkit.evaluate.gates import Gates
 from patchkit.facts.typed import FORM
 
 if TYPE_CHECKING:
-    from patchkit.cli.jobs import Applied
+    from patchkit.cli.applying import Applied
     from patchkit.model.loading import LoadedModel
     from patchkit.runs.dry_run import PlannedRun
 
@@ -126,7 +126,7 @@ def command(
     A gate that does not hold makes the exit status 1, and nothing is merged or published; the patch is written all the
     same. --merge and --push ask for what the gates below say "to publish", unless told otherwise.
     """
-    from patchkit.cli.jobs import ApplyRequest, apply_file, dry_run
+    from patchkit.cli.applying import ApplyRequest, apply_file, dry_run
     from patchkit.runs.guard import Bounds
 
     overrides = (*overrides, *_settings(layers=layers, batch_size=batch_size, seed=seed))

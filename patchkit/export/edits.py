@@ -19,16 +19,9 @@ from patchkit.io.checkpoint import (
 )
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import delta_of
+from patchkit.model.digests import tensor_digest
 from patchkit.model.experts import slice_name, split_name
-from patchkit.model.weights import (
-    ExpertPlace,
-    find_expert,
-    find_module,
-    find_weight,
-    is_transposed,
-    skeleton,
-    tensor_digest,
-)
+from patchkit.model.weights import ExpertPlace, find_expert, find_module, find_weight, is_transposed, skeleton
 from patchkit.patch.patch import Patch
 
 _OTHER_MODEL = "the patch was made for another model"

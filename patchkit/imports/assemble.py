@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from patchkit.errors import InputError
 from patchkit.io.checkpoint import DTYPES, StoredTensor, find_checkpoint, stored_tensors
 from patchkit.maths.updates import Chain
-from patchkit.model.weights import find_module, find_weight, is_linear, oriented, skeleton, tensor_digest
+from patchkit.model.digests import tensor_digest
+from patchkit.model.weights import find_module, find_weight, is_linear, oriented, skeleton
 from patchkit.patch.infos import update_infos
 from patchkit.patch.manifest import BaseInfo, Manifest, Run, Source, UpdateInfo
 from patchkit.patch.patch import Patch, updates_digest

@@ -18,7 +18,8 @@ from patchkit.imports.assemble import Base, imported
 from patchkit.io.checkpoint import DTYPES
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import Chain, Full, Sparse
-from patchkit.model.weights import oriented, tensor_digest
+from patchkit.model.digests import tensor_digest
+from patchkit.model.weights import oriented
 from patchkit.patch.bases import public_argument
 from patchkit.patch.manifest import Source
 from patchkit.patch.patch import Patch

@@ -1,4 +1,4 @@
-"""Finding a weight by its name, on disk or in a module tree; reading it, writing it, and telling two apart by digest.
+"""Finding a weight by its name, on disk or in a module tree; reading it and writing it.
 
 A weight has up to three names: in the checkpoint's files, in the state dict, and in a model without its head. They
 differ in the wrappers in front. It may also lie as (d_out, d_in) or, in a Conv1D, transposed. Both are decided here.
@@ -6,7 +6,6 @@ differ in the wrappers in front. It may also lie as (d_out, d_in) or, in a Conv1
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -28,7 +27,6 @@ from patchkit.model.reference import source_of
 LINEAR = (nn.Linear, Conv1D)
 """The layers that multiply with a weight that patches can change; GPT-2's are Conv1Ds."""
 EDITABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_CHUNK = 1 << 21
 _MOST_MODULES = 10_000
 _PLACES = "_patchkit_expert_places"
 """What the names of experts are kept under in a tree without numbers, which nobody else has."""
@@ -378,37 +376,3 @@ def stored_parameters(model: nn.Module, prefix: str = "") -> Iterator[tuple[str,
     for name, _ in model.named_parameters(prefix):
         owner, _, own = name.removeprefix(f"{prefix}." if prefix else "").rpartition(".")
         yield name, partial(loaded, model.get_submodule(owner), own)
-
-
-# --- digests ----------------------------------------------------------------------------------------------------------
-
-
-def tensor_digest(name: str, tensor: Tensor) -> str:
-    """sha256 over name, dtype, shape and bytes, the same whatever dtype the weights were loaded in.
-
-    A bf16 checkpoint loaded in float32 holds the same numbers; so they are hashed in the first of bfloat16, float16,
-    float32 and their own dtype that holds them exactly.
-    """
-    chunks = tensor.detach().cpu().contiguous().view(-1).split(_CHUNK)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, tensor.dtype):
-        if dtype == tensor.dtype or all(torch.equal(chunk.to(dtype).to(tensor.dtype), chunk) for chunk in chunks):
-            break
-    digest = hashlib.sha256(f"{name}|{str(dtype).removeprefix('torch.')}|{list(tensor.shape)}|".encode())
-    for chunk in chunks:  # a second tensor as large as the first would be too much where merging counts them
-        digest.update(chunk.to(dtype).view(torch.uint8).numpy().data if chunk.numel() else b"")
-    return digest.hexdigest()
-
-
-def model_digest(named: Iterable[tuple[str, Tensor | Callable[[], Tensor]]]) -> str:
-    """One sha256 over the digests of many tensors, or of what gives them, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(named, key=lambda pair: pair[0]):
-        digest.update(tensor_digest(name, tensor if isinstance(tensor, Tensor) else tensor()).encode())
-    return digest.hexdigest()
-
-
-def weight_digest(site: Site, name: str) -> str:
-    """Digest of a site's weight as it is stored, under its on-disk name."""
-    if site.experts is not None and site.expert is not None:
-        return tensor_digest(name, site.experts.stored(site.expert))
-    return tensor_digest(name, site.stored if site.experts else loaded(site.module, "weight"))

@@ -36,8 +36,9 @@ from patchkit.maths.blocks import joined
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import Chain, delta_of
 from patchkit.model.arch import Architecture
+from patchkit.model.digests import tensor_digest, weight_digest
 from patchkit.model.openers import all_sites
-from patchkit.model.weights import Site, find_weight, read_weight, tensor_digest, weight_digest
+from patchkit.model.weights import Site, find_weight, read_weight
 from patchkit.patch.bases import remember
 from patchkit.patch.card import model_card
 from patchkit.patch.manifest import Manifest, Origin

@@ -16,9 +16,10 @@ from patchkit.maths.blocks import InBlock, in_blocks, joined
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import Chain, Update, delta_of, moved
 from patchkit.model.devices import solve_device
+from patchkit.model.digests import tensor_digest
 from patchkit.model.experts import Experts
 from patchkit.model.hooks import LiveDelta
-from patchkit.model.weights import is_quantized, loaded_weight, oriented, shape_of, tensor_digest, weight_of
+from patchkit.model.weights import is_quantized, loaded_weight, oriented, shape_of, weight_of
 from patchkit.patch.passes import NOTHING, Passes, remove_hook
 from patchkit.patch.patch import Patch
 

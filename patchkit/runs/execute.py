@@ -17,9 +17,10 @@ from patchkit.editing.state import BlockHistory, EditRun, EditState
 from patchkit.errors import GateError
 from patchkit.maths.linalg import Covariance, SideBySide
 from patchkit.model.arch import Architecture
+from patchkit.model.digests import weight_digest
 from patchkit.model.loading import model_name
 from patchkit.model.openers import opening_sites
-from patchkit.model.weights import Site, disk_name, expert_sites, weight_digest
+from patchkit.model.weights import Site, disk_name, expert_sites
 from patchkit.patch.history import leave
 from patchkit.patch.manifest import BaseInfo, EditedFact, Run
 from patchkit.patch.patch import Patch

@@ -19,7 +19,7 @@ import transformers
 
 from patchkit.editing.journal import Journal
 from patchkit.io.places import cache_folder
-from patchkit.model.weights import model_digest
+from patchkit.model.digests import model_digest
 from patchkit.patch.patch import Patch
 from patchkit.runs.prepare import Prepared
 from patchkit.runs.workspace import Workspace

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from patchkit.maths.linalg import Covariance, SideBySide
 from patchkit.maths.onednn import linear
 from patchkit.model.devices import exact
+from patchkit.model.digests import tensor_digest
 from patchkit.model.forward import LayerRunner
 from patchkit.model.inputs import LinearInput, See, SiteInput, watching_site
-from patchkit.model.weights import Site, stored_parameters, tensor_digest
+from patchkit.model.weights import Site, stored_parameters
 from patchkit.statistics.corpus import Corpus
 from patchkit.statistics.passes import Progress, Sums, summed
 from patchkit.statistics.store import Origin, Partial, StatisticsStore, Tensors

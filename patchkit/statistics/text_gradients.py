@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from patchkit.model.devices import exact
+from patchkit.model.digests import model_digest
 from patchkit.model.forward import LayerRunner, traced, widen
-from patchkit.model.weights import Site, model_digest, stored_parameters
+from patchkit.model.weights import Site, stored_parameters
 from patchkit.statistics.corpus import Corpus, window_of
 from patchkit.statistics.passes import Progress, Sums, summed
 from patchkit.statistics.store import Origin, Partial, StatisticsStore, Tensors

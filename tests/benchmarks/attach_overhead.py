@@ -23,7 +23,7 @@ import patchkit
 from patchkit import Patch
 from patchkit.maths.linalg import Delta
 from patchkit.model.arch import inspect_model
-from patchkit.model.weights import weight_digest
+from patchkit.model.digests import weight_digest
 from patchkit.patch.manifest import BaseInfo, Manifest, UpdateInfo
 from patchkit.patch.patch import updates_digest
 

@@ -33,7 +33,7 @@ from patchkit.export.merge import merge
 from patchkit.export.record import Rounding
 from patchkit.maths.linalg import Delta
 from patchkit.maths.rounding import TEXT_DIRECTIONS, Feedback, RoundingMetric, Spectrum
-from patchkit.model.weights import tensor_digest
+from patchkit.model.digests import tensor_digest
 from patchkit.patch.manifest import BaseInfo, Manifest, Run, UpdateInfo
 from patchkit.patch.patch import Patch, updates_digest
 
