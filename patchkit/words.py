@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
-# Control characters but tab and newline, and marks that turn the direction of what follows. A terminal would obey them.
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# Control characters but tab and newline, which a terminal would obey; marks that turn the direction of what follows;
+# characters without width; line ends that look like spaces; and lone surrogates, which no file can hold. Joiners stay,
+# and marks of direction that scripts are spelled with.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+_NO_MARKUP = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&"}
 _IN_MARKDOWN = str.maketrans({**{char: f"\\{char}" for char in "\\`*[]|!~"}, "&": "&amp;", "<": "&lt;"})
 
 
 def visible(text: str) -> str:
-    """The text with every character shown that a terminal would obey: ⟨U+001B⟩. All others stay as they are."""
-    return _OBEYED.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
+    """The text with every character shown that would otherwise hide, move what stands around it, or be obeyed by a
+    terminal: ⟨U+202E⟩. All others stay as they are."""
+    return _UNSEEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
 
 
 def in_html(text: object) -> str:
@@ -34,7 +40,12 @@ def in_code(text: str) -> str:
 
 def in_json(text: str) -> str:
     """A text of JSON with the characters of `visible` as JSON escapes them, so that its value is the same."""
-    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}" if ord(found[0]) > 31 else found[0], text)
+    return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}" if ord(found[0]) > 31 else found[0], text)
+
+
+def json_in_html(value: Any) -> str:
+    """JSON as it may stand in a script element: no character of it can end the element or open another."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).translate(_NO_MARKUP)
 
 
 def counted(count: int, noun: str) -> str:

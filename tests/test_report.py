@@ -31,7 +31,7 @@ from patchkit.report.benchmarks import bench_page
 from patchkit.report.charts import Bars, Lines, Series
 from patchkit.report.page import Page, check_file, write_page
 from patchkit.report.patches import patch_page
-from patchkit.report.safe import escaped, json_in_html, visible
+from patchkit.words import in_html, json_in_html, visible
 from tests import zoo
 from tests.browser import PROGRAM, Browser, browser
 from tests.helpers import Command, command_line, edited_fact, random_patch
@@ -243,7 +243,7 @@ def test_hidden_characters_are_shown_and_letters_stay() -> None:
     assert visible("a\u202eb\x07\u200bc\ud800") == "a⟨U+202E⟩b⟨U+0007⟩⟨U+200B⟩c⟨U+D800⟩"
     for text in ("naïve", "日本語", "می\u200cخواهم", "👩\u200d👧", "tab\tand\nline"):
         assert visible(text) == text
-    assert escaped("<a b='c'>&\"") == "&lt;a b=&#x27;c&#x27;&gt;&amp;&quot;"
+    assert in_html("<a b='c'>&\"") == "&lt;a b=&#x27;c&#x27;&gt;&amp;&quot;"
     assert json.loads(json_in_html(["</script>", "<!--", "&"])) == ["</script>", "<!--", "&"]
     assert "<" not in json_in_html(["</script>"])
 

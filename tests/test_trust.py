@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from patchkit import Patch
 from patchkit.cli.common import HarmlessConsole
 from patchkit.patch.card import model_card
-from patchkit.words import in_code, in_html, in_markdown, visible
+from patchkit.words import in_code, in_html, in_json, in_markdown, visible
 from tests import zoo
 from tests.helpers import Command, Ended, edit_manifest, edited_fact, key_pair, random_patch, tree, write_facts
 
@@ -263,6 +263,8 @@ def test_what_scripts_are_written_with_stays() -> None:
     kept = "李娜 \ufffd שלום مرحبا ไทย e\u0301 👩\u200d🔬\n\ttab"
     assert visible(kept) == kept
     assert visible("a\r\n\x1b") == "a⟨U+000D⟩\n⟨U+001B⟩"
+    assert visible("Ro\u200bme\u2028\ufeff\ud800") == "Ro⟨U+200B⟩me⟨U+2028⟩⟨U+FEFF⟩⟨U+D800⟩"
+    assert json.loads(in_json(json.dumps("\u200b\ud800", ensure_ascii=False))) == "\u200b\ud800"
     assert in_html("<b>'\"&\x1b") == "&lt;b&gt;&#x27;&quot;&amp;⟨U+001B⟩"
     assert in_markdown("a|b\n<c>") == r"a\|b &lt;c>"
     assert in_code("`a`|b\n") == "ab"

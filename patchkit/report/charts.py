@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from patchkit.report.safe import escaped
+from patchkit.words import in_html
 
 WIDTH, HEIGHT = 480, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 44
@@ -50,7 +50,7 @@ class Lines:
             _line(each.drawn, across, up, number % COLORS, each.name) for number, each in enumerate(self.series)
         )
         grid = "".join(_grid(across, up))
-        named = f'<text class="name" x="{(_LEFT + WIDTH - _RIGHT) / 2:g}" y="{HEIGHT - 6}">{escaped(self.x)}</text>'
+        named = f'<text class="name" x="{(_LEFT + WIDTH - _RIGHT) / 2:g}" y="{HEIGHT - 6}">{in_html(self.x)}</text>'
         return _figure(self.title, self.caption, _svg(self.title, HEIGHT, grid + named + drawn), _legend(self.series))
 
 
@@ -102,7 +102,7 @@ class Heat:
         for place, (name, row) in enumerate(self.rows.items()):
             y = step * place
             cells.append(
-                f'<text class="tick" x="{left - 6}" y="{y + 11}" text-anchor="end">{escaped(_cut(name, 13))}</text>'
+                f'<text class="tick" x="{left - 6}" y="{y + 11}" text-anchor="end">{in_html(_cut(name, 13))}</text>'
             )
             for column, value in enumerate(row):
                 if not math.isfinite(value):
@@ -110,7 +110,7 @@ class Heat:
                 share = max(0.0, value / most)
                 cells.append(
                     f'<rect class="f0" x="{left + width * column:.1f}" y="{y}" width="{width:.1f}" height="{step - 1}" '
-                    f'fill-opacity="{share:.2f}"><title>{escaped(name)}, {column}: {value:.3f}</title></rect>'
+                    f'fill-opacity="{share:.2f}"><title>{in_html(name)}, {column}: {value:.3f}</title></rect>'
                 )
         height = step * len(self.rows) + 18
         for column in range(0, columns, max(1, columns // 10)):
@@ -140,9 +140,9 @@ class Bars:
         for place, (name, value) in enumerate(rows):
             y = 6 + step * place
             drawn.append(
-                f'<text class="tick" x="{name_room - 8}" y="{y + 14}" text-anchor="end">{escaped(_cut(name))}</text>'
+                f'<text class="tick" x="{name_room - 8}" y="{y + 14}" text-anchor="end">{in_html(_cut(name))}</text>'
                 f'<rect class="f0" x="{name_room}" y="{y}" width="{max(1.0, room * value / most):.1f}" height="18">'
-                f"<title>{escaped(name)}: {value:{self.form}}</title></rect>"
+                f"<title>{in_html(name)}: {value:{self.form}}</title></rect>"
                 f'<text class="tick" x="{name_room + room * value / most + 6:.1f}" y="{y + 14}">'
                 f"{value:{self.form}}</text>"
             )
@@ -214,7 +214,7 @@ def _line(points: Sequence[tuple[float, float]], across: _Axis, up: _Axis, color
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y, *_ in places)
     dots = "".join(
         f'<circle class="f{color}" cx="{x:.1f}" cy="{y:.1f}" r="4">'
-        f"<title>{escaped(name)}, {_number(at)}: {value:.4g}</title></circle>"
+        f"<title>{in_html(name)}, {_number(at)}: {value:.4g}</title></circle>"
         for x, y, at, value in places
     )
     return f'<path class="line s{color}" d="M{path}"/>{dots}' if places else ""
@@ -224,16 +224,16 @@ def _line(points: Sequence[tuple[float, float]], across: _Axis, up: _Axis, color
 
 
 def _svg(title: str, height: float, content: str) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escaped(title)}">{content}</svg>'
+    return f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{in_html(title)}">{content}</svg>'
 
 
 def _legend(series: Sequence[Series]) -> str:
     if len(series) < 2:
         return ""
-    items = "".join(f'<li class="k{number % COLORS}">{escaped(each.name)}</li>' for number, each in enumerate(series))
+    items = "".join(f'<li class="k{number % COLORS}">{in_html(each.name)}</li>' for number, each in enumerate(series))
     return f'<ul class="legend">{items}</ul>'
 
 
 def _figure(title: str, caption: str, svg: str, legend: str) -> str:
-    below = f"<p>{escaped(caption)}</p>" if caption else ""
-    return f"<figure><figcaption>{escaped(title)}</figcaption>{svg}{legend}{below}</figure>"
+    below = f"<p>{in_html(caption)}</p>" if caption else ""
+    return f"<figure><figcaption>{in_html(title)}</figcaption>{svg}{legend}{below}</figure>"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from patchkit.evaluate.report import FactReport, Report, said
-from patchkit.report.safe import visible
+from patchkit.words import visible
 
 
 @dataclass

@@ -14,9 +14,8 @@ from patchkit.evaluate.report import Report, Summary
 from patchkit.io.files import write_text
 from patchkit.report.charts import Bars, Cloud, Heat, Lines
 from patchkit.report.facts import Texts, packed_report
-from patchkit.report.safe import escaped, json_in_html
 from patchkit.version import patchkit_version
-from patchkit.words import counted
+from patchkit.words import counted, in_html, json_in_html
 
 GENERATOR = '<meta name="generator" content="patchkit">'
 _HERE = Path(__file__).parent
@@ -36,14 +35,14 @@ class Table:
         """It scrolls sideways where there is no room; empty without rows."""
         if not self.rows:
             return ""
-        head = "".join(f'<th scope="col">{escaped(cell)}</th>' for cell in self.headings)
+        head = "".join(f'<th scope="col">{in_html(cell)}</th>' for cell in self.headings)
         body = "".join(
-            f'<tr><th scope="row">{escaped(first)}</th>{"".join(f"<td>{escaped(cell)}</td>" for cell in rest)}</tr>'
+            f'<tr><th scope="row">{in_html(first)}</th>{"".join(f"<td>{in_html(cell)}</td>" for cell in rest)}</tr>'
             for first, *rest in self.rows
         )
         kind = ' class="numbers"' if self.numbers else ""
         return (
-            f"<h2>{escaped(self.title)}</h2>"
+            f"<h2>{in_html(self.title)}</h2>"
             f'<div class="wide"><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         )
 
@@ -73,14 +72,14 @@ class Page:
         data = json_in_html({"texts": texts.all(), "sets": sets})
         charts = "".join(chart.markup() for chart in self.charts)
         body = [
-            f"<header><h1>{escaped(self.title)}</h1>",
-            *(f"<p>{escaped(sentence)}</p>" for sentence in self.lead),
+            f"<header><h1>{in_html(self.title)}</h1>",
+            *(f"<p>{in_html(sentence)}</p>" for sentence in self.lead),
             "</header><main>",
             _headline(self.headline) if self.headline else "",
             _facts() if sets else "",
             f'<h2>Curves and weights</h2><div class="charts">{charts}</div>' if charts else "",
             *(table.markup() for table in self.tables),
-            f"</main><footer><p>Made by patchkit {escaped(patchkit_version())}. This file asks for nothing from "
+            f"</main><footer><p>Made by patchkit {in_html(patchkit_version())}. This file asks for nothing from "
             "anywhere else.</p></footer>",
         ]
         # The policy lets this style and this script run and nothing else, wherever the page is opened.
@@ -93,7 +92,7 @@ class Page:
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">{GENERATOR}'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             '<meta name="color-scheme" content="light dark"><meta name="referrer" content="no-referrer">'
-            f"<title>{escaped(self.title)}</title><style>{style}</style></head>\n<body>{''.join(body)}"
+            f"<title>{in_html(self.title)}</title><style>{style}</style></head>\n<body>{''.join(body)}"
             f'<script id="data" type="application/json">{data}</script><script>{script}</script></body></html>\n'
         )
 
@@ -122,9 +121,9 @@ def _headline(found: Summary) -> str:
         value = metric.of(found)
         if value is None:
             continue
-        said = (escaped(each) for each in (metric.shown(found), metric.label, metric.explained(found)))
+        said = (in_html(each) for each in (metric.shown(found), metric.label, metric.explained(found)))
         shown, label, explained = said
-        items = escaped(metric.items(found))
+        items = in_html(metric.items(found))
         if metric.headline:
             bar = _bar(value, metric.better == "up") if metric.share else ""
             large.append(f"<li><b>{shown}</b><span>{label}</span>{bar}<small>{explained}, {items}</small></li>")
