@@ -18,6 +18,18 @@ class PatchkitError(Exception):
 
     exit_status = 1
 
+    def __str__(self) -> str:
+        """The message; of a line that a file's own text makes too long, the beginning, and the end with the advice."""
+        return "\n".join(_shortened(line) for line in super().__str__().splitlines())
+
+
+_LONGEST_LINE, _END = 1000, 300
+
+
+def _shortened(line: str) -> str:
+    left_out = len(line) - _LONGEST_LINE
+    return f"{line[: _LONGEST_LINE - _END]} [{left_out:,} characters] {line[-_END:]}" if left_out > 0 else line
+
 
 class InputError(PatchkitError):
     """Bad input: a fact file, a recipe, a model that cannot be edited, a patch for another base. Exit status 2.

@@ -87,6 +87,18 @@ def test_forged_folders_are_refused_or_can_be_used(place: Place, tmp_path: Path)
     assert place.use(place.original) is not None
 
 
+def test_a_refusal_does_not_print_all_of_what_it_refuses(place: Place, tmp_path: Path) -> None:
+    """What was wrong, and what to do, are both still there."""
+    folder = fresh(place, tmp_path / "p")
+    edit_manifest(folder, lambda fields: fields["history"][1].update(when="x" * 100_000))
+    with pytest.raises(InputError) as refused:
+        Patch.load(folder)
+    told = str(refused.value)
+    assert "history.1.when: Invalid isoformat string" in told
+    assert told.endswith("damaged, or made by another version")
+    assert len(told) < 1100
+
+
 def test_the_state_of_another_patch_is_refused_whatever_its_shapes(place: Place, tmp_path: Path) -> None:
     folder = fresh(place, tmp_path / "p")
     (folder / "state.safetensors").write_bytes((place.other / "state.safetensors").read_bytes())
