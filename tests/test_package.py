@@ -23,6 +23,7 @@ FLOW = (
         "errors",
         "version",
         "words",
+        "ranks",
         "io",
         "maths",
         "model",

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import click
 
+from patchkit import ranks
 from patchkit.errors import CTRL_C, InputError, Interrupted, PatchkitError, shortage
 from patchkit.version import DISTRIBUTION
 from patchkit.words import visible
@@ -76,20 +77,35 @@ def main() -> None:
     warnings.formatwarning = _warning
     arguments, debug = [given for given in sys.argv[1:] if given != "--debug"], "--debug" in sys.argv[1:]
     try:
-        cli(arguments, prog_name="patchkit", standalone_mode=False)
+        _refuse_together(arguments)
+        with ranks.together():
+            cli(arguments, prog_name="patchkit", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        if ranks.speaks():
+            error.show()
         sys.exit(error.exit_code)
     except click.exceptions.Exit as ended:
         sys.exit(ended.exit_code)
     except (Exception, KeyboardInterrupt) as error:
         if (interrupt := _interrupt_behind(error)) or isinstance(error, click.Abort) or _came_of_ctrl_c(error):
             more = str(interrupt) if isinstance(interrupt, Interrupted) else _how_to_go_on(arguments)
-            click.echo(f"interrupted; {more}", err=True)
+            if ranks.speaks():
+                click.echo(f"interrupted; {more}", err=True)
             sys.exit(130)
         if debug and not isinstance(error, PatchkitError):
             raise
         _fail(*_told(error, arguments))
+
+
+_TOGETHER = ("apply", "stats")
+"""The commands that several processes share the work of."""
+
+
+def _refuse_together(arguments: Sequence[str]) -> None:
+    """Raises InputError where torchrun was told to start what one process does by itself."""
+    if ranks.started_together() and not set(arguments[:1]) <= set(_TOGETHER):
+        names = " and ".join(_TOGETHER)
+        raise InputError(f"torchrun: only {names} can be shared by several processes; run {arguments[0]} without it")
 
 
 def _told(error: BaseException, arguments: Sequence[str]) -> tuple[str, int]:
@@ -144,5 +160,6 @@ def _warning(
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    click.echo(f"error: {visible(message)}", err=True)
+    if ranks.speaks():
+        click.echo(f"error: {visible(message)}", err=True)
     sys.exit(status)

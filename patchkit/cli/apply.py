@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from patchkit.cli.push import packed, show_pushed
 from patchkit.errors import GateError, InputError, Interrupted, PatchkitError
 from patchkit.evaluate.gates import Gates
 from patchkit.facts.typed import FORM
+from patchkit.ranks import world
 
 if TYPE_CHECKING:
     from patchkit.cli.applying import Applied
@@ -135,6 +137,8 @@ def command(
     )
     guard = None if no_guard else Bounds.of(bounds)
     choose, folder = model.choice, _folder(out, onto, facts)
+    if dry and not world().first:
+        return
     if dry:
         show_planned(dry_run(request, choose, text=text, stats=stats, quick=quick, say=note), as_json)
         return
@@ -143,7 +147,8 @@ def command(
     check_page(page)
     after = _After(merged, repo, gates, stats, as_json, page)
     after.check(folder)
-    with place_of_its_own(folder, onto, force), progress_bars() as progress:
+    place = place_of_its_own(folder, onto, force) if world().first else nullcontext()
+    with place, progress_bars() as progress:
         done = apply_file(
             request,
             choose,
@@ -158,7 +163,8 @@ def command(
             bounds=guard,
             retry=not no_retry,
         )
-    after.run(done)
+    if done is not None:
+        after.run(done)
 
 
 def show_planned(found: PlannedRun, as_json: bool) -> None:

@@ -25,6 +25,7 @@ from patchkit.patch.bases import public_argument
 from patchkit.patch.history import Incoming
 from patchkit.patch.manifest import BaseInfo, Origin
 from patchkit.patch.patch import OWN_FILES, Patch
+from patchkit.ranks import world
 from patchkit.runs.dry_run import PlannedRun, planned
 from patchkit.runs.execute import run
 from patchkit.runs.guard import Bounds, Guard
@@ -106,7 +107,7 @@ class ApplyRequest:
         finder = SubjectFinder(load)
         tokenizer = chosen.tokenizer()
         prepared = prepare(read, tokenizer, config, earlier, limits=limits, find_subject=finder)
-        self._confirm(finder.proposed, say)
+        self._confirm(world().from_first(lambda: dict(finder.proposed)), say)
         for note in prepared.notes:
             say(note)
         return prepared, load
@@ -159,8 +160,9 @@ def apply_file(
     check: Callable[[LoadedModel], object] = lambda model: None,
     bounds: Bounds | None = None,
     retry: bool = False,
-) -> Applied:
-    """Read the facts, edit, measure, write the patch's folder.
+) -> Applied | None:
+    """Read the facts, edit, measure, write the patch's folder. Of processes that edit together the first one alone
+    measures and writes, and has something to show; the others get None.
 
     Args:
         check: may refuse the model before any work is done with it.
@@ -179,6 +181,8 @@ def apply_file(
     patch = run(prepared, workspace, say, folder=folder, allow_close_keys=allow_close_keys, guard=guard)
     again = retried(prepared, workspace, patch, guard, quick, say) if retry else Retried(patch)
     patch = again.patch
+    if not world().first:
+        return None
     report = measure_in(workspace, patch, quick=quick)
     if known := _known_before(prepared, report):
         say(f"the base says the target already, so that an edit shows nothing there: {listed(known)}")

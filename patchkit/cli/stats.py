@@ -6,6 +6,7 @@ import click
 
 from patchkit.cli.common import ModelOptions, model_options, note, progress_bars, stdout
 from patchkit.errors import InputError
+from patchkit.ranks import world
 from patchkit.words import counted
 
 
@@ -40,6 +41,8 @@ def command(
 
     if push_to and (out is None or pull_from):
         raise InputError("--push: publishes what is in a folder of its own; give --out DIR, and no --pull")
+    if pull_from and not world().first:
+        return
     if pull_from:
         _pull(pull_from, out)
         return
@@ -58,7 +61,7 @@ def command(
     for weight, tokens_seen, width, rank in computed:
         gradient = "" if rank is None else f", gradient of rank {rank}"
         stdout.print(f"{weight}: {width} x {width} from {counted(tokens_seen, 'token')}{gradient}", soft_wrap=True)
-    if push_to:
+    if push_to and world().first:
         from patchkit.statistics.sharing import push_statistics
 
         assert out is not None

@@ -32,6 +32,7 @@ from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import LiveDelta, live_deltas, live_on
 from patchkit.model.openers import opening_sites
 from patchkit.model.weights import Site
+from patchkit.ranks import world
 
 Progress = Callable[[str, int, int], None]
 _EDITS: Mapping[str, type[ValueEdits] | type[GradientEdits] | type[FittedEdits]] = {
@@ -100,10 +101,11 @@ def edit(
 
     with frozen(runner.arch.model):
         with run.timed("contexts"):
-            requests = journal.requests(facts, run.contexts)
+            requests, known_contexts = world().from_first(lambda: journal.requests(facts))
+            run.contexts[:] = known_contexts or run.contexts
             if not requests:
                 if not run.contexts:  # before anything is attached: the untouched model's, whatever was edited earlier
-                    run.contexts += make_contexts(runner, tokenizer, config)
+                    run.contexts += world().from_first(lambda: make_contexts(runner, tokenizer, config))
                 requests = requests_of(runner, tokenizer, facts, run.contexts, config, state.subjects)
                 journal.keep_requests(requests, run.contexts)
         with ExitStack() as stack:
@@ -197,8 +199,8 @@ def _requests_of(
         shared += [subject in known or subjects.count(subject) > 1 for subject in subjects]
         known |= set(subjects)
     if config.in_use(tokenizer):
-        return in_use_requests(runner, tokenizer, facts, contexts, config)
-    found = about(runner, tokenizer, facts, contexts, config)
+        return world().mapped(lambda some: in_use_requests(runner, tokenizer, some, contexts, config), facts)
+    found = world().mapped(lambda some: about(runner, tokenizer, some, contexts, config), facts)
     each = zip(facts, found, shared, strict=True)
     return [build_request(fact, tokenizer, own, only_prompt) for fact, own, only_prompt in each]
 

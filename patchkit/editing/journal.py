@@ -59,28 +59,37 @@ class Finished:
 class Journal:
     """The journal of one run in a folder of its own; without a folder, one that keeps nothing.
 
-    Whoever opens it sees to it that a folder belongs to one run, by everything that decides its numbers.
+    Whoever opens it sees to it that a folder belongs to one run, by everything that decides its numbers. Of processes
+    that edit together the first one keeps texts and batches, and each the values that it is at.
+
+    part: which of them this is, 0 for the first or only one.
     """
 
     folder: Path | None = None
+    part: int = 0
     _number: int = 0
     _calls: int = 0
     _solves: list[Solved] = field(default_factory=list)
     _parts: list[Part] = field(default_factory=list)
 
+    @property
+    def _keeps(self) -> bool:
+        """Whether this process writes what all of them have finished."""
+        return self.folder is not None and not self.part
+
     # --- the texts ----------------------------------------------------------------------------------------------------
 
-    def requests(self, facts: Sequence[Fact], contexts: list[str]) -> list[EditRequest]:
-        """The requests of `facts`, whose contexts are put into `contexts`; none where they are not there."""
+    def requests(self, facts: Sequence[Fact]) -> tuple[list[EditRequest], list[str]]:
+        """The requests of `facts`, and the contexts; none where they are not there."""
         found = self._read("texts")
         if found is None:
-            return []
+            return [], []
         noted = found[0]
-        contexts[:] = noted["contexts"]
-        return [
+        requests = [
             EditRequest(fact, tuple(map(_row, rows)), _row(essence), tuple(map(_row, kept)))
             for fact, (rows, essence, kept) in zip(facts, noted["rows"], strict=True)
         ]
+        return requests, noted["contexts"]
 
     def keep_requests(self, requests: Sequence[EditRequest], contexts: Sequence[str]) -> None:
         """Keep what `requests` gives back."""
@@ -92,22 +101,23 @@ class Journal:
     def values_in_flight(self) -> ValueLog:
         """The log of the next call of the value optimizer in this batch."""
         self._calls += 1
-        return ValueLog(self.folder and self.folder / f"flight-{self._number:05}-{self._calls}.safetensors")
+        part = f"-{self.part}" if self.part else ""
+        return ValueLog(self.folder and self.folder / f"flight-{self._number:05}-{self._calls}{part}.safetensors")
 
     def solved(self, layer: int, keys: Tensor, residual: Tensor, fitted: Update | None) -> None:
         """A solve of the batch in flight."""
-        if self.folder is not None:
+        if self._keeps:
             self._solves.append(Solved(layer, keys, residual, fitted))
 
     def added(self, facts: Sequence[str], values: Values, layers: Sequence[int], columns: Sequence[int] | None) -> None:
         """What the solves since the last call were of, as `EditRun.add_batch` is told it."""
-        if self.folder is not None:
+        if self._keeps:
             self._parts.append(Part(self._solves, facts, values, layers, columns))
             self._solves = []
 
     def keep_batch(self, number: int, seconds: Mapping[str, float]) -> None:
         """Keep the batch that is finished now."""
-        if self.folder is not None:
+        if self._keeps and self.folder:
             tensors, notes = dict[str, Tensor](), []
             for place, part in enumerate(self._parts):
                 notes.append(_packed(part, f"{place}", tensors))
@@ -132,7 +142,7 @@ class Journal:
     # --- files --------------------------------------------------------------------------------------------------------
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        if self.folder is None:
+        if not self._keeps or self.folder is None:
             return
         try:
             write_checked(self.folder / f"{name}.safetensors", tensors, {"notes": json.dumps(notes)})

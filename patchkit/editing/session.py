@@ -30,6 +30,7 @@ from patchkit.model.devices import solve_device
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import LiveDelta
 from patchkit.model.weights import Site
+from patchkit.ranks import world
 
 ValueCache = dict[Hashable, Values]
 """Values found on one untouched model, by everything that decides them: methods that ask for the same share them."""
@@ -171,7 +172,7 @@ class EditSession:
     def finished_before(self, number: int, requests: Sequence[EditRequest]) -> bool:
         """Whether the journal has batch `number`, which then is as if it had just been edited: the solves are made once
         more, of the same keys and residuals in the same order, so that all later ones have the same numbers."""
-        found = self.journal.batch(number)
+        found = world().from_first(lambda: self.journal.batch(number))
         if found is None:
             return False
         facts, sites = {request.fact.id: request.fact for request in requests}, self.plan.sites

@@ -13,7 +13,8 @@ from patchkit.editing.session import EditSession
 from patchkit.editing.side_by_side import constrain_block_by_block
 from patchkit.editing.state import storable
 from patchkit.editing.value_problem import ValueTerms
-from patchkit.editing.values import Values, optimize
+from patchkit.editing.values import Values
+from patchkit.editing.values_together import optimize_together
 from patchkit.facts.requests import EditRequest
 from patchkit.maths.linalg import PriorKeys
 from patchkit.methods import LayerProblem
@@ -44,7 +45,7 @@ class ValueTargets:
             return shared[key]
         with session.run.timed("values"):
             groups, log = by_subject(requests), session.journal.values_in_flight()
-            values = optimize(session.runner, requests, site, value_at, config, advance, terms, groups, log)
+            values = optimize_together(session.runner, requests, site, value_at, config, advance, terms, groups, log)
         if shared is not None:
             shared[key] = values
         return values

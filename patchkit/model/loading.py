@@ -20,6 +20,7 @@ from patchkit.io.places import shipped
 from patchkit.model.devices import home_of
 from patchkit.model.finite import refuse_not_finite
 from patchkit.model.reference import is_gguf, source_of, tokenizer_of
+from patchkit.ranks import world
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -96,12 +97,14 @@ def choose_model(
 
 
 def choose_device(option: str) -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU.
+    """ "auto" is CUDA where there is one, else the CPU; of processes that work together, each takes a GPU of its own.
 
     Raises:
         InputError: the device does not exist here.
     """
     if option == "auto":
+        if world().size > 1 and torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(option)

@@ -18,6 +18,7 @@ from patchkit.evaluate import wording
 from patchkit.evaluate.answers import Ask, Said, answer, fits
 from patchkit.evaluate.divergence import as_said, divergences
 from patchkit.model.forward import LayerRunner
+from patchkit.ranks import world
 from patchkit.runs.workspace import Workspace
 from patchkit.statistics.corpus import default_text, read_corpus
 
@@ -90,6 +91,8 @@ class Guard:
 
     def read_base(self) -> None:
         """What the untouched base says, to compare with; before anything is attached to it."""
+        if not world().first:
+            return
         runner, tokenizer, model = self.workspace.runner, self.workspace.tokenizer, self.workspace.model
         text = default_text(str(model.config._name_or_path), "eval")
         self._text = as_said(runner, read_corpus(text, tokenizer, TEXT_TOKENS, TEXT_WINDOW).windows)
@@ -106,7 +109,7 @@ class Guard:
         if not last and len(run.facts) - self.looked_at < EVERY:
             return False
         self.looked_at = len(run.facts)
-        self.reason = self._fault(run)
+        self.reason = world().from_first(lambda: self._fault(run))  # one process looks, and all do as it says
         if self.reason:
             return True
         if not last:

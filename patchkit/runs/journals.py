@@ -21,6 +21,7 @@ from patchkit.editing.journal import Journal
 from patchkit.io.places import cache_folder
 from patchkit.model.digests import model_digest
 from patchkit.patch.patch import Patch
+from patchkit.ranks import world
 from patchkit.runs.prepare import Prepared
 from patchkit.runs.workspace import Workspace
 from patchkit.statistics.corpus import Corpus
@@ -33,16 +34,16 @@ _ABANDONED = 7 * 24 * 3600.0
 
 def journal_for(folder: Path | None, prepared: Prepared, workspace: Workspace, corpus: Corpus) -> Journal:
     """The journal of a run whose patch goes to `folder`: the one that a run with the same facts, recipe, base, text,
-    earlier patch, versions, device and threads has left, or a new one. Without a folder, one that keeps nothing."""
+    earlier patch, versions, device, threads and processes has left, or a new one. Without a folder, one that keeps
+    nothing."""
     if folder is None:
         return Journal()
     place = _place(folder)
     for other in place.parent.glob("*"):
         if time.time() - other.stat().st_mtime > _ABANDONED:
             shutil.rmtree(other, ignore_errors=True)
-    everything = _everything(prepared, workspace, corpus)
-    key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
-    return Journal(place / key[:32])
+    key = world().from_first(lambda: _key(prepared, workspace, corpus))
+    return Journal(place / key[:32], world().rank)
 
 
 def forget(folder: Path) -> None:
@@ -52,6 +53,11 @@ def forget(folder: Path) -> None:
 
 def _place(folder: Path) -> Path:
     return cache_folder() / "journals" / hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+
+
+def _key(prepared: Prepared, workspace: Workspace, corpus: Corpus) -> str:
+    everything = _everything(prepared, workspace, corpus)
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
 
 def _everything(prepared: Prepared, workspace: Workspace, corpus: Corpus) -> dict[str, Any]:
@@ -72,6 +78,7 @@ def _everything(prepared: Prepared, workspace: Workspace, corpus: Corpus) -> dic
         "device": str(workspace.runner.device),
         "dtype": str(workspace.runner.dtype),
         "threads": torch.get_num_threads(),
+        "processes": world().size,
     }
 
 

@@ -17,6 +17,7 @@ from patchkit.maths.linalg import Covariance
 from patchkit.model.weights import Site
 from patchkit.patch.history import solve_records
 from patchkit.patch.patch import Patch
+from patchkit.ranks import world
 from patchkit.runs.workspace import Workspace
 from patchkit.words import counted
 
@@ -48,7 +49,8 @@ class KeyCheck:
         """
         chat, tokenizer = template_for(self.workspace.tokenizer, self.config), self.workspace.tokenizer
         known = self._earlier(earlier, state) if earlier and state else {}
-        found = closeness(self.workspace.runner, tokenizer, facts, self.site, self.covariance, chat, known)
+        runner = self.workspace.runner
+        found = world().from_first(lambda: closeness(runner, tokenizer, facts, self.site, self.covariance, chat, known))
         refused = [] if allow else [each for each in found if each.refused]
         if refused:
             raise InputError(_refusal(refused, len(facts)))

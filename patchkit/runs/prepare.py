@@ -16,6 +16,7 @@ from patchkit.facts.limits import Limits, fitting
 from patchkit.facts.schema import Fact, FactFile
 from patchkit.patch.history import Incoming, sort_incoming, with_free_ids
 from patchkit.patch.patch import Patch
+from patchkit.ranks import world
 from patchkit.words import listed
 
 CONTEXT_ROOM = 8
@@ -69,12 +70,14 @@ def prepare(
             f"the patch was imported from {source.name} and has no keys to go on from; apply the facts to the base, "
             "and use both, as in `patchkit generate --patch A --patch B` or `patchkit merge A B`"
         )
-    facts = read(
-        check=fitting(tokenizer, limits, config.context_length + CONTEXT_ROOM),
-        needs_subject=methods.get(config.method).needs_subject,
-        subjectless=[name for name in methods.available() if not methods.get(name).needs_subject],
-        chat=chat_template(tokenizer),
-        find_subject=find_subject,
+    facts = world().from_first(
+        lambda: read(
+            check=fitting(tokenizer, limits, config.context_length + CONTEXT_ROOM),
+            needs_subject=methods.get(config.method).needs_subject,
+            subjectless=[name for name in methods.available() if not methods.get(name).needs_subject],
+            chat=chat_template(tokenizer),
+            find_subject=find_subject,
+        )
     )
     facts = with_free_ids(facts, onto.manifest.facts if onto else ())
     incoming = sort_incoming(facts.facts, onto.manifest.facts if onto else ())

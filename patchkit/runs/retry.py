@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 from patchkit import methods
@@ -13,6 +13,7 @@ from patchkit.evaluate.verify import facts_held
 from patchkit.facts.schema import Fact
 from patchkit.patch.history import sort_incoming
 from patchkit.patch.patch import Patch
+from patchkit.ranks import world
 from patchkit.runs.execute import run, take_out
 from patchkit.runs.guard import Guard
 from patchkit.runs.prepare import Prepared
@@ -65,10 +66,13 @@ def retried(
 
 
 def _lost(workspace: Workspace, patch: Patch, facts: Collection[Fact], quick: bool) -> list[Fact]:
-    trial = Trial(workspace.runner, workspace.tokenizer, tuple(facts), quick=quick)
-    with frozen(workspace.model), patch.attached(workspace.model):
-        held = facts_held(trial)
-    return [fact for fact in facts if not held[fact.id]]
+    def held() -> Mapping[str, bool]:
+        trial = Trial(workspace.runner, workspace.tokenizer, tuple(facts), quick=quick)
+        with frozen(workspace.model), patch.attached(workspace.model):
+            return facts_held(trial)
+
+    holds = world().from_first(held)
+    return [fact for fact in facts if not holds[fact.id]]
 
 
 def _again(prepared: Prepared, workspace: Workspace, patch: Patch, facts: list[Fact], value: ValueConfig) -> Patch:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from patchkit.model.devices import solve_device
 from patchkit.model.weights import Site
+from patchkit.ranks import world
 from patchkit.statistics.corpus import Corpus
 from patchkit.statistics.store import Partial
 
@@ -32,17 +33,19 @@ def summed(
 ) -> Sums:
     """The sum of what `accumulate` adds at each site for every batch of windows.
 
-    An interrupted pass goes on from what `partial` has, which is the caller's to remove.
+    An interrupted pass goes on from what `partial` has, which is the caller's to remove. Where several processes do it
+    together, each takes every so many-th batch.
     """
     sums, done = _resumed(partial, sites)
-    size = max(1, BATCH // corpus.window)
+    size, ranks = max(1, BATCH // corpus.window), world()
     batches = [corpus.windows[i : i + size] for i in range(0, len(corpus.windows), size)]
+    mine = range(ranks.rank, len(batches), ranks.size)
     saved = time.monotonic()
     try:
-        for i, batch in enumerate(batches[done:], done):
-            progress(sum(len(w) for b in batches[:i] for w in b), corpus.tokens)
+        for i in range(done, len(mine)):
+            progress(sum(len(w) for b in batches[: mine[i]] for w in b), corpus.tokens)
             added = dict(sums)  # an interrupt in the middle of a batch leaves `sums` without any of it
-            accumulate(batch, added)
+            accumulate(batches[mine[i]], added)
             sums, done = added, i + 1
             if time.monotonic() - saved > SAVE_EVERY:
                 _save(partial, sums, done)
@@ -52,8 +55,9 @@ def summed(
             with suppress(OSError):  # where the disk is full, that is what is raised
                 _save(partial, sums, done)
         raise
+    whole = ranks.summed(sums)
     progress(corpus.tokens, corpus.tokens)
-    return sums
+    return whole
 
 
 def _save(partial: Partial, sums: Sums, done: int) -> None:

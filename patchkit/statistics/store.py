@@ -26,6 +26,7 @@ from patchkit.io.checked import Damaged, read_checked, write_checked
 from patchkit.io.checkpoint import StoredTensor, read_metadata
 from patchkit.io.files import remove_left
 from patchkit.io.places import cache_folder
+from patchkit.ranks import Ranks, world
 from patchkit.statistics.corpus import TextRecord
 
 Kind = Literal["second_moments", "text_gradient", "spare_neurons"]
@@ -81,14 +82,14 @@ class Entry:
 
 
 class Partial:
-    """The unfinished sums of one computation, which the next one goes on from."""
+    """The unfinished sums of one computation, or of one process's part of it, which the next one goes on from."""
 
-    def __init__(self, root: Path, origins: Sequence[Origin]) -> None:
+    def __init__(self, root: Path, origins: Sequence[Origin], ranks: Ranks) -> None:
         names = sorted(str(origin.file) for origin in origins)
         self._made = "\n".join(names)
-        self.file = (root / names[0]).with_name(
-            f"partial-{hashlib.sha256(self._made.encode()).hexdigest()[:16]}.safetensors"
-        )
+        part = "" if ranks.size == 1 else f"{ranks.rank} of {ranks.size}"
+        key = hashlib.sha256(f"{self._made}{part}".encode()).hexdigest()[:16]
+        self.file = (root / names[0]).with_name(f"partial-{key}.safetensors")
 
     def load(self) -> tuple[dict[str, Tensor], int]:
         """The sums, and how many batches are in them: none of either where there is no usable file."""
@@ -159,9 +160,34 @@ class StatisticsStore:
     ) -> dict[int, Tensors]:
         """Statistics by layer: those that are there and `sound`, and what `compute` gives for the others.
 
-        `compute` runs under a lock, so that of two processes that want the same, one waits and takes what the other
-        made. All of `wanted` are of one text and dtype.
+        `compute` runs under a lock, so that of two commands that want the same, one waits and takes what the other
+        made. All of `wanted` are of one text and dtype. Of processes that do one command together, the first one reads
+        and writes, and all compute.
         """
+        ranks = world()
+        if ranks.size == 1:
+            return self._get(wanted, compute, sound)
+        found, partials = dict[int, Tensors](), list[Partial]()
+
+        def compute_together(missing: Sequence[int], partial: Partial) -> Iterable[tuple[int, Tensors]]:
+            partials.append(partial)
+            ranks.from_first(lambda: missing)
+            return compute(missing, partial)
+
+        if ranks.first:
+            found = self._get(wanted, compute_together, sound)
+            if not partials:  # nothing is missing
+                ranks.from_first(tuple[int, ...])
+        elif missing := ranks.from_first(tuple[int, ...]):
+            partials.append(Partial(self.root, [wanted[layer] for layer in missing], ranks))
+            for _ in compute(missing, partials[0]):
+                pass
+        whole = {layer: ranks.tensors_from_first(found.get(layer)) for layer in wanted}
+        for partial in partials:  # what came of them is written now
+            partial.remove()
+        return whole
+
+    def _get(self, wanted: Mapping[int, Origin], compute: Compute, sound: Sound) -> dict[int, Tensors]:
         found = self._load_all(wanted, sound)
         for origin in wanted.values():
             remove_left((self.root / origin.file).parent)
@@ -172,7 +198,7 @@ class StatisticsStore:
                 found |= self._load_all({layer: wanted[layer] for layer in wanted.keys() - found.keys()}, sound)
                 missing = [layer for layer in wanted if layer not in found]
                 if missing:
-                    partial = Partial(self.root, [wanted[layer] for layer in missing])
+                    partial = Partial(self.root, [wanted[layer] for layer in missing], world())
                     for layer, tensors in compute(missing, partial):
                         self.save(wanted[layer], tensors)
                         found[layer] = tensors
