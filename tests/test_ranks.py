@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +26,17 @@ FACTS = [{"id": n[:3], "prompt": f"the city of {n}", "subject": n, "target_new":
 FACTS += [{"id": "aunt", "prompt": "the aunt of Rome", "subject": "Rome", "target_new": "friend"}]  # one delta for both
 APPLY = ("apply", "facts.jsonl", "--layers", "1-2", "--set", "steps=4", "--quick", "--no-retry", "--no-guard")
 APPLY += ("--dtype", "float64")  # float32 rounds by 1e-6 what is computed in another order
-STARTS = count()
 Prepare = Callable[[int], object]
 
 
 @pytest.fixture(autouse=True)
-def _place(tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A folder with facts, and the store that ranks meet at, kept by another process than theirs as torchrun has it."""
+def _place(tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATCHKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PATCHKIT_MODEL", str(small_model))
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(store.port))
     write_facts("facts.jsonl", *FACTS)
-    yield
-    del store
 
 
 def forked(rank: int, size: int, arguments: Sequence[object], prepare: Prepare) -> int:
@@ -76,7 +69,9 @@ def together(*arguments: object, size: int = 2, prepare: Prepare = lambda rank: 
     """How the processes ended, less than 0 for the signal that ended one, and what they said in all."""
     for name in ("out", "err"):
         Path(name).unlink(missing_ok=True)
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(next(STARTS))  # keys of the store are other ones every time
+    # What ranks meet at is kept by another process than theirs, as torchrun has it.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.environ["MASTER_PORT"] = str(store.port)
     children = [forked(rank, size, arguments, prepare) for rank in range(size)]
     ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     return ended, Path("out").read_text(), Path("err").read_text()
@@ -112,7 +107,9 @@ def test_torchrun_starts_them(checked: Any) -> None:
     checked("stats", "--layers", "1-2", "--out", "one")
     start = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "patchkit")
     called = [sys.executable, *start, "stats", "--layers", "1-2", "--out", "two"]
-    done = subprocess.run(called, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        called, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("down_proj") == 2
     one, two = ({Path(name).name: Path(where) / name for name in tree(Path(where))} for where in ("one", "two"))
@@ -172,8 +169,7 @@ def test_a_process_that_torchrun_ends_keeps_its_part_of_the_values(monkeypatch: 
     ended, out, err = together(*APPLY, "--out", "two", prepare=told_to_end)
     assert ended == [130, 130]
     assert not out
-    assert err.splitlines()[-1] == f"interrupted; {LOST}"
-    assert err.count(LOST) == 1
+    assert [line for line in err.splitlines() if LOST in line] == [f"interrupted; {LOST}"], err
     flights = {file.name for file in (cache_folder() / "journals").rglob("flight-*")}
     assert flights == {"flight-00000-1.safetensors", "flight-00000-1-1.safetensors"}
     ended, _, err = together(*APPLY, "--out", "two")
