@@ -13,7 +13,7 @@ from patchkit.editing import closeness
 from patchkit.editing.closeness import Closeness
 from patchkit.facts.chat import ChatTemplate
 from patchkit.facts.schema import Fact
-from patchkit.maths.linalg import Covariance
+from patchkit.maths.covariance import Covariance
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import embedded_model, load_model

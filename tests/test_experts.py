@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from patchkit.evaluate.routing import choices, kept
 from patchkit.maths.blocks import compact, joined, split
-from patchkit.maths.linalg import Covariance, Delta, PriorKeys, SideBySide
+from patchkit.maths.covariance import Covariance, SideBySide
+from patchkit.maths.linalg import Delta, PriorKeys
 from patchkit.maths.rotations import Rotation
 from patchkit.maths.updates import Full, Sparse, delta_of
 from patchkit.methods import LayerProblem, get

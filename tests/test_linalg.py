@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from patchkit.maths.linalg import Covariance, Damped, NullSpace, PriorKeys, SolveMetric, preserving_solve
+from patchkit.maths.covariance import Covariance
+from patchkit.maths.linalg import Damped, NullSpace, PriorKeys, SolveMetric, preserving_solve
 from tests.helpers import apart
 
 D_OUT, D_IN = 12, 20

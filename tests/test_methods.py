@@ -20,7 +20,8 @@ from patchkit import methods
 from patchkit.editing.recipe import load_recipe
 from patchkit.errors import InputError
 from patchkit.export.merge import merge
-from patchkit.maths.linalg import Covariance, Delta, PriorKeys
+from patchkit.maths.covariance import Covariance
+from patchkit.maths.linalg import Delta, PriorKeys
 from patchkit.maths.updates import Update, delta_of, kind_of, tensors_of
 from patchkit.methods import LayerProblem, Loss
 from patchkit.methods.adaedit import AdaEditConfig, adaedit

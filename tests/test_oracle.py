@@ -16,7 +16,7 @@ from patchkit.editing.session import plan
 from patchkit.editing.values import optimize
 from patchkit.facts.requests import build_request
 from patchkit.facts.schema import Fact
-from patchkit.maths.linalg import Covariance
+from patchkit.maths.covariance import Covariance
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import live_deltas

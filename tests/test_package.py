@@ -95,7 +95,7 @@ def body(function: ast.FunctionDef) -> int:
     return (rest[-1].end_lineno or 0) - rest[0].lineno + 1 if rest else 0
 
 
-MATHS = [*(PACKAGE / "maths" / f"{name}.py" for name in ("linalg", "rotations", "updates"))]
+MATHS = [*(PACKAGE / "maths" / f"{name}.py" for name in ("covariance", "leading", "linalg", "rotations", "updates"))]
 MATHS += sorted((PACKAGE / "methods").glob("*.py"))
 
 

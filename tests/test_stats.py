@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from patchkit.errors import InputError
 from patchkit.io.checked import read_checked, write_checked
-from patchkit.maths.linalg import Covariance
+from patchkit.maths.covariance import Covariance
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.statistics import passes
@@ -276,18 +276,18 @@ def cut(file: Path) -> None:
 
 
 def zeroed(file: Path) -> None:
-    """Well-formed, but with other eigenvalues than were computed."""
+    """Well-formed, but with other numbers than were computed."""
     tensors = load_file(file)
     with safe_open(file, "pt") as stored:
         notes = stored.metadata()
-    save_file({**tensors, "eigenvalues": torch.zeros_like(tensors["eigenvalues"])}, file, notes)
+    save_file({**tensors, "second_moment": torch.zeros_like(tensors["second_moment"])}, file, notes)
 
 
 def forged(file: Path) -> None:
-    """Eigenvalues of zero, with a checksum that says so."""
+    """No energy anywhere, with a checksum that says so."""
     notes, stored = read_checked(file)
     tensors = {name: tensor.read() for name, tensor in stored.items()}
-    write_checked(file, {**tensors, "eigenvalues": torch.zeros_like(tensors["eigenvalues"])}, notes)
+    write_checked(file, {**tensors, "second_moment": torch.zeros_like(tensors["second_moment"])}, notes)
 
 
 DAMAGE = {

@@ -37,7 +37,7 @@ from torch import Tensor
 from patchkit.facts.chat import ChatTemplate
 from patchkit.facts.requests import Row, encode, pad, wording_row
 from patchkit.facts.schema import Fact
-from patchkit.maths.linalg import Covariance
+from patchkit.maths.covariance import Covariance
 from patchkit.model.devices import exact, sent, solve_device
 from patchkit.model.forward import LayerRunner
 from patchkit.model.inputs import watching_site

@@ -26,7 +26,7 @@ from patchkit.editing.wordings import in_use_requests
 from patchkit.facts.batches import batches
 from patchkit.facts.requests import EditRequest, build_request, ended
 from patchkit.facts.schema import Fact
-from patchkit.maths.linalg import Covariance
+from patchkit.maths.covariance import Covariance
 from patchkit.model.devices import solve_device
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import LiveDelta, live_deltas, live_on

@@ -36,7 +36,8 @@ from patchkit.editing.room import Room, capacity, reading
 from patchkit.editing.state import EditState, Neuron, base_weight, made_up_for, rewritten, storable
 from patchkit.errors import InputError
 from patchkit.facts.requests import EditRequest
-from patchkit.maths.linalg import Covariance, Delta
+from patchkit.maths.covariance import Covariance
+from patchkit.maths.linalg import Delta
 from patchkit.model.arch import Architecture
 from patchkit.model.devices import solve_device
 from patchkit.model.forward import LayerRunner

@@ -31,7 +31,7 @@ from patchkit.editing.contexts import STARTERS, sample
 from patchkit.editing.state import base_weight
 from patchkit.facts.chat import ChatTemplate
 from patchkit.facts.requests import encode_prompt, pad
-from patchkit.maths.linalg import Covariance
+from patchkit.maths.covariance import Covariance
 from patchkit.model.devices import at, exact, solve_device
 from patchkit.model.forward import LayerRunner, traced, watching, widen
 from patchkit.model.openers import Openers, openers

@@ -21,7 +21,8 @@ from patchkit.editing.values import Values
 from patchkit.errors import InputError
 from patchkit.facts.requests import EditRequest
 from patchkit.facts.schema import Fact
-from patchkit.maths.linalg import Covariance, PriorKeys
+from patchkit.maths.covariance import Covariance
+from patchkit.maths.linalg import PriorKeys
 from patchkit.maths.rotations import Rotation
 from patchkit.maths.updates import Update, delta_of, mapped, moved, tensors_of
 from patchkit.methods import LayerProblem, Method, MethodConfig

@@ -12,12 +12,13 @@ from torch import Tensor
 from patchkit.errors import InputError
 from patchkit.io.checked import Damaged
 from patchkit.io.checkpoint import read_header, stored_tensors
+from patchkit.maths.leading import Leading, leading
 from patchkit.maths.rounding import TEXT_DIRECTIONS, Spectrum
 from patchkit.model.arch import decoder_layers
 from patchkit.model.weights import find_weight, same_weight, skeleton
 from patchkit.patch.patch import Patch
 from patchkit.statistics.corpus import TextRecord
-from patchkit.statistics.moments import digests_below
+from patchkit.statistics.moments import are_moments, digests_below
 from patchkit.statistics.store import Entry, StatisticsStore
 
 _ADVICE = "rounding minds the edited keys but not plain text's; `patchkit stats --out DIR`, --stats DIR"
@@ -91,8 +92,8 @@ def _candidates(weights: Mapping[str, int], texts: Sequence[TextRecord], folder:
 
 
 def _width(entry: Entry) -> int:
-    vectors = read_header(entry.file).get("eigenvectors")
-    return vectors.shape[0] if vectors else 0
+    moments = read_header(entry.file).get("second_moment")
+    return moments.shape[0] if moments else 0
 
 
 def _of_model(candidates: Sequence[_Candidate], base: Path) -> list[_Candidate]:
@@ -109,11 +110,19 @@ def _of_model(candidates: Sequence[_Candidate], base: Path) -> list[_Candidate]:
 
 
 def _spectrum(entry: Entry) -> Spectrum:
-    stored = entry.verified()
-    values = stored["eigenvalues"].read()  # (d_in,), ascending
-    if not bool(torch.isfinite(values).all()) or float(values[-1]) <= 0:
-        raise Damaged(f"{entry.file}: its eigenvalues cannot be those of second moments")
-    count = min(TEXT_DIRECTIONS, len(values))
-    rest = values[: len(values) - count]
-    tail = float(rest.mean()) if len(rest) else 0.0
-    return Spectrum(values[-count:], stored["eigenvectors"].read_last_columns(count), tail)
+    stored = {"second_moment": entry.verified()["second_moment"].read()}
+    if not are_moments(stored):
+        raise Damaged(f"{entry.file}: no second moments can be so")
+    found = _largest(stored["second_moment"].double())
+    others = len(found.vectors) - len(found.values)
+    return Spectrum(found.values, found.vectors.float(), found.rest / others if others else 0.0)
+
+
+def _largest(moments: Tensor) -> Leading:
+    """The eigenpairs that rounding minds, at most."""
+    found = leading(moments, 0.0, TEXT_DIRECTIONS)
+    if found is None:
+        values, vectors = torch.linalg.eigh(moments)
+        values, first = values.clamp_min(0), max(0, len(values) - TEXT_DIRECTIONS)
+        found = Leading(values[first:], vectors[:, first:], float(values[:first].sum()))
+    return found

@@ -56,18 +56,6 @@ class StoredTensor:
         size = self.size // self.shape[0]
         return StoredTensor(self.file, self.dtype, self.shape[1:], self.start + number * size, size)
 
-    def read_last_columns(self, count: int) -> Tensor:
-        """The last `count` columns of a matrix, (rows, count), without the others passing through memory."""
-        rows, columns = self.shape
-        width = self.size // (rows * columns)
-        picked = bytearray(rows * count * width)
-        with self.file.open("rb", buffering=0) as file:
-            for row in range(rows):
-                file.seek(self.start + ((row + 1) * columns - count) * width)
-                part = memoryview(picked)[row * count * width : (row + 1) * count * width]
-                _fill(part, file.readinto, self.file)
-        return torch.frombuffer(picked, dtype=DTYPES[self.dtype]).view(rows, count)
-
     def chunks(self, size: int = 1 << 20) -> Iterator[bytes]:
         """Its bytes, `size` at a time.
 

@@ -6,11 +6,12 @@ Orientation throughout: a weight W is (d_out, d_in); keys K (d_in, n) and residu
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from patchkit.maths.covariance import Covariance
 
 
 @dataclass(frozen=True)
@@ -42,158 +43,6 @@ class Delta:
     def stack(deltas: list[Delta]) -> Delta:
         """Their sum, by laying the factors side by side."""
         return Delta(torch.cat([d.left for d in deltas], 1), torch.cat([d.right for d in deltas], 0))
-
-
-@dataclass(frozen=True, eq=False)
-class Covariance:
-    """C = E[k k'] over the tokens of plain text, uncentered, (d_in, d_in), with the factorizations methods ask for.
-
-    It is a mean over tokens, weighted as `patchkit stats` does, so that λ·C weighs as much as λ tokens of text.
-
-    known_eigh: what `eigh` gives, where it has been computed before.
-    """
-
-    matrix: Tensor
-    tokens: int
-    known_eigh: tuple[Tensor, Tensor] | None = None
-
-    @cached_property
-    def _copies(self) -> dict[torch.device, Covariance]:
-        return {self.matrix.device: self}
-
-    def on(self, device: torch.device) -> Covariance:
-        """The same on `device`; it is moved there once, so that a metric of it stays the same metric."""
-        if device not in self._copies:
-            factors = self.known_eigh and (self.known_eigh[0].to(device), self.known_eigh[1].to(device))
-            self._copies[device] = replace(self, matrix=self.matrix.to(device), known_eigh=factors)
-        return self._copies[device]
-
-    @cached_property
-    def eigh(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (d_in,) ascending, clipped at 0, and eigenvectors (d_in, d_in) as columns."""
-        if self.known_eigh is not None:
-            return self.known_eigh
-        values, vectors = torch.linalg.eigh(self.matrix)
-        return values.clamp_min(0), vectors
-
-    def typical(self, columns: Tensor, damping: float) -> Tensor:
-        """E k' G k over the text's tokens, G as in `solve`, for each of some keys (d_in, n): (n,), all the same."""
-        values, _ = self.eigh
-        return (values / (values + damping * values.mean())).sum().expand(columns.shape[1])
-
-    def times(self, weight: Tensor) -> Tensor:
-        """W C, (d_out, d_in)."""
-        return weight @ self.matrix
-
-    def solve(self, columns: Tensor, damping: float) -> Tensor:
-        """(C + damping·mean(eigenvalues)·I)⁻¹ @ columns, (d_in, n).
-
-        C is singular whenever there were fewer tokens than dimensions; the damping is relative, so that it means the
-        same on every model.
-        """
-        values, vectors = self.eigh
-        floor = damping * values.mean()
-        return vectors @ ((vectors.T @ columns) / (values + floor).unsqueeze(1))  # (d_in, n)
-
-    def null_rank(self, energy: float) -> int:
-        """Dimensions of the largest trailing eigenspace that holds at most `energy` of the text's key energy.
-
-        AlphaEdit's paper keeps the eigenvalues below an absolute number (1e-2), which means something else on every
-        model and layer; a share of the trace bounds E‖P k‖² / E‖k‖² directly and has no unit.
-        """
-        values, _ = self.eigh
-        return int((values.cumsum(0) <= energy * values.sum()).sum())
-
-    def null_energy(self, energy: float) -> float:
-        """E‖P k‖² over the text's tokens, P as in `project_null`."""
-        return float(self.eigh[0][: self.null_rank(energy)].sum())
-
-    def project_null(self, columns: Tensor, energy: float) -> Tensor:
-        """P @ columns with P the projector of AlphaEdit eq. 9, never formed: the thinner of the basis and its rest."""
-        rank, (_, vectors) = self.null_rank(energy), self.eigh
-        if rank <= vectors.shape[0] // 2:
-            basis = vectors[:, :rank]  # (d_in, rank)
-            return basis @ (basis.T @ columns)  # (d_in, n)
-        rest = vectors[:, rank:]  # (d_in, d_in - rank)
-        return columns - rest @ (rest.T @ columns)  # (d_in, n)
-
-    def silent_at(self, places: Tensor) -> Covariance:
-        """What keys that are zero outside of `places`, indices of dimensions in which no token of the text has
-        anything, see of C: those dimensions hold no energy and all others as much as they did, by themselves.
-
-        How the others go together would only show in keys that have something there.
-        """
-        energy = self.matrix.diagonal().clone()
-        energy[places.to(energy.device)] = 0
-        order = energy.argsort()
-        vectors = torch.eye(len(energy), dtype=energy.dtype, device=energy.device)[:, order]
-        return Covariance(energy.diag(), self.tokens, (energy[order], vectors))
-
-
-@dataclass(frozen=True, eq=False)
-class SideBySide(Covariance):
-    """C of keys that are made of blocks, one for each of several weights side by side, as far as the blocks by
-    themselves go: matrix (blocks, width, width), d_in = blocks·width, and nothing of size d_in² is made.
-
-    For experts a block is the mean over all tokens of g² k k', zero where a token is not routed to it.
-
-    few: the blocks of which the text says too little, which were filled up with the others' mean.
-    """
-
-    few: tuple[int, ...] = ()
-
-    def block(self, number: int) -> Covariance:
-        """One of them by itself."""
-        values, vectors = self.eigh
-        return Covariance(self.matrix[number], self.tokens, (values[number], vectors[number]))
-
-    def times(self, weight: Tensor) -> Tensor:
-        """W C, (d_out, d_in)."""
-        parts = weight.unflatten(1, (len(self.matrix), -1)).transpose(0, 1)  # (blocks, d_out, width)
-        found: Tensor = (parts @ self.matrix).transpose(0, 1).flatten(1)
-        return found
-
-    def solve(self, columns: Tensor, damping: float) -> Tensor:
-        """As that of the block-diagonal matrix (d_in, d_in): (d_in, n)."""
-        values, vectors = self.eigh
-        within = vectors.mT @ self._blocks(columns)  # (blocks, width, n)
-        return (vectors @ (within / (values + damping * values.mean()).unsqueeze(2))).flatten(0, 1)
-
-    def typical(self, columns: Tensor, damping: float) -> Tensor:
-        """For each key over those blocks in which it has anything, (n,): tokens in others do not meet it."""
-        values, _ = self.eigh
-        of_block = (values / (values + damping * values.mean())).sum(1)  # (blocks,)
-        there = self._blocks(columns).any(1)  # (blocks, n)
-        found: Tensor = there.to(of_block).T @ of_block
-        return found
-
-    def null_rank(self, energy: float) -> int:
-        """Of all blocks together."""
-        return int(self._null(energy).sum())
-
-    def null_energy(self, energy: float) -> float:
-        """E‖P x‖² over the text's tokens."""
-        return float((self.eigh[0] * self._null(energy)).sum())
-
-    def project_null(self, columns: Tensor, energy: float) -> Tensor:
-        """P @ columns (d_in, n), each block's own null space holding at most `energy` of its own energy: however seldom
-        a token is routed there, what it finds is as it was."""
-        _, vectors = self.eigh
-        within = (vectors.mT @ self._blocks(columns)) * self._null(energy).unsqueeze(2)
-        return (vectors @ within).flatten(0, 1)
-
-    def silent_at(self, places: Tensor) -> Covariance:
-        """Not of blocks: neurons are rewritten in ordinary feed-forward layers only."""
-        raise NotImplementedError
-
-    def _null(self, energy: float) -> Tensor:
-        """Which eigenvectors (blocks, width) are in the null space."""
-        values, _ = self.eigh
-        return values.cumsum(1) <= energy * values.sum(1, keepdim=True)
-
-    def _blocks(self, columns: Tensor) -> Tensor:
-        found: Tensor = columns.unflatten(0, (len(self.matrix), -1))  # (blocks, width, n)
-        return found
 
 
 @dataclass(frozen=True)
@@ -230,9 +79,11 @@ class SoftNullSpace:
     weight: float
 
     def __call__(self, columns: Tensor) -> Tensor:
-        rank, (values, vectors) = self.covariance.null_rank(self.energy), self.covariance.eigh
-        basis = vectors[:, :rank]  # (d_in, rank)
-        return basis @ ((basis.T @ columns) / (self.weight * values[:rank] + self.l2).unsqueeze(1))
+        inside = self.covariance.project_null(columns, self.energy)
+        if not self.weight:
+            return inside / self.l2
+        solved = self.covariance.shifted_solve(inside, self.l2 / self.weight) / self.weight
+        return self.covariance.project_null(solved, self.energy)
 
 
 SolveMetric = Damped | NullSpace | SoftNullSpace

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, create_model, model_validator
 from torch import Tensor
 
 from patchkit.errors import InputError
-from patchkit.maths.linalg import Covariance, Delta, PriorKeys, SideBySide
+from patchkit.maths.covariance import Covariance, SideBySide
+from patchkit.maths.linalg import Delta, PriorKeys
 from patchkit.maths.updates import Update
 
 # facts (k,) numbers of facts, start (k, d) their states, delta (k, d) -> the delta that counts (k, d)

@@ -32,12 +32,13 @@ HALVINGS = 60
 
 @dataclass(frozen=True)
 class _Reach:
-    """The null space N (d_in, q) as W maps it: keys a = N'K (q, n) turned to b of the same length give W N b.
+    """The null space N as W maps it: keys a = PK (d_in, n) in it, turned to b of the same length, give W b.
 
-    seen: V (q, r), orthonormal, the directions of N that W sees; outward: U/σ (d_out, r), with W N V = Uσ.
+    room: N's dimensions; seen: V (d_in, r), orthonormal, the directions of N that W sees; outward: U/σ (d_out, r), with
+    W V = Uσ.
     """
 
-    basis: Tensor
+    room: int
     keys: Tensor
     seen: Tensor
     outward: Tensor
@@ -45,18 +46,19 @@ class _Reach:
     @staticmethod
     def of(problem: LayerProblem, config: MoseRightConfig) -> _Reach:
         assert problem.covariance is not None
-        basis = problem.covariance.eigh[1][:, : problem.covariance.null_rank(config.null_energy)]  # (d_in, q)
-        through = problem.weight @ basis  # W N (d_out, q)
-        energy, left = torch.linalg.eigh(through @ through.T)
+        room = problem.covariance.null_rank(config.null_energy)
+        through = problem.covariance.project_null(problem.weight.T, config.null_energy)  # P W' (d_in, d_out)
+        energy, left = torch.linalg.eigh(through.T @ through)
         kept = energy > 1e-6 * energy.max().clamp_min(torch.finfo(energy.dtype).tiny)
         outward = left[:, kept] / energy[kept].sqrt()  # (d_out, r)
-        return _Reach(basis, basis.T @ problem.keys, through.T @ outward, outward)
+        keys = problem.covariance.project_null(problem.keys, config.null_energy)
+        return _Reach(room, keys, through @ outward, outward)
 
     @property
     def whole(self) -> bool:
         """Whether W sees all of N, as it does where it puts out more than it takes in: then only the direction of a key
         can be chosen, and its output's length is what it is."""
-        return self.seen.shape[0] == self.seen.shape[1]
+        return self.room == self.seen.shape[1]
 
     def _nearest(self, wanted: Tensor) -> Tensor:
         """V'b (r, n) of the length of a whose outputs are nearest to those of `wanted`, V'y (r, n).
@@ -74,7 +76,7 @@ class _Reach:
         return found
 
     def turned(self, residual: Tensor) -> Tensor:
-        """b (q, n): the keys nearest to a, of the same length, with W N b = W N a + residual as far as possible.
+        """b (d_in, n): the keys in N nearest to a, of the same length, with W b = W a + residual as far as possible.
 
         The part of b that W sees has to be y, the shortest one with that output; the rest makes up the length. Where
         y alone is longer than a, no rotation reaches the output, and y is cut to that length.
@@ -82,7 +84,7 @@ class _Reach:
         wanted = self.seen.T @ self.keys + self.outward.T @ residual  # V'y (r, n)
         if self.whole:
             return self.seen @ self._nearest(wanted)
-        idle = self.keys - self.seen @ (self.seen.T @ self.keys)  # (q, n)
+        idle = self.keys - self.seen @ (self.seen.T @ self.keys)  # (d_in, n)
         length, reach = wanted.norm(dim=0), self.keys.norm(dim=0)  # (n,) each
         tiny = torch.finfo(length.dtype).tiny
         room = (reach.square() - length.square()).clamp_min(0).sqrt() / idle.norm(dim=0).clamp_min(tiny)
@@ -128,15 +130,18 @@ def mose_right(problem: LayerProblem, config: MoseRightConfig) -> Rotation:
     A left rotation turns all outputs alike; on the right it can single out keys, and is not bound to ‖Wk‖. R is the
     identity on the eigenvectors that hold all but `null_energy` of the text's key energy (AlphaEdit's guarantee), and
     in the rest, N, the minimizer of Σ‖Ra - b‖² + `earlier`·Σ‖Rp - p‖² + `identity_weight`·‖R - I‖² over rotations: a, p
-    are N'K and N'Kp, b is what `_Reach.turned` gives. That is Procrustes' problem (MOSE eq. 18-20) in key space; only
-    the span of a, b and p moves, so R - I is of low rank and the update is exactly a LoRA.
+    are PK and PKp, P the projector on N, b is what `_Reach.turned` gives. That is Procrustes' problem (MOSE eq. 18-20)
+    in key space; only the span of a, b and p moves, so R - I is of low rank and the update is exactly a LoRA.
     """
     at = _Reach.of(problem, config)
-    target = at.turned(problem.residual)  # b (q, n)
-    earlier = at.basis.T @ problem.prior_keys  # (q, m)
-    span = torch.linalg.qr(torch.cat([at.keys, target, earlier], 1))[0]  # (q, s)
+    if not at.room:  # nothing may turn
+        return Rotation("right", problem.keys[:, :0], problem.keys[0, :0])
+    target = at.turned(problem.residual)  # b (d_in, n)
+    assert problem.covariance is not None
+    earlier = problem.covariance.project_null(problem.prior_keys, config.null_energy)  # (d_in, m)
+    span = torch.linalg.qr(torch.cat([at.keys, target, earlier], 1))[0]  # (d_in, s)
     keys, target, earlier = span.T @ at.keys, span.T @ target, span.T @ earlier
     floor = config.identity_weight * keys.square().sum() / max(1, keys.shape[1])
     moment = target @ keys.T + config.earlier * earlier @ earlier.T  # (s, s)
     moment = moment + floor * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    return rotation_from(procrustes(moment), "right", config.tolerance, basis=at.basis @ span)
+    return rotation_from(procrustes(moment), "right", config.tolerance, basis=span)

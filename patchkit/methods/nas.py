@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from patchkit.maths.linalg import Covariance
+from patchkit.maths.covariance import Covariance
 from patchkit.maths.updates import Update
 from patchkit.methods import LayerProblem, MethodConfig, wrapper
 

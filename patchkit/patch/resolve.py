@@ -24,7 +24,8 @@ from patchkit.editing.session import problem_at, solve_at
 from patchkit.editing.state import BlockHistory, EditState, Neuron, SiteHistory, made_up_for, rewritten, storable
 from patchkit.editing.values import ValueStates
 from patchkit.errors import InputError
-from patchkit.maths.linalg import Covariance, Delta, PriorKeys
+from patchkit.maths.covariance import Covariance
+from patchkit.maths.linalg import Delta, PriorKeys
 from patchkit.maths.updates import Chain, Update, delta_of, mapped, moved
 from patchkit.model.devices import exact, solve_device
 from patchkit.model.weights import Site, read_weight

@@ -15,7 +15,7 @@ from patchkit.editing.recipe import EditConfig
 from patchkit.editing.session import Plan, ValueCache, plan
 from patchkit.editing.state import BlockHistory, EditRun, EditState
 from patchkit.errors import GateError
-from patchkit.maths.linalg import Covariance, SideBySide
+from patchkit.maths.covariance import Covariance, SideBySide
 from patchkit.model.arch import Architecture
 from patchkit.model.digests import weight_digest
 from patchkit.model.loading import model_name

@@ -13,7 +13,7 @@ from patchkit.editing.state import EditState
 from patchkit.editing.wordings import template_for
 from patchkit.errors import InputError
 from patchkit.facts.schema import Fact
-from patchkit.maths.linalg import Covariance
+from patchkit.maths.covariance import Covariance
 from patchkit.model.weights import Site
 from patchkit.patch.history import solve_records
 from patchkit.patch.patch import Patch

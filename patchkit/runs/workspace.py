@@ -17,7 +17,7 @@ from patchkit.editing.recipe import EditConfig
 from patchkit.editing.room import Room, rooms
 from patchkit.editing.wordings import template_for
 from patchkit.errors import InputError
-from patchkit.maths.linalg import Covariance
+from patchkit.maths.covariance import Covariance
 from patchkit.methods import Method
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from patchkit.maths.linalg import Covariance, SideBySide
+from patchkit.maths.covariance import Covariance, Kept, SideBySide
 from patchkit.maths.onednn import linear
 from patchkit.model.devices import exact
 from patchkit.model.digests import tensor_digest
@@ -25,6 +25,8 @@ from patchkit.model.forward import LayerRunner
 from patchkit.model.inputs import LinearInput, See, SiteInput, watching_site
 from patchkit.model.weights import Site, stored_parameters
 from patchkit.statistics.corpus import Corpus
+from patchkit.statistics.expert_moments import are_of_experts, of_experts
+from patchkit.statistics.kept import KeptLeading
 from patchkit.statistics.passes import Progress, Sums, summed
 from patchkit.statistics.store import Origin, Partial, StatisticsStore, Tensors
 
@@ -44,15 +46,16 @@ def statistics(
     """The covariance of each site, by layer: from `folder` (default: the cache) where it is there, else computed.
 
     Returns:
-        layer -> Covariance, float64 on the CPU, eigendecomposition included.
+        layer -> Covariance on the CPU. What methods ask of it is computed then, and leading eigenvectors are kept.
     """
     wanted = _origins(runner, sites, corpus)
 
     def compute(missing: Sequence[int], resumable: Partial) -> Iterator[tuple[int, Tensors]]:
         return _computed(runner, [runner.arch.sites[layer] for layer in missing], corpus, resumable, progress)
 
-    found = StatisticsStore(folder).get(wanted, compute, are_moments)
-    return {layer: _covariance(tensors, corpus.tokens) for layer, tensors in found.items()}
+    store = StatisticsStore(folder)
+    found = store.get(wanted, compute, are_moments)
+    return {layer: _covariance(each, corpus.tokens, KeptLeading(store, wanted[layer])) for layer, each in found.items()}
 
 
 def are_stored(runner: LayerRunner, sites: Sequence[Site], corpus: Corpus, folder: Path | None = None) -> bool:
@@ -81,43 +84,29 @@ def origin_of(site: Site, corpus: Corpus, below: str) -> Origin:
     )
 
 
-def tensors_of(mean: Tensor) -> Tensors:
-    """What is stored of C (d_in, d_in): itself and its factorization, done once for all methods and runs."""
-    values, vectors = Covariance(mean, 0).eigh
-    return {
-        "second_moment": mean.float().contiguous(),
-        "eigenvalues": values,
-        "eigenvectors": vectors.float().contiguous(),
-    }
+def _of_layer(mean: Tensor) -> Tensors:
+    """What is stored of C (d_in, d_in): itself. Methods need different things of it, and factor it themselves."""
+    return {"second_moment": mean.float().contiguous()}
 
 
 def are_moments(stored: Tensors) -> bool:
-    """Whether stored tensors are second moments with their factorization, of a layer or of each of its experts: of one
-    size, finite, no eigenvalue below zero but for rounding, and as large in all as the diagonal is."""
-    try:
-        mean, values, vectors = (stored[name] for name in ("second_moment", "eigenvalues", "eigenvectors"))
-    except KeyError:
+    """Whether stored tensors are second moments, of a layer or of each of its experts with their factorization: finite,
+    and what no energy can contradict."""
+    mean = stored.get("second_moment")
+    if mean is None or not mean.numel() or not bool(torch.isfinite(mean).all()):
         return False
-    size = values.shape[-1] if values.ndim in (1, 2) else 0  # with experts, one of each first
-    if not size or not mean.shape == vectors.shape == (*values.shape, size):
-        return False
-    if values.ndim == 2 and getattr(stored.get("few"), "shape", None) != values.shape[:1]:
-        return False
-    finite = all(bool(torch.isfinite(tensor).all()) for tensor in (mean, values, vectors))
-    total, largest = float(values.double().sum()), float(values.max())
-    if not finite or largest <= 0 or float(values.min()) < -1e-3 * largest:
-        return False
-    lengths = vectors.double().square().sum(-2)
-    trace = float(mean.double().diagonal(dim1=-2, dim2=-1).sum())
-    return abs(total - trace) < 1e-3 * total and bool((lengths - 1).abs().max() < 1e-3)
+    if mean.ndim == 3:
+        return are_of_experts(stored)
+    energy = mean.diagonal() if mean.ndim == 2 and mean.shape[0] == mean.shape[1] else mean[:0]
+    return bool(energy.numel() and (energy >= 0).all() and energy.any()) and torch.equal(mean, mean.T)
 
 
-def _covariance(stored: Tensors, tokens: int) -> Covariance:
-    factors = stored["eigenvalues"], stored["eigenvectors"].double()
-    mean = stored["second_moment"].double()
+def _covariance(stored: Tensors, tokens: int, kept: Kept) -> Covariance:
+    mean = stored["second_moment"]
     if mean.ndim == 2:
-        return Covariance(mean, tokens, factors)
-    return SideBySide(mean, tokens, factors, tuple(stored["few"].nonzero().squeeze(1).tolist()))
+        return Covariance(mean, tokens, kept=kept)
+    factors = stored["eigenvalues"], stored["eigenvectors"].double()
+    return SideBySide(mean.double(), tokens, factors, few=tuple(stored["few"].nonzero().squeeze(1).tolist()))
 
 
 def digests_below(
@@ -167,22 +156,7 @@ def _computed(
     for site in sites:
         upper = sums[site.layer].cpu() / weight  # (d_in, d_in), or of experts (E, width + 1, width + 1)
         mean = upper.triu() + upper.triu(1).mT
-        yield site.layer, tensors_of(mean) if site.experts is None else _of_experts(mean, weight)
-
-
-def _of_experts(mean: Tensor, tokens: float) -> Tensors:
-    """What is stored of experts' second moments, from those (E, width + 1, width + 1) of keys with a 1 at their end,
-    which counts tokens; `few` (E,) says for which of them the text has less tokens than their keys have entries.
-
-    What those lack are so many tokens of the layer's mean expert, so that no direction is taken for one that text never
-    uses; as a whole they have the weight of the tokens that they did get, or of one.
-    """
-    counts, moments = tokens * mean[:, -1, -1], tokens * mean[:, :-1, :-1]  # (E,), sums over tokens
-    width = moments.shape[1]
-    few, pooled = counts < width, moments.sum(0) / counts.sum().clamp_min(1)
-    missing = (width - counts).clamp_min(0).view(-1, 1, 1)
-    filled = (moments + missing * pooled) / width * (counts.clamp_min(1) / tokens).view(-1, 1, 1)
-    return {**tensors_of(torch.where(few.view(-1, 1, 1), filled, moments / tokens)), "few": few.float()}
+        yield site.layer, _of_layer(mean) if site.experts is None else of_experts(mean, weight)
 
 
 def accumulate(runner: LayerRunner, sites: Sequence[Site], batch: Sequence[Sequence[int]], sums: Sums) -> None:

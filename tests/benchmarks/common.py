@@ -24,7 +24,7 @@ from patchkit.editing.session import Plan, plan
 from patchkit.facts.reader import read_facts
 from patchkit.facts.requests import EditRequest
 from patchkit.facts.schema import Fact
-from patchkit.maths.linalg import Covariance
+from patchkit.maths.covariance import Covariance
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import load_model

@@ -14,7 +14,8 @@ import torch
 
 from patchkit.editing.editor import edit
 from patchkit.editing.state import EditRun, EditState, SiteHistory
-from patchkit.maths.linalg import Covariance, Delta
+from patchkit.maths.covariance import Covariance
+from patchkit.maths.linalg import Delta
 from patchkit.statistics.corpus import PACKAGE_TEXT, read_corpus
 from patchkit.statistics.moments import statistics
 

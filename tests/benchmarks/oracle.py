@@ -23,7 +23,7 @@ from patchkit.editing.recipe import EditConfig
 from patchkit.editing.session import Plan, plan
 from patchkit.editing.values import ValueConfig
 from patchkit.facts.requests import EditRequest, Row
-from patchkit.maths.linalg import Covariance
+from patchkit.maths.covariance import Covariance
 from patchkit.methods.alphaedit import AlphaEditConfig
 from patchkit.methods.memit import MemitConfig
 from patchkit.methods.rome import RomeConfig

@@ -20,7 +20,7 @@ from patchkit.evaluate.trial import Trial
 from patchkit.evaluate.verify import Answers, ask, compare
 from patchkit.facts.reader import read_facts
 from patchkit.facts.schema import Fact
-from patchkit.maths.linalg import Covariance
+from patchkit.maths.covariance import Covariance
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import live_deltas

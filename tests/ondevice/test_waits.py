@@ -21,7 +21,7 @@ from patchkit.editing.editor import edit
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
 from patchkit.facts.schema import Fact
-from patchkit.maths.linalg import Covariance
+from patchkit.maths.covariance import Covariance
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from tests.ondevice import fakegpu

@@ -1,0 +1,102 @@
+"""What methods ask of second moments C against all of C's eigenvectors, in seconds of one core.
+
+    python -m tests.benchmarks.factors --d-in 14336 --full 3584 --decay 1.0
+
+C has eigenvalues i^-decay times e^(-i/d_in · fall), the largest ten times as large, and eigenvectors that are known
+without computing them. All eigenvectors are computed at the size --full, and their time is scaled by the third power of
+the size. Seconds are of the processor, so that other work on the machine adds little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchkit.maths.covariance import Covariance
+
+from .common import show
+
+
+def main() -> None:
+    """Parse the options, measure, print."""
+    options = _options()
+    torch.set_num_threads(1)
+    show(list(measure(options)), options.json)
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each thing that is asked of C, and for all eigenvectors."""
+    _, _, small = moments(options.full, options.decay, options.fall)
+    full_s = cpu_seconds(lambda: torch.linalg.eigh(small))[0] * (options.d_in / options.full) ** 3
+    values, vectors, matrix = moments(options.d_in, options.decay, options.fall)
+    keys = torch.randn(options.d_in, options.facts, generator=torch.Generator().manual_seed(1)).double()
+    rows = [{"what": "all eigenvectors", "seconds": full_s, "scaled_from": options.full}]
+    for left in options.left:
+        covariance = Covariance(matrix, 1)
+        seconds, found = cpu_seconds(lambda: covariance.project_null(keys, left))  # noqa: B023
+        count = int((values.cumsum(0) > left * values.sum()).sum())
+        assert count == len(covariance.leading(left).values)
+        chosen = vectors(count)
+        exact = keys - chosen @ (chosen.T @ keys)
+        rows.append(
+            {
+                "what": f"null space of {left:g} of the energy",
+                "seconds": seconds,
+                "ratio": full_s / seconds,
+                "directions": count,
+                "difference": float((found - exact).norm() / exact.norm()),
+                "bound": covariance.leading(left).error,
+            }
+        )
+    covariance = Covariance(matrix, 1)
+    for damping in (1e-2, 1.0):
+        seconds, _ = cpu_seconds(lambda: covariance.solve(keys, damping))  # noqa: B023
+        rows.append({"what": f"solve damped by {damping:g}", "seconds": seconds, "ratio": full_s / seconds})
+    return rows
+
+
+def moments(d_in: int, decay: float, fall: float) -> tuple[Tensor, Callable[[int], Tensor], Tensor]:
+    """Eigenvalues, ascending; the largest so many eigenvectors; and C = H diag(values) H with the reflection H."""
+    order = torch.arange(1, d_in + 1, dtype=torch.float64)
+    values = (order**-decay * torch.exp(-fall * order / d_in)).flip(0)
+    values[-1] *= 10
+    mirror = torch.randn(d_in, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mirror /= mirror.norm()
+    weighted = values * mirror
+    matrix = torch.outer(mirror, (4 * (mirror @ weighted)) * mirror - 2 * weighted) - 2 * torch.outer(weighted, mirror)
+    matrix.diagonal().add_(values)
+
+    def largest(count: int) -> Tensor:
+        found = -2 * torch.outer(mirror, mirror[-count:])
+        found[-count:].diagonal().add_(1)
+        return found
+
+    return values, largest, (matrix + matrix.T) / 2
+
+
+def cpu_seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of the processor that `work` takes, and what it returns."""
+    began = time.process_time()
+    made = work()
+    return time.process_time() - began, made
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--d-in", type=int, default=14336)
+    parser.add_argument("--full", type=int, default=3584, help="size at which all eigenvectors are computed")
+    parser.add_argument("--decay", type=float, default=1.0)
+    parser.add_argument("--fall", type=float, default=0.0)
+    parser.add_argument("--left", type=float, nargs="*", default=[0.3], help="shares of energy that null spaces hold")
+    parser.add_argument("--facts", type=int, default=100)
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
