@@ -6,7 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner
+from patchkit.model.loading import load_model
+from patchkit.statistics.corpus import default_text, read_corpus, window_of
+from patchkit.statistics.moments import statistics
 from tests import zoo
 from tests.helpers import Command, tree, write_facts
 
@@ -69,3 +75,46 @@ def test_what_apply_refuses_a_dry_run_refuses(run: Command, model: Path) -> None
     found = run("apply", "facts.jsonl", "--onto", "p", "--model", model, "--dry-run", "--json").json()
     assert found["skipped"] == ["rome"]
     assert json.dumps(found["facts"]).count('"id"') == 1
+
+
+# --- plan -------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_says_what_a_dry_run_says(run: Command, model: Path) -> None:
+    asked = ("facts.jsonl", "--model", model, "--layers", "1-2", "--json")
+    planned, dry = run("plan", *asked).json(), run("apply", *asked, "--dry-run").json()
+    for found in (planned, dry):
+        for measured in ("seconds", "free"):
+            found.pop(measured)
+    assert planned == dry
+    ended = run("plan", "facts.jsonl", "--model", model, "--layers", "1")
+    assert ended.status == 0
+    assert "GB of memory: weights" in ended.out
+
+
+@pytest.mark.parametrize("method", ["memit", "alphaedit"])
+def test_memory_is_that_of_what_a_run_holds(method: str, run: Command, model: Path) -> None:
+    """Weights and second moments to the byte; factors that are kept within what is planned for them."""
+    found = run("plan", "facts.jsonl", "--model", model, "--layers", "1-2", "--method", method, "--json").json()
+    assert found["memory"] == sum(found["parts"].values())
+    loaded = load_model(str(model))
+    weights = {id(p): p.numel() * p.element_size() for p in loaded.model.parameters()}
+    assert found["weights_on"] == {"cpu": sum(weights.values())}
+    assert found["parts"]["weights"] == sum(weights.values())
+    runner = LayerRunner(inspect_model(loaded.model))
+    corpus = read_corpus(default_text(str(model)), loaded.tokenizer, window=window_of(loaded.model))
+    covariances = statistics(runner, runner.arch.sites[1:3], corpus).values()
+    assert found["parts"]["second moments"] == sum(each.matrix.nbytes for each in covariances)
+    factors = 0
+    for each in covariances:
+        each.solve(torch.ones(len(each.matrix), 1, dtype=torch.float64), 1e-2)
+        factors += sum(factor.nbytes for factor in each._cholesky.values() if factor is not None)
+    size = 8 * zoo.INNER**2
+    assert factors == 2 * size
+    assert found["parts"]["factors"] == (factors + size if method == "memit" else 2 * size // 4 + 3 * size)
+
+
+def test_what_does_not_fit_is_said(run: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patchkit.runs.dry_run.free_memory", lambda device: 1000)
+    shown = " ".join(run("plan", "facts.jsonl", "--model", model, "--layers", "1").out.split())
+    assert "cpu has 0.0 GB left, which is too little: take fewer --layers" in shown

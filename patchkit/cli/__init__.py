@@ -18,6 +18,7 @@ from patchkit.words import visible
 
 COMMANDS = {
     "apply": "Write facts into a model, as a patch.",
+    "plan": "What a run would edit, in what time and memory.",
     "verify": "Measure a patch against the untouched base.",
     "report": "One page with every fact before and after, to look at.",
     "generate": "What a patched model answers, and its base.",

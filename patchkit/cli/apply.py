@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from patchkit.cli.common import (
+    F,
     GatedCommand,
     ModelOptions,
     check_page,
@@ -25,6 +27,7 @@ from patchkit.cli.common import (
     quick_option,
     refuse_quick,
     stdout,
+    with_options,
     zsre_option,
 )
 from patchkit.cli.merge import show_merged
@@ -40,27 +43,39 @@ if TYPE_CHECKING:
     from patchkit.runs.dry_run import PlannedRun
 
 
-@click.command("apply", cls=GatedCommand)
-@click.argument("facts", required=False)
-@click.option("--fact", "typed", multiple=True, metavar="TEXT", help=f'A fact as "{FORM}"; may be repeated.')
-@model_options
-@click.option(
-    "--onto",
-    metavar="PATCH",
-    help="Go on from this patch, with its recipe unless told otherwise: facts that it has are skipped, and one with "
-    "another target supersedes the earlier one.",
+def request_options(command: F) -> F:
+    """What `apply` is asked to write, and how; `plan` takes the same."""
+    return with_options(command, *reversed(_REQUEST))
+
+
+_REQUEST: tuple[Callable[[Any], Any], ...] = (
+    click.argument("facts", required=False),
+    click.option("--fact", "typed", multiple=True, metavar="TEXT", help=f'A fact as "{FORM}"; may be repeated.'),
+    model_options,
+    click.option(
+        "--onto",
+        metavar="PATCH",
+        help="Go on from this patch, with its recipe unless told otherwise: facts that it has are skipped, and one "
+        "with another target supersedes the earlier one.",
+    ),
+    click.option("--method", metavar="NAME", help="One of `patchkit methods` [default: alphaedit]."),
+    click.option("--recipe", metavar="F", help="A recipe file, or the name of one under recipes/<method>/."),
+    click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting; may be repeated."
+    ),
+    click.option("--layers", metavar="L", help="Layers to edit: 4-8, or 4,6, or 14%-27% of the depth."),
+    click.option("--batch-size", type=click.IntRange(1), help="Facts solved for together; batches follow one another."),
+    click.option("--text", type=click.Path(), help="Plain text for the statistics; more is better."),
+    click.option("--stats", type=click.Path(), help="Folder of statistics, instead of the cache."),
+    click.option("--seed", type=int, help="Seed of the generated contexts [default: 0]."),
+    zsre_option,
+    click.option("--skip-bad", is_flag=True, help="Leave out bad facts, list them in rejected.jsonl beside the patch."),
+    click.option("--yes", is_flag=True, help="Take the subjects that are proposed for facts without one."),
 )
-@click.option("--method", metavar="NAME", help="One of `patchkit methods` [default: alphaedit].")
-@click.option("--recipe", metavar="F", help="A recipe file, or the name of one under recipes/<method>/.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting; may be repeated.")
-@click.option("--layers", metavar="L", help="Layers to edit: 4-8, or 4,6, or 14%-27% of the depth.")
-@click.option("--batch-size", type=click.IntRange(1), help="Facts solved for together; batches follow one another.")
-@click.option("--text", type=click.Path(), help="Plain text for the statistics; more is better.")
-@click.option("--stats", type=click.Path(), help="Folder of statistics, instead of the cache.")
-@click.option("--seed", type=int, help="Seed of the generated contexts [default: 0].")
-@zsre_option
-@click.option("--skip-bad", is_flag=True, help="Leave out bad facts, list them in rejected.jsonl beside the patch.")
-@click.option("--yes", is_flag=True, help="Take the subjects that are proposed for facts without one.")
+
+
+@click.command("apply", cls=GatedCommand)
+@request_options
 @click.option(
     "--allow-close-keys",
     is_flag=True,
@@ -131,9 +146,9 @@ def command(
     from patchkit.cli.applying import ApplyRequest, apply_file, dry_run
     from patchkit.runs.guard import Bounds
 
-    overrides = (*overrides, *_settings(layers=layers, batch_size=batch_size, seed=seed))
+    overrides = (*overrides, *settings(layers=layers, batch_size=batch_size, seed=seed))
     request = ApplyRequest(
-        *(_source(facts, typed), onto, method, recipe, overrides, zsre_target, skip_bad, yes), tuple(sys.argv[1:])
+        *(source(facts, typed), onto, method, recipe, overrides, zsre_target, skip_bad, yes), tuple(sys.argv[1:])
     )
     guard = None if no_guard else Bounds.of(bounds)
     choose, folder = model.choice, _folder(out, onto, facts)
@@ -177,14 +192,14 @@ def show_planned(found: PlannedRun, as_json: bool) -> None:
         stdout.print(planned_table(found))
 
 
-def _source(facts: str | None, typed: tuple[str, ...]) -> str | tuple[str, ...]:
+def source(facts: str | None, typed: tuple[str, ...]) -> str | tuple[str, ...]:
     """The fact file, or the facts that were typed."""
     if bool(facts) == bool(typed):
         raise click.UsageError(f'give either FACTS or --fact "{FORM}"')
     return facts or typed
 
 
-def _settings(**short: object) -> list[str]:
+def settings(**short: object) -> list[str]:
     """Options that stand for a setting each, as --set takes them."""
     return [f"{key}={value}" for key, value in short.items() if value is not None]
 

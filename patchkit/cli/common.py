@@ -154,7 +154,7 @@ def model_options(command: F) -> F:
         options = ModelOptions(model_name, device, device_map, dtype, trust_remote_code)
         return command(*arguments, model=options, **others)
 
-    return _with_options(
+    return with_options(
         cast(F, with_model),
         click.option(
             "--trust-remote-code",
@@ -192,7 +192,8 @@ def base_of(base: BaseInfo) -> str:
     return name
 
 
-def _with_options(command: F, *options: Callable[[F], F]) -> F:
+def with_options(command: F, *options: Callable[[F], F]) -> F:
+    """A command with options, the last one first in its help."""
     for option in options:
         command = option(command)
     return command

@@ -142,11 +142,22 @@ def planned_table(found: PlannedRun) -> RenderableType:
         f"would edit {counted(len(found.facts), 'fact')} in {counted(len(found.batches), 'solve')} with "
         f"{found.method}, layers {layers}: {listed([weight.weight for weight in found.weights])}",
         f"about {sum(found.seconds.values()):,.0f} s on {found.device}{stored}: {spent}",
-        f"about {found.memory / 1e9:.1f} GB of memory; nothing was edited and nothing written",
+        f"about {found.memory / 1e9:.1f} GB of memory: "
+        + ", ".join(f"{part} {size / 1e9:.2f}" for part, size in found.parts.items())
+        + (f"; {found.device} has {found.free / 1e9:.1f} GB left" if found.fits else ""),
+        *([] if found.fits else [_too_much(found)]),
+        "nothing was edited and nothing written",
     ]
     if found.skipped:
         lines.append(f"already in the patch: {listed(found.skipped)}")
     return Group(*parts, Text(), Text("\n".join(lines)))
+
+
+def _too_much(found: PlannedRun) -> str:
+    return (
+        f"{found.device} has {found.free / 1e9:.1f} GB left, which is too little: take fewer --layers, a smaller "
+        "--dtype, a smaller value.parallel, or --device-map auto"
+    )
 
 
 def _spans(fact: PlannedFact) -> str:

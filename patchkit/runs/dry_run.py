@@ -18,7 +18,7 @@ from patchkit.editing.contexts import TOKENS
 from patchkit.editing.editor import solve_batch_size
 from patchkit.editing.recipe import EditConfig
 from patchkit.editing.session import Plan, plan
-from patchkit.editing.suffixes import ASKED, KEPT, Room
+from patchkit.editing.suffixes import ASKED, KEPT, Room, free_memory
 from patchkit.editing.teacher import LEADS, SAMPLES
 from patchkit.editing.teacher import TOKENS as REWORDING_TOKENS
 from patchkit.editing.wordings import KEPT as KEPT_TOKENS
@@ -28,6 +28,7 @@ from patchkit.evaluate.prompts import ABOUT_BEGINNINGS, UNRELATED_BEGINNINGS, UN
 from patchkit.facts.batches import batches
 from patchkit.facts.requests import Row, wording_row
 from patchkit.facts.schema import Fact
+from patchkit.model.devices import home_of, solve_device
 from patchkit.model.weights import Site
 from patchkit.runs.prepare import Prepared
 from patchkit.runs.workspace import Workspace
@@ -37,8 +38,13 @@ _PASS = (8, 32)
 """Rows and tokens of the pass that is timed."""
 _BACKWARD = 3
 """What a step of the value optimizer costs, in passes: forward and backward."""
-_EIGH = 12e-9
-"""Seconds per d_in³ of factorizing second moments once, on one core."""
+_EIGENVECTORS, _CHOLESKY = 10.0, 1.0
+"""What all eigenvectors of second moments and a Cholesky factor of them cost, in multiplications and additions per
+d_in³, at the speed of a product of matrices."""
+_PRODUCT = 512
+"""Size of the product that tells how fast the solve device multiplies in float64."""
+_DIRECTIONS = 0.25
+"""Leading eigenvectors that a null space leaves out, as a share of d_in: between 0.02 and 0.35 in models measured."""
 
 
 class PlannedFact(BaseModel):
@@ -68,7 +74,9 @@ class PlannedWeight(BaseModel):
 class PlannedRun(BaseModel):
     """What `patchkit apply --dry-run --json` prints.
 
-    seconds: by phase, statistics being 0 where they are stored already; memory: bytes in all at the peak.
+    seconds: by phase, statistics being 0 where they are stored already; memory: bytes in all at the peak; parts: what
+    they are for; weights_on: by device, the bytes of the model's weights that lie there; free: bytes that the run's
+    device has for all else.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -81,7 +89,15 @@ class PlannedRun(BaseModel):
     statistics_stored: bool
     seconds: dict[str, float]
     memory: int
+    parts: dict[str, int]
+    weights_on: dict[str, int]
+    free: int
     device: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has room for what is not loaded yet."""
+        return self.memory - self.parts["weights"] <= self.free
 
 
 @torch.no_grad()
@@ -98,6 +114,7 @@ def planned(prepared: Prepared, workspace: Workspace, quick: bool = False) -> Pl
     facts, stored = prepared.incoming.new, _is_stored(workspace, config, how)
     lines = {fact.id: line for fact, line in zip(prepared.read.facts, prepared.read.lines, strict=True)}
     rows = [wording_row(fact, workspace.tokenizer, "", fact.prompt) for fact in facts]
+    parts = _memory(workspace, config, how)
     return PlannedRun(
         method=config.method,
         facts=tuple(
@@ -109,7 +126,10 @@ def planned(prepared: Prepared, workspace: Workspace, quick: bool = False) -> Pl
         batches=tuple(len(batch) for batch in batches(facts, solve_batch_size(config))),
         statistics_stored=stored,
         seconds=_seconds(workspace, config, how, rows, stored, quick),
-        memory=_memory(workspace, how),
+        memory=sum(parts.values()),
+        parts=parts,
+        weights_on=_weights_on(workspace),
+        free=free_memory(workspace.runner.device),
         device=str(workspace.runner.device),
     )
 
@@ -153,8 +173,9 @@ def _seconds(
     found = {"statistics": 0.0, "contexts": 0.0, "values": 0.0}
     if not stored:
         corpus = workspace.corpus(workspace.texts[0], config.uses_chat)
+        factor = (_EIGENVECTORS if _projects(config) else _CHOLESKY) * _seconds_per_operation(workspace, how)
         found["statistics"] = corpus.tokens * token * below + sum(
-            _EIGH * site.blocks * site.width**3 for site in how.sites
+            factor * site.blocks * site.width**3 for site in how.sites
         )
     if method.targets == "values":
         written = len(LEADS) * SAMPLES * (length + REWORDING_TOKENS) + (len(NEUTRAL) + len(NEUTRAL_CHAT)) * KEPT_TOKENS
@@ -191,9 +212,55 @@ def _seconds_per_token(workspace: Workspace) -> float:
     return spent / (rows * tokens)
 
 
-def _memory(workspace: Workspace, how: Plan) -> int:
-    """The model, the second moments of all sites with their factorizations, and the logits of a bucket with the
-    gradient's."""
-    weights = sum(each.numel() * each.element_size() for each in workspace.model.parameters())
-    statistics = sum(3 * 8 * site.blocks * site.width**2 for site in how.sites)
-    return weights + statistics + 3 * 4 * Room.on(workspace.runner.device).logits
+def _seconds_per_operation(workspace: Workspace, how: Plan) -> float:
+    """Of a product of matrices in float64 where solves are made, the second of two."""
+    device = solve_device(how.sites[0].module)
+    matrix, spent = torch.ones(_PRODUCT, _PRODUCT, dtype=torch.float64, device=device), 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        float((matrix @ matrix)[0, 0])  # waits for the device
+        spent = time.perf_counter() - began
+    return spent / (2 * _PRODUCT**3)
+
+
+def _projects(config: EditConfig) -> bool:
+    """Whether the method's solves take a null space, by its settings; the others' take C itself."""
+    return bool({"null_energy", "nullspace"} & set(methods.get(config.method).config.model_fields))
+
+
+def _memory(workspace: Workspace, config: EditConfig, how: Plan) -> dict[str, int]:
+    """What a run holds at its peak, in bytes: the model; second moments of all sites in float32; what is factored of
+    them, in float64, with what factoring one of them takes; and the logits of a bucket with the gradient's."""
+    found = {"weights": sum(_weights_on(workspace).values()), "second moments": 0, "factors": 0}
+    if methods.get(config.method).needs_statistics or config.neurons == "on":
+        found["second moments"] = second_moments_bytes(how.sites)
+        found["factors"] = factors_bytes(how.sites, _projects(config))
+    return {**found, "logits": 3 * 4 * Room.on(workspace.runner.device).logits}
+
+
+def second_moments_bytes(sites: Sequence[Site]) -> int:
+    """Of the second moments of sites as they lie in memory: float32; of experts in float64, with all eigenvectors."""
+    return sum((4 if site.blocks == 1 else 16) * site.blocks * site.width**2 for site in sites)
+
+
+def factors_bytes(sites: Sequence[Site], projects: bool) -> int:
+    """Of what methods factor of them: a Cholesky factor of each, or the leading eigenvectors; and, while all
+    eigenvectors of the widest are computed, three matrices of its size."""
+    widths = [site.width for site in sites if site.blocks == 1]
+    if not widths:
+        return 0
+    kept = sum(8 * int((_DIRECTIONS if projects else 1) * width * width) for width in widths)
+    return kept + (3 if projects else 1) * 8 * max(widths) ** 2
+
+
+def _weights_on(workspace: Workspace) -> dict[str, int]:
+    """By device, the bytes of the weights that compute there; those that are offloaded count where they are needed."""
+    found: dict[str, int] = {}
+    seen = set[int]()
+    for module in workspace.model.modules():
+        for weight in module.parameters(recurse=False):
+            if id(weight) not in seen:  # tied weights lie there once
+                seen.add(id(weight))
+                where = str(home_of(module))
+                found[where] = found.get(where, 0) + weight.numel() * weight.element_size()
+    return found
