@@ -27,7 +27,8 @@ from patchkit.model.hooks import live_deltas
 from patchkit.model.inputs import SiteInput, watching_site
 from patchkit.model.weights import Site, expert_sites, read_weight, write_weight
 from patchkit.statistics.corpus import PACKAGE_TEXT, read_corpus
-from patchkit.statistics.moments import FIRST, _of_experts, statistics
+from patchkit.statistics.expert_moments import of_experts
+from patchkit.statistics.moments import FIRST, statistics
 from tests import zoo
 from tests.helpers import apart
 
@@ -224,7 +225,7 @@ def test_an_expert_without_tokens_counts_as_the_others_do_in_the_mean() -> None:
     keys[2] = 0
     homogeneous = torch.cat([keys, torch.ones(3, 50, 1, dtype=torch.float64)], 2)
     homogeneous[2] = 0
-    stored = _of_experts(homogeneous.mT @ homogeneous / 100, 100)
+    stored = of_experts(homogeneous.mT @ homogeneous / 100, 100)
     assert stored["few"].tolist() == [0, 0, 1]
     pooled = (keys.mT @ keys).sum(0) / 100  # of each of the hundred tokens
     assert apart(stored["second_moment"][2].double(), pooled / 100) < 1e-6

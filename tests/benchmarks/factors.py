@@ -1,8 +1,10 @@
 """What methods ask of second moments C against all of C's eigenvectors, in seconds of one core.
 
-    python -m tests.benchmarks.factors --d-in 14336 --full 3584 --decay 1.0
+    python -m tests.benchmarks.factors --d-in 14336 --full 2048 --decay 1.0
+    python -m tests.benchmarks.factors --model M --tokens 20000 --left 0.3 0.5
 
-C has eigenvalues i^-decay times e^(-i/d_in · fall), the largest ten times as large, and eigenvectors that are known
+With --model the C are those of layers of a model, and shown is how many directions null spaces leave out. Without
+it C has eigenvalues i^-decay times e^(-i/d_in · fall), the largest ten times as large, and eigenvectors that are known
 without computing them. All eigenvectors are computed at the size --full, and their time is scaled by the third power of
 the size. Seconds are of the processor, so that other work on the machine adds little.
 """
@@ -17,7 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchkit.editing.recipe import load_recipe
+from patchkit.editing.session import plan
 from patchkit.maths.covariance import Covariance
+from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner
+from patchkit.model.loading import load_model
+from patchkit.statistics.corpus import default_text, read_corpus, window_of
+from patchkit.statistics.moments import statistics
 
 from .common import show
 
@@ -26,7 +35,22 @@ def main() -> None:
     """Parse the options, measure, print."""
     options = _options()
     torch.set_num_threads(1)
-    show(list(measure(options)), options.json)
+    show(directions(options) if options.model else measure(options), options.json)
+
+
+def directions(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each layer that the default recipe edits: how many directions hold all but a share of the energy."""
+    loaded = load_model(options.model, dtype="float32")
+    runner = LayerRunner(inspect_model(loaded.model))
+    text = default_text(options.model)
+    corpus = read_corpus(text, loaded.tokenizer, options.tokens, window_of(loaded.model))
+    config = load_recipe("alphaedit", None, ["neurons=off"])
+    rows = []
+    for layer, covariance in statistics(runner, plan(runner.arch, config).sites, corpus).items():
+        size = len(covariance.matrix)
+        counts = {f"all_but_{left:g}": size - covariance.null_rank(left) for left in options.left}
+        rows.append({"layer": layer, "d_in": size, **counts})
+    return rows
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -88,6 +112,8 @@ def cpu_seconds(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or Hub name")
+    parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--d-in", type=int, default=14336)
     parser.add_argument("--full", type=int, default=3584, help="size at which all eigenvectors are computed")
     parser.add_argument("--decay", type=float, default=1.0)
