@@ -96,7 +96,7 @@ def test_one_thing_in_two_wordings_is_close_to_itself_and_one_subject_twice_is_n
 
 def test_earlier_facts_count() -> None:
     made, covariance = workspace()
-    site, earlier = made.runner.arch.sites[0], {"old": ("Pelo", covariance.matrix[:, 0])}
+    site, earlier = made.runner.arch.sites[0], {"old": ("Pelo", covariance.matrix[:, 0].double())}
     (found,) = closeness.closeness(made.runner, made.tokenizer, [fact("Nalo")], site, covariance, earlier=earlier)
     assert found.other == ("old", "Pelo")
 
