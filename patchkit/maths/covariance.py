@@ -53,8 +53,9 @@ class Covariance:
     @cached_property
     def eigh(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues (d_in,) ascending, clipped at 0, and eigenvectors (d_in, d_in) as columns."""
-        if self.known_eigh is not None:
-            return self.known_eigh
+        return self.known_eigh or self._decomposed()
+
+    def _decomposed(self) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(self.matrix.double())
         return values.clamp_min(0), vectors
 
@@ -128,7 +129,8 @@ class Covariance:
 
     def _found(self, energy: float) -> Leading:
         found = leading(self.matrix.double(), energy) if self.known_eigh is None else None
-        found = leading_of(*self.eigh, energy) if found is None else found
+        if found is None:  # of all eigenvectors no more is held than is kept of them
+            found = leading_of(*(self.known_eigh or self._decomposed()), energy)
         return found if self.kept is None else self.kept.save(energy, found).to(self.matrix.device)
 
     def null_rank(self, energy: float) -> int:

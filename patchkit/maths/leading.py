@@ -25,8 +25,8 @@ PRECISION = 1e-12
 equal, neither of them is more right than the other."""
 SHARE = 0.4
 """Of the size: a larger space than this costs what all eigenvectors do."""
-GROWTH = 1.15
-"""By how much the space grows before it is looked at again."""
+FIRST_LOOK, GROWTH = 1.3, 1.08
+"""By how much the space grows before it is looked at: once it holds enough of the trace, and again."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class _Krylov:
         to hold before they do, and converging takes more steps."""
         if self.trace < self.wanted and self.size < self.most:
             return 0
-        return int(GROWTH * self.size) + 8 * self.block
+        return int(FIRST_LOOK * self.size) + 4 * self.block
 
     def found(self) -> Leading | None:
         """The leading eigenvectors, once they are precise."""

@@ -3,10 +3,10 @@
     python -m tests.benchmarks.factors --d-in 14336 --full 2048 --decay 1.0
     python -m tests.benchmarks.factors --model M --tokens 20000 --left 0.3 0.5
 
-With --model the C are those of layers of a model; shown is how many directions null spaces leave out. Without it C
-has eigenvalues i^-decay times e^(-i/d_in · fall), and eigenvectors that are known without computing them. All
-eigenvectors are computed at the size --full, and their time is scaled by the third power of the size. Seconds are of the
-processor, so that other work on the machine adds little.
+With --model the C are those of layers of a model; shown is how many directions null spaces leave out. Without it C has
+eigenvalues i^-decay times e^(-i/d_in · fall), and eigenvectors that are known without computing them. All eigenvectors
+are computed at the size --full, and their time is scaled by the third power of the size. Seconds are of the processor,
+so that other work on the machine adds little.
 """
 
 from __future__ import annotations
