@@ -32,7 +32,7 @@ from tests.helpers import Command, tree
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FACTWORLD = EXAMPLES / "factworld"
 WORLD = str(EXAMPLES / "world.jsonl")
-QUICK = ("steps=6", "contexts=1", "context_length=4")
+QUICK = ("prompts=contexts", "steps=6", "contexts=1", "context_length=4")
 Bench = Callable[..., Outcome]
 
 

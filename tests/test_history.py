@@ -233,6 +233,28 @@ def test_numbers_of_two_files_that_both_count_from_0_do_not_clash(make: Make) ->
     assert ids(make([{**ROME, "id": 0}], onto=third)) == ids(third)
 
 
+def test_the_id_of_a_fact_that_may_come_back_is_taken(make: Make, less: Make) -> None:
+    """It would be there twice once the fact in its place is reverted."""
+    second = make([{**ROME, "id": "rome-2", "target_new": "the"}], onto=make([ROME, ADA]))
+    with pytest.raises(InputError, match="fact rome: the patch has that id for"):
+        make([{**CURIE, "id": "rome"}], onto=second)
+    with pytest.raises(InputError, match="fact rome: the patch has that id for"):  # in the file that supersedes it
+        make([{**ROME, "id": "rome-2", "target_new": "the"}, {**CURIE, "id": "rome"}], onto=make([ROME, ADA]))
+    assert ids(less(second, "rome-2")) == ["rome", "ada"]
+
+
+def test_a_patch_that_gave_such_an_id_away_keeps_the_fact_that_has_it(make: Make, less: Make) -> None:
+    """As patches from before may: what was superseded stays out, instead of a second fact of the name."""
+    made = make([CURIE], onto=make([{**ROME, "id": "rome-2", "target_new": "the"}], onto=make([ROME, ADA])))
+    facts = tuple(
+        fact.model_copy(update={"id": "rome"}) if fact.id == "curie" else fact for fact in made.manifest.facts
+    )
+    history = made.manifest.history
+    last = history[-1].model_copy(update={"facts": ("rome",)})
+    older = replace(made, manifest=made.manifest.model_copy(update={"facts": facts, "history": (*history[:-1], last)}))
+    assert ids(less(older, "rome-2")) == ["ada", "rome"]
+
+
 def test_every_id_that_is_taken_is_named_with_its_place(make: Make) -> None:
     first = make([ROME, ADA])
     others = [{**record, "prompt": f"now {record['prompt']}"} for record in (ROME, ADA)]

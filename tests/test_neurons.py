@@ -189,7 +189,8 @@ def test_auto_is_on_where_facts_are_edited_in_use_by_what_can() -> None:
     few = capacity(arch.sites[-1])
     assert decided("alphaedit", subjects=few) == "on"
     assert decided("alphaedit", subjects=few + 1) == "off"
-    assert decided("alphaedit", tokenizer=tiny_tokenizer()) == "off"
+    assert decided("alphaedit", tokenizer=tiny_tokenizer()) == "off"  # too narrow a model
+    assert decided("alphaedit", "prompts=in-use", tokenizer=tiny_tokenizer()) == "on"
     assert decided("alphaedit", "prompts=contexts") == "off"
     can = {name for name in available() if decided(name) == "on"}
     assert {"alphaedit", "memit", "rome"} <= can

@@ -111,7 +111,7 @@ def test_a_patch_from_before_edits_in_use_goes_on_as_it_began() -> None:
     assert load_recipe("memit").prompts == "auto"
 
 
-@pytest.mark.parametrize(("depth", "layers"), [(30, [16, 17, 18]), (5, [2]), (12, [6, 7]), (32, [17, 18, 19])])
+@pytest.mark.parametrize(("depth", "layers"), [(30, [16, 17, 18, 19]), (5, [2]), (12, [6, 7]), (32, [17, 18, 19, 20])])
 def test_a_third_of_the_layers_come_after_a_neuron_of_its_own(depth: int, layers: list[int]) -> None:
     config = load_recipe("alphaedit", None, ["neurons=on"])
     assert layers_of(config, depth) == layers

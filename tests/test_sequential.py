@@ -12,8 +12,8 @@ from patchkit.model.loading import ModelChoice
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 METHODS = ("alphaedit", "memit", "rome", "mose-right")
-# One text before the prompt: enough for paraphrases that are plain rewordings, and a third of the time.
-SETTINGS = ("contexts=1",)
+# The published form, with one text before the prompt: enough for plain rewordings, and a third of the time.
+SETTINGS = ("prompts=contexts", "contexts=1")
 
 
 @pytest.fixture(scope="module")

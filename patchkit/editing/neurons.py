@@ -52,6 +52,11 @@ TEXT_WEIGHT, OTHERS_WEIGHT, RIDGE = 1e-3, 0.1, 1e-4
 """In the fit of w: the text's tokens, the other subjects of a batch, and every direction's own energy, without which w
 would rest on directions that 16 bits cannot tell from noise."""
 ROWS = 64
+SPACIOUS = 16
+"""How many neurons a layer has to have to spare for prompts=auto to turn to them in a model without a chat template;
+in narrower ones, which are toys, a neuron more is much of what there is."""
+NOTHING = 3e-6
+"""Of what it costs to rewrite a neuron, in nats a token: less than this nobody notices."""
 
 
 def can_take(name: str) -> bool:
@@ -68,7 +73,7 @@ def settled(config: EditConfig, tokenizer: Any, arch: Architecture, subjects: in
     Raises:
         InputError: neurons=on, and the method or the model cannot.
     """
-    if config.neurons == "off" or (config.neurons == "auto" and not config.in_use(tokenizer)):
+    if config.neurons == "off" or (config.neurons == "auto" and config.prompts == "contexts"):
         return config.model_copy(update={"neurons": "off"})
     own = config.model_copy(update={"neurons": "on"})
     sites = [arch.sites[layer] for layer in layers_of(own, len(arch.layers))]
@@ -81,7 +86,9 @@ def settled(config: EditConfig, tokenizer: Any, arch: Architecture, subjects: in
         if config.neurons == "on":
             raise
         return config.model_copy(update={"neurons": "off"})
-    enough = subjects + taken <= sum(map(capacity, sites))
+    rooms = [capacity(site) for site in sites]
+    wide = config.in_use(tokenizer) or min(rooms) >= SPACIOUS
+    enough = wide and subjects + taken <= sum(rooms)
     return own if config.neurons == "on" or enough else config.model_copy(update={"neurons": "off"})
 
 
@@ -98,13 +105,15 @@ class OwnNeurons:
 
     def shared_out(self, requests: Sequence[EditRequest]) -> dict[int, list[int]]:
         """By layer, ascending, the places of the requests whose subjects get a neuron there: so many subjects in each
-        layer that together they take the neurons, among all that are free, that matter least.
+        layer that together they take the neurons, among all that are free, that matter least. Below NOTHING they are
+        all alike, and the lowest layers come first: further up, values are learned less surely, and names that begin
+        alike are told apart worse (docs/in_use.md).
 
         Raises:
             InputError: all that may be rewritten are taken.
         """
         subjects = list(dict.fromkeys(request.fact.subject for request in requests))
-        free = sorted((cost, layer) for layer, each in self.layers.items() for cost in each.free_costs())
+        free = sorted((max(cost, NOTHING), layer) for layer, each in self.layers.items() for cost in each.free_costs())
         if len(free) < len(subjects):
             raise InputError(
                 f"neurons=on: {len(free)} neurons of layers {min(self.layers)} to {max(self.layers)} may still be "

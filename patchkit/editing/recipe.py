@@ -40,7 +40,7 @@ class EditConfig(BaseModel):
     layers: str = Field(
         "auto",
         max_length=2000,
-        description='layers to edit: "4-8", "4,6", or a share of the depth, "14%-27%"; auto: 55%-60% where subjects '
+        description='layers to edit: "4-8", "4,6", or a share of the depth, "14%-27%"; auto: 55%-65% where subjects '
         "get neurons of their own, else 14%-27%",
     )
     batch_size: int = Field(100, ge=1, le=MOST, description="facts solved for together; batches follow one another")
@@ -48,7 +48,7 @@ class EditConfig(BaseModel):
         "auto",
         description='"in-use": the prompt, in chat as well, and rewordings, beside neutral texts that are kept; '
         '"contexts": the prompt after texts, and other words about the subject, as published methods do; '
-        '"auto": in-use where the tokenizer has a chat template',
+        '"auto": in-use where the tokenizer has a chat template, or where subjects get neurons of their own',
     )
     chat: Literal["auto", "on", "off"] = Field(
         "auto", description="whether facts are asked in the chat template as well; auto: where the tokenizer has one"
@@ -56,7 +56,7 @@ class EditConfig(BaseModel):
     neurons: Literal["auto", "on", "off"] = Field(
         "auto",
         description="whether each subject gets a neuron of its own, so that the edit acts at no other word; auto: "
-        "where facts are edited in use, by a method and in a model that can",
+        "by a method and in a model that can, but with prompts=contexts",
     )
     contexts: int = Field(
         5,
@@ -86,15 +86,16 @@ class EditConfig(BaseModel):
         return self.chat != "off"
 
     def in_use(self, tokenizer: Any) -> bool:
-        """Whether facts are edited in the forms they are asked in, which `prompts` leaves to the tokenizer."""
+        """Whether facts are edited in the forms they are asked in. Where that is left to patchkit they are in the
+        chat template, or in neurons of their own; `neurons.settled` decides about those."""
         if self.prompts == "auto":
-            return self.uses_chat and chat_template(tokenizer) is not None
+            return self.neurons == "on" or (self.uses_chat and chat_template(tokenizer) is not None)
         return self.prompts == "in-use"
 
     @property
     def depth(self) -> str:
         """`layers`, or what auto stands for."""
-        by_itself = "55%-60%" if self.neurons == "on" else "14%-27%"
+        by_itself = "55%-65%" if self.neurons == "on" else "14%-27%"
         return by_itself if self.layers == "auto" else self.layers
 
     def digest(self) -> str:

@@ -158,7 +158,7 @@ class Covariance:
 
         How the others go together would only show in keys that have something there.
         """
-        energy = self.matrix.diagonal().clone()
+        energy = self.matrix.diagonal().to(torch.float64, copy=True)
         energy[places.to(energy.device)] = 0
         order = energy.argsort()
         vectors = torch.eye(len(energy), dtype=energy.dtype, device=energy.device)[:, order]

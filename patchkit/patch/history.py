@@ -73,17 +73,18 @@ class Incoming:
 
 
 def with_free_ids(read: FactFile, present: Sequence[EditedFact]) -> FactFile:
-    """The facts of a file, with ids that no other fact in a patch has.
+    """The facts of a file, with ids that no other fact in a patch has, nor one that was superseded and may come back.
 
     A number is a data set's own count, and the next file counts from 0 again: where it is taken, the file's name comes
     before it, and a digest of the fact after it if that is taken too.
 
+    Args:
+        present: the facts in the patch, and those that were superseded.
+
     Raises:
-        InputError: an id that is no number is that of another fact which stays in the patch; all are named.
+        InputError: an id that is no number is that of a fact with another prompt; all are named.
     """
-    targets = {same_wording(fact.prompt): fact.target_new for fact in read.facts}
-    stays = [fact for fact in present if targets.get(same_wording(fact.prompt), fact.target_new) == fact.target_new]
-    taken, free, clashes = {fact.id: fact for fact in stays}, list[Fact](), list[str]()
+    taken, free, clashes = {fact.id: fact for fact in present}, list[Fact](), list[str]()
     for fact, line in zip(read.facts, read.lines, strict=True):
         other = taken.get(fact.id)
         if other is None or same_wording(other.prompt) == same_wording(fact.prompt):
@@ -202,7 +203,7 @@ def leave(manifest: Manifest, ids: Iterable[str]) -> Leaving:
         else:
             _require(manifest, fact_id, there)
         earlier = [place for place, fact in enumerate(manifest.superseded[:before]) if fact.by == fact_id]
-        if earlier:
+        if earlier and manifest.superseded[earlier[-1]].id not in there:  # which another fact may have by now
             back[manifest.superseded[earlier[-1]].id] = earlier[-1]
     return Leaving(tuple(gone), tuple(back.values()), tuple(dropped))
 

@@ -79,7 +79,7 @@ def prepare(
             find_subject=find_subject,
         )
     )
-    facts = with_free_ids(facts, onto.manifest.facts if onto else ())
+    facts = with_free_ids(facts, (*onto.manifest.superseded, *onto.manifest.facts) if onto else ())
     incoming = sort_incoming(facts.facts, onto.manifest.facts if onto else ())
     notes = (
         *facts.notes,

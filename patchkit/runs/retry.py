@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from patchkit import methods
 from patchkit.editing.editor import frozen
+from patchkit.editing.recipe import EditConfig
 from patchkit.editing.values import ValueConfig
 from patchkit.evaluate.trial import Trial
 from patchkit.evaluate.verify import facts_held
@@ -53,7 +54,8 @@ def retried(
     if not lost or 2 * len(lost) > len(facts):
         return Retried(patch)
     value = prepared.config.value
-    steps = MORE * value.pace(prepared.config.in_use(workspace.tokenizer)).steps
+    made = EditConfig.model_validate(patch.manifest.history[-1].recipe)  # with what was left to patchkit decided
+    steps = MORE * value.pace(made.in_use(workspace.tokenizer)).steps
     value = value.model_copy(update={"steps": steps, "stop_loss": LOWER * value.stop_loss})
     names = [fact.id for fact in lost]
     say(f"{counted(len(lost), 'fact')} of {len(facts)} not held, edited again with {steps} steps: {listed(names)}")
