@@ -11,7 +11,7 @@ from patchkit.maths.linalg import PriorKeys
 from patchkit.maths.rotations import Rotation
 from patchkit.methods import LayerProblem
 from patchkit.methods.mose import MoseConfig, mose, on_spheres
-from patchkit.methods.mose_right import MoseRightConfig, mose_right, reach
+from patchkit.methods.mose_right import MoseRightConfig, _Reach, mose_right, reach
 
 from .test_methods import D_IN, D_OUT, apart, covariance_of, problem_of
 
@@ -197,3 +197,14 @@ def test_a_fact_keeps_its_own_reach_when_others_are_done() -> None:
     constrain = reach(problem, MoseRightConfig())
     alone = constrain(torch.tensor([2]), problem.residual.T[2:], 100 * problem.residual.T[2:])
     torch.testing.assert_close(alone[0], held[:, 2])
+
+
+def test_a_fact_that_an_expert_does_not_get_turns_none_of_its_keys() -> None:
+    """Such a fact has no key there, and none is made for it."""
+    size = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    key = torch.tensor([[1.0, 0.0], [2.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+    at = _Reach(torch.eye(3, dtype=torch.float64), key, torch.eye(3, dtype=torch.float64), size)
+    turned = at.turned(torch.tensor([[0.1, 0.0], [0.0, 0.0], [0.2, 0.0]], dtype=torch.float64))
+    assert turned.isfinite().all()
+    assert not turned[:, 1].any()
+    assert turned[:, 0].norm() == pytest.approx(6**0.5)

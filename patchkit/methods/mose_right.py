@@ -63,16 +63,18 @@ class _Reach:
     def _nearest(self, wanted: Tensor) -> Tensor:
         """V'b (r, n) of the length of a whose outputs are nearest to those of `wanted`, V'y (r, n).
 
-        With σ² the energies of W N that is σ²V'y / (σ² + μ), with the μ that gives the length, found by halving.
+        With σ² the energies of W N that is σ²V'y / (σ² + μ), with the μ that gives the length, found by halving. Where
+        nothing is wanted, as of an expert that a fact does not go to, it is 0.
         """
         energy = 1 / self.outward.square().sum(0).unsqueeze(1)  # σ² (r, 1)
         pull, length = energy * wanted, self.keys.norm(dim=0)  # (r, n), (n,)
-        low, high = -energy.min().expand_as(length), pull.norm(dim=0) / length.clamp_min(torch.finfo(length.dtype).tiny)
+        tiny = torch.finfo(length.dtype).tiny
+        low, high = -energy.min().expand_as(length), pull.norm(dim=0) / length.clamp_min(tiny)
         for _ in range(HALVINGS):
             middle = (low + high) / 2
-            longer = (pull / (energy + middle)).norm(dim=0) > length
+            longer = (pull / (energy + middle).clamp_min(tiny)).norm(dim=0) > length
             low, high = torch.where(longer, middle, low), torch.where(longer, high, middle)
-        found: Tensor = pull / (energy + high)
+        found: Tensor = pull / (energy + high).clamp_min(tiny)
         return found
 
     def turned(self, residual: Tensor) -> Tensor:
