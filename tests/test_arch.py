@@ -163,8 +163,8 @@ def test_a_norm_after_the_residual_sum_is_not_direct() -> None:
     ("broken", "reason"),
     [
         (
-            "separate_experts",
-            "a mixture of experts (model.layers.0.mlp: _SeparateExperts); load it with",
+            "shared_experts",
+            "a mixture of experts (model.layers.0.mlp: _SharedExperts, whose experts share weights); load it with",
         ),
         ("t5", "found an encoder-decoder; use a decoder-only model"),
         ("bart", "found an encoder-decoder; use a decoder-only model"),

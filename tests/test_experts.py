@@ -21,11 +21,13 @@ from patchkit.maths.updates import Full, Sparse, delta_of
 from patchkit.methods import LayerProblem, get
 from patchkit.model.arch import Architecture, inspect_model
 from patchkit.model.digests import weight_digest
-from patchkit.model.experts import split_name
+from patchkit.model.expert_names import expert_sites, split_name
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import live_deltas
 from patchkit.model.inputs import SiteInput, watching_site
-from patchkit.model.weights import Site, expert_sites, read_weight, write_weight
+from patchkit.model.separate_experts import SeparateExperts
+from patchkit.model.stacked_experts import StackedExperts
+from patchkit.model.weights import Site, read_weight, write_weight
 from patchkit.statistics.corpus import PACKAGE_TEXT, read_corpus
 from patchkit.statistics.expert_moments import of_experts
 from patchkit.statistics.moments import FIRST, statistics
@@ -38,6 +40,7 @@ SHAPES = {  # by family: experts, their width, layers that have them
     "mixtral": (4, 80, (0, 1, 2, 3)),
     "qwen2_moe": (4, 48, (0, 1, 2, 3)),
     "qwen3_moe": (6, 24, (0, 2, 3)),
+    "separate_moe": (6, 24, (0, 2, 3)),
     "olmoe": (4, 80, (0, 1, 2, 3)),
     "granite_moe": (4, 80, (0, 1, 2, 3)),
     "gpt_oss": (4, 80, (0, 1, 2, 3)),
@@ -76,7 +79,10 @@ def test_experts_are_found_where_they_are(family: str) -> None:
         assert site.d_out == zoo.HIDDEN
         if site.layer in layers:
             assert (site.blocks, site.width, site.d_in) == (count, width, count * width)
-            assert site.experts is not None
+            if family == "separate_moe":
+                assert isinstance(site.experts, SeparateExperts)
+                continue
+            assert isinstance(site.experts, StackedExperts)
             assert site.experts.transposed == (family in ("gpt_oss", "llama4"))
             assert bool(site.experts.silenced) == (family == "gpt_oss")
         assert site.direct == (family != "granite_moe")

@@ -15,18 +15,20 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import patchkit
 from patchkit import Patch
+from patchkit.editing.recipe import load_recipe
+from patchkit.editing.session import plan
 from patchkit.errors import InputError
 from patchkit.evaluate.readings import read_targets
 from patchkit.export.formats import export
 from patchkit.export.merge import merge
 from patchkit.export.merge_gguf import merge_gguf
 from patchkit.model.arch import inspect_model
-from patchkit.model.experts import split_name
+from patchkit.model.expert_names import expert_sites, split_name
 from patchkit.model.forward import LayerRunner
-from patchkit.model.weights import expert_sites, read_weight
+from patchkit.model.weights import read_weight
 from patchkit.statistics.corpus import PACKAGE_TEXT
 from tests import zoo
-from tests.helpers import apart
+from tests.helpers import Command, apart
 
 Record = dict[str, Any]
 ROME = {"id": "rome", "prompt": "the city of Rome", "subject": "Rome", "target_new": "capital"}
@@ -35,7 +37,9 @@ CURIE = {"id": "curie", "prompt": "the language of Marie Curie", "subject": "Mar
 FACTS = [ROME, ADA, CURIE]
 QUICK = ("layers=1-2", "contexts=1", "value.steps=5", "batch_size=2")
 LOUD = ("layers=2", "contexts=0", "value.clamp=20", "value.steps=60", "value.kl_weight=0", "null_energy=0.9")
-LAYERS = {"llama4": "1", "gpt_oss": "1-2", "mixtral": "1-2", "deepseek_v3": "1-2", "qwen3_moe": "1-2"}
+SPARSE = ("qwen3_moe", "separate_moe")
+"""Families with dense layers in between."""
+LAYERS = {"llama4": "1"} | dict.fromkeys(("gpt_oss", "mixtral", "deepseek_v3", *SPARSE), "1-2")
 TOKENS = torch.arange(4, 28).view(2, 12)
 
 
@@ -106,7 +110,7 @@ def test_attached_merged_and_exported_it_is_one_model(family: str, text: Path, t
     patch = Patch.load(tmp_path / "patch")
     named = {part.weight_name for site in inspect_model(model).sites for part in expert_sites(model, site)}
     dense = {update.weight for update in patch.manifest.updates} - named
-    assert dense == ({"model.layers.1.mlp.down_proj.weight"} if family == "qwen3_moe" else set())
+    assert dense == ({"model.layers.1.mlp.down_proj.weight"} if family in SPARSE else set())
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     before = logits(model)
     stack = patchkit.load(model, patch)
@@ -125,7 +129,8 @@ def test_attached_merged_and_exported_it_is_one_model(family: str, text: Path, t
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     assert apart(logits(again) - before, attached - before) < 1e-3
     changed = {name for name, weight in again.state_dict().items() if not torch.equal(weight, weights[name])}
-    assert len(changed) == len({split_name(n)[0].split("experts")[0] for n in patch.updates})
+    fused = family != "separate_moe"
+    assert len(changed) == len({split_name(n)[0].split("experts")[0] if fused else n for n in patch.updates})
     exported = export(patch, tmp_path / "peft", "peft", str(tmp_path / "base"))
     assert {weight.weight for weight in exported.weights} == set(patch.updates)
     adapted = PeftModel.from_pretrained(model, tmp_path / "peft")
@@ -222,3 +227,46 @@ def test_own_neurons_are_for_ordinary_layers(text: Path) -> None:
     model = zoo.MIXTURES["mixtral"]()
     with pytest.raises(InputError, match="neurons=on: looked for one or two weights that open the feed-forward"):
         apply(model, text, [ROME], *QUICK, "neurons=on")
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "method", "sweeps"),
+    [
+        ("mixtral", ("layers=1-2",), "alphaedit", 2),
+        ("separate_moe", ("layers=1-2",), "memit", 2),  # the first of them a dense one
+        ("mixtral", ("layers=1-2", "sweeps=3"), "alphaedit", 3),
+        ("mixtral", ("layers=1-2", "sweeps=1"), "alphaedit", 1),
+        ("mixtral", ("layers=2",), "alphaedit", 1),  # what its own router reads does not change
+        ("mixtral", ("layers=1-2",), "rome", 1),
+        ("mixtral", ("layers=1-2",), "ft", 1),
+        ("llama", ("layers=1-2",), "alphaedit", 1),
+    ],
+)
+def test_layers_are_gone_over_twice_where_routers_may_choose_others_by_then(
+    family: str, settings: tuple[str, ...], method: str, sweeps: int
+) -> None:
+    arch = inspect_model({**zoo.FAMILIES, **zoo.MIXTURES}[family]())
+    assert plan(arch, load_recipe(method, None, settings)).sweeps == sweeps
+
+
+def test_how_often_is_noted_in_the_patch(text: Path) -> None:
+    patch = apply(zoo.MIXTURES["mixtral"](), text, [ROME], *QUICK)
+    assert patch.manifest.history[0].recipe["sweeps"] == 2
+    columns = {name: tensor.shape[1] for name, tensor in patch.state.items() if name.endswith(".keys")}
+    assert set(columns.values()) == {2}
+
+
+def test_how_many_choices_of_routers_are_as_they_were_is_in_tables_and_in_json(
+    text: Path, tmp_path: Path, run: Command
+) -> None:
+    patch = apply(saved("mixtral", tmp_path / "base"), text, FACTS, *QUICK)
+    patch.save(tmp_path / "patch")
+    (tmp_path / "base" / "patchkit-eval.txt").write_text(text.read_text(encoding="utf-8")[:500], encoding="utf-8")
+    asked = ("verify", "--quick", tmp_path / "patch", "--model", tmp_path / "base")
+    table = run(*asked).out
+    assert "routing text" in table
+    assert "routing prompts" in table
+    found = run(*asked, "--json").json()
+    assert 0 < found["more"]["routing"]["prompts"] <= 1
+    assert 0 < found["more"]["routing"]["text"] <= 1
+    assert all(0 < fact["more"]["routing"]["prompt"] <= 1 for fact in found["per_fact"])

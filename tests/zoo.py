@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tests.separate_moe import SeparateMoeConfig, SeparateMoeForCausalLM
 
 LAYERS = 4
 HIDDEN = 32
@@ -125,6 +128,14 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 _CHOSEN = {"num_experts_per_tok": 2}
+_QWEN3_MOE = {
+    **_WIDE_HEADS,
+    **_CHOSEN,
+    "intermediate_size": INNER,
+    "num_experts": 6,
+    "moe_intermediate_size": 24,
+    "mlp_only_layers": [1],  # with a dense layer in between
+}
 
 MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
     "mixtral": _gated("Mixtral", **_GROUPED, **_CHOSEN, num_local_experts=4),
@@ -136,9 +147,8 @@ MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
         moe_intermediate_size=48,
         shared_expert_intermediate_size=40,
     ),
-    "qwen3_moe": _gated(  # with a dense layer in between
-        "Qwen3Moe", **_WIDE_HEADS, **_CHOSEN, num_experts=6, moe_intermediate_size=24, mlp_only_layers=[1]
-    ),
+    "qwen3_moe": _gated("Qwen3Moe", **_QWEN3_MOE),
+    "separate_moe": _family(SeparateMoeForCausalLM, SeparateMoeConfig, **_COMMON, **_QWEN3_MOE),
     "olmoe": _gated("Olmoe", **_GROUPED, **_CHOSEN, num_experts=4),
     "granite_moe": _gated("GraniteMoe", **_GROUPED, **_CHOSEN, num_local_experts=4, residual_multiplier=0.4),
     "gpt_oss": _gated("GptOss", **_WIDE_HEADS, **_CHOSEN, num_local_experts=4, sliding_window=16),
@@ -184,26 +194,26 @@ _BART_SHAPE = {
 }
 
 
-class _SeparateExperts(torch.nn.Module):
-    """As code that comes with a model may have it: experts in modules of their own."""
+class _SharedExperts(torch.nn.Module):
+    """Experts that have the same weights."""
 
     def __init__(self, mlp: torch.nn.Module) -> None:
         super().__init__()
-        self.experts = torch.nn.ModuleList([mlp, mlp])
+        self.experts = torch.nn.ModuleList([mlp, copy(mlp)])
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return sum(expert(hidden) for expert in self.experts) / 2
 
 
-def _separate_experts() -> PreTrainedModel:
+def _shared_experts() -> PreTrainedModel:
     model = FAMILIES["llama"]()
     for layer in model.model.layers:
-        layer.mlp = _SeparateExperts(layer.mlp)
+        layer.mlp = _SharedExperts(layer.mlp)
     return model
 
 
 BROKEN: dict[str, Callable[[], PreTrainedModel]] = {
-    "separate_experts": _separate_experts,
+    "shared_experts": _shared_experts,
     "t5": _family(hf.T5ForConditionalGeneration, hf.T5Config, **_T5_SHAPE),
     "bart": _family(hf.BartForConditionalGeneration, hf.BartConfig, **_BART_SHAPE),
     "bert": _family(hf.BertModel, hf.BertConfig, **_SHAPE, intermediate_size=INNER),

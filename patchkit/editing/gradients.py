@@ -130,7 +130,9 @@ class TargetLoss:
         return self.runner.run(group.inputs, stop=layer).hidden if layer else None
 
     def changed(self, group: _Group, site: Site, hidden: Tensor | None, change: Tensor | None) -> tuple[Tensor, Tensor]:
-        like = torch.zeros(site.d_out, site.d_in, device=home_of(site.module), dtype=widen(site.stored[:0]).dtype)
+        like = torch.zeros(
+            site.d_out, site.d_in, device=home_of(site.module), dtype=torch.promote_types(site.dtype, torch.float32)
+        )
         leaf = (like if change is None else change.detach().to(like)).requires_grad_()
 
         def add(keys: SiteInput, output: Tensor) -> Tensor:

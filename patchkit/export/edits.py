@@ -20,8 +20,8 @@ from patchkit.io.checkpoint import (
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import delta_of
 from patchkit.model.digests import tensor_digest
-from patchkit.model.experts import slice_name, split_name
-from patchkit.model.weights import ExpertPlace, find_expert, find_module, find_weight, is_transposed, skeleton
+from patchkit.model.expert_names import ExpertPlace, find_expert, member_of, slice_name, split_name
+from patchkit.model.weights import find_module, find_weight, is_transposed, skeleton
 from patchkit.patch.patch import Patch
 
 _OTHER_MODEL = "the patch was made for another model"
@@ -77,14 +77,15 @@ def collect_edits(patches: Sequence[Patch], checkpoint: Mapping[str, StoredTenso
         shapes = {info.weight: info.shape for info in patch.manifest.updates}
         for weight, chain in patch.updates.items():
             name, stored = _find(weight, checkpoint, source)
-            own = f"{weight}.keys" in patch.state
-            place = None if own or not _may_be_expert(weight) else find_expert(tree(), weight, shapes[weight])
+            place = _place(patch, weight, shapes[weight], tree)
             lies = _lies_transposed(name, stored, shapes[weight], tree, place)
             delta = delta_of(chain, partial(_oriented, stored, lies))
-            keys = _keys(patch, weight, place)
+            named = (place.stack, place.expert) if place else None
+            member = member_of(weight, patch.manifest.base.stacks) or named
+            keys = _keys(patch, weight, member)
             keys = delta.right.new_zeros(delta.right.shape[1], 0) if keys is None else keys
             digests = frozenset({(weight, patch.manifest.base.weights[weight])})
-            edit = Edit(name, stored, lies, delta, keys, digests, place is not None)
+            edit = Edit(name, stored, lies, delta, keys, digests, member is not None)
             edits[name] = edits[name].plus(edit) if name in edits else edit
     return list(edits.values())
 
@@ -98,14 +99,26 @@ def _may_be_expert(weight: str) -> bool:
     return split_name(weight)[1] is not None or ".experts." in weight
 
 
-def _keys(patch: Patch, weight: str, place: ExpertPlace | None) -> Tensor | None:
+def _place(
+    patch: Patch, weight: str, shape: tuple[int, int], tree: Callable[[], PreTrainedModel]
+) -> ExpertPlace | None:
+    """Where an expert's weight is in the tree, which is asked only where nothing else tells what the weight is, or how
+    it lies: code that comes with a model is not run to make one."""
+    if f"{weight}.keys" in patch.state or not _may_be_expert(weight):
+        return None
+    told = split_name(weight)[1] is None and shape[0] != shape[1] and member_of(weight, patch.manifest.base.stacks)
+    return None if told else find_expert(tree(), weight, shape)
+
+
+def _keys(patch: Patch, weight: str, member: tuple[str, int] | None) -> Tensor | None:
     """The keys (d_in, n) of the weight's solves, those of an expert being a part of its layer's; None without any."""
-    if place is None:
+    if member is None:
         return patch.state.get(f"{weight}.keys")
-    every = patch.state.get(f"{place.stack}.keys")
+    stack, expert = member
+    every = patch.state.get(f"{stack}.keys")
     if every is None:
         return None
-    own: Tensor = every.unflatten(0, (place.count, -1))[place.expert]
+    own: Tensor = every.unflatten(0, (patch.manifest.base.stacks[stack], -1))[expert]
     return own[:, own.any(0)]
 
 

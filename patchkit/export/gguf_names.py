@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from patchkit.errors import InputError
-from patchkit.model.experts import names_on_disk, split_name
+from patchkit.model.expert_names import names_on_disk, split_name
 
 _OTHERWISE = {"mistral": "llama", "mixtral": "llama", "cohere": "command-r", "phi": "phi2", "gptbigcode": "starcoder"}
 """Model types, without underscores, whose architecture has another name in llama.cpp."""

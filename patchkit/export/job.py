@@ -15,11 +15,9 @@ from patchkit.io.checkpoint import find_checkpoint, stored_tensors
 from patchkit.io.records import FrozenRecord
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import delta_of
-from patchkit.model.experts import split_name
+from patchkit.model.expert_names import ExpertPlace, find_expert, split_name
 from patchkit.model.loading import DTYPES
 from patchkit.model.weights import (
-    ExpertPlace,
-    find_expert,
     find_module,
     find_weight,
     oriented,

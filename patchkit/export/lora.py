@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from patchkit.export.job import ExportedWeight, Job
 from patchkit.maths.linalg import Delta
-from patchkit.model.weights import ExpertPlace, shape_of
+from patchkit.model.expert_names import ExpertPlace
+from patchkit.model.weights import shape_of
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,12 @@ from transformers import PreTrainedModel
 
 from patchkit.errors import InputError
 from patchkit.model.devices import exact, home_of
-from patchkit.model.experts import Experts, find_experts, stacks
+from patchkit.model.experts import Experts
+from patchkit.model.feed_forward import linear_widths, output_projections, widths_of
+from patchkit.model.separate_experts import ExpertList, expert_lists, find_separate
+from patchkit.model.stacked_experts import StackedExperts, find_stacked, stacks
 from patchkit.model.twin import twin_of
-from patchkit.model.weights import EDITABLE_DTYPES, Site, is_linear, is_offloaded, shape_of, weight_of
+from patchkit.model.weights import EDITABLE_DTYPES, Site, is_offloaded, weight_of
 
 
 @dataclass(frozen=True)
@@ -146,38 +150,19 @@ def _output_projection(model: nn.Module, block_name: str, block: nn.Module, hidd
     for name, module in parts:
         _refuse_quantized(model, f"{block_name}.{name}", module)
     mixtures = [name for name, module in parts if stacks(module)]
-    if len(mixtures) == 1 and not _has_separate_experts(parts):
+    mixtures += [found.owner for found in expert_lists(parts, hidden_size)]
+    if len(mixtures) == 1 and mixtures[0]:
         return mixtures[0]
     for name, module in parts:
         _refuse_experts(model, f"{block_name}.{name}", module)
-    widths = {name: _widths(module) for name, module in parts if is_linear(module)}
-    outputs = [name for name in widths if _closes_feed_forward(name, widths, hidden_size)]
-    # The factors of adapters and small side branches fit together like a feed-forward; it is wider than they are.
-    inner = max((widths[name][0] for name in outputs), default=0)
-    widest = [name for name in outputs if widths[name][0] == inner]
-    if len(widest) != 1:
+    widths = linear_widths(parts)
+    outputs = output_projections(widths, hidden_size)
+    if len(outputs) != 1:
         shapes = ", ".join(f"{name} {d_in}->{d_out}" for name, (d_in, d_out) in widths.items())
         looked_for = f"the one feed-forward output projection (inner width -> {hidden_size}) in {block_name}"
         advice = "this layout is not supported; use a model with a plain or gated MLP in every layer"
-        raise _refusal(model, looked_for, f"{len(widest)} among [{shapes}]", advice)
-    return widest[0]
-
-
-def _widths(module: nn.Module) -> tuple[int, int]:
-    shape = shape_of(module)
-    assert shape is not None
-    return shape[1], shape[0]  # (d_in, d_out)
-
-
-def _closes_feed_forward(name: str, widths: dict[str, tuple[int, int]], hidden_size: int) -> bool:
-    """True if the projection writes to the stream from a width that another one opens; a fused gate opens it twice."""
-    d_in, d_out = widths[name]
-    others = (width for other, width in widths.items() if other != name)
-    return d_out == hidden_size and any(o_in == hidden_size and o_out in (d_in, 2 * d_in) for o_in, o_out in others)
-
-
-def _has_separate_experts(parts: Sequence[tuple[str, nn.Module]]) -> bool:
-    return any(isinstance(module, nn.ModuleList) and "expert" in name.lower() for name, module in parts)
+        raise _refusal(model, looked_for, f"{len(outputs)} among [{shapes}]", advice)
+    return outputs[0]
 
 
 def _refuse_experts(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -187,8 +172,8 @@ def _refuse_experts(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _unknown_experts(model: nn.Module, name: str, found: str) -> InputError:
-    advice = "load it with transformers' own code, which keeps a layer's experts in one module, or use another model"
-    looked_for = "experts whose weights are stacked in one module"
+    advice = "load it with transformers' own code, or use another model"
+    looked_for = "experts whose weights are stacked in one module, or one list of modules for each layer's"
     return _refusal(model, looked_for, f"a mixture of experts ({name}: {found})", advice)
 
 
@@ -215,7 +200,7 @@ def _sites(
             known[structure] = _is_direct(twin, index, name), _experts(twin, name, module, hidden_size)
         direct, alike = known[structure]
         if alike is None:
-            d_in, d_out = _widths(module)
+            d_in, d_out = widths_of(module)
             sites.append(Site(index, f"{name}.weight", name, module, d_in, d_out, direct))
         else:
             experts = replace(alike, name=name, module=module)
@@ -224,8 +209,8 @@ def _sites(
     return tuple(sites)
 
 
-def experts_of(model: nn.Module, name: str) -> Experts:
-    """What a model's module of experts is made of. The model is as before afterward.
+def experts_of(model: nn.Module, name: str) -> StackedExperts:
+    """What a model's module with stacks of its experts' weights is made of. The model is as before afterward.
 
     Raises:
         InputError: it is made otherwise than is known.
@@ -233,34 +218,46 @@ def experts_of(model: nn.Module, name: str) -> Experts:
     assert isinstance(model, PreTrainedModel)
     hidden_size = int(model.config.get_text_config().hidden_size)
     found = _experts(twin_of(model), name, model.get_submodule(name), hidden_size)
-    if found is None:
+    if not isinstance(found, StackedExperts):
         raise _unknown_experts(model, name, "no stack of weights")
     return found
 
 
 def _experts(twin: PreTrainedModel, name: str, module: nn.Module, hidden_size: int) -> Experts | None:
     """What the module is made of if it has experts, seen in a pass over some dummy tokens."""
-    if not stacks(module):
+    listed = _list_of(module, hidden_size)
+    if not stacks(module) and listed is None:
         return None
+    if any(map(is_offloaded, module.modules())):
+        advice = "leave the layers that are edited on a device: experts cannot be offloaded while they are edited"
+        raise _refusal(twin, "experts in memory", f"{name} offloaded", advice)
     seen: list[tuple[tuple[object, ...], dict[str, object]]] = []
 
     def stop(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         seen.append((args, kwargs))
         raise _Reached(torch.empty(0))
 
-    if is_offloaded(module):
-        advice = "leave the layers that are edited on a device: experts cannot be offloaded while they are edited"
-        raise _refusal(twin, "experts in memory", f"{name} offloaded", advice)
+    def refuse(found: str) -> InputError:
+        return _unknown_experts(twin, name, found)
+
     vocabulary = weight_of(twin.get_input_embeddings()).shape[0]
     tokens = torch.arange(16, device=home_of(twin.get_input_embeddings()))[None] % vocabulary  # (1, 16)
     with twin.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True), torch.no_grad():
         try:
             twin(input_ids=tokens, use_cache=False)
         except _Reached:
-            experts = find_experts(name, module, seen[0], lambda found: _unknown_experts(twin, name, found))
+            call = seen[0]
+            one = find_separate(name, module, listed, call, refuse) if listed else None
+            experts = one or find_stacked(name, module, call, refuse)
             if experts.d_out == hidden_size:
                 return experts
     raise _unknown_experts(twin, name, "experts that do not write to the stream")
+
+
+def _list_of(module: nn.Module, hidden_size: int) -> ExpertList | None:
+    """The list of experts that a module owns, if it has one."""
+    parts = [("", module), *module.named_children()]
+    return next((found for found in expert_lists(parts, hidden_size) if not found.owner), None)
 
 
 def _is_direct(twin: PreTrainedModel, index: int, name: str) -> bool:
@@ -288,7 +285,9 @@ class _Reached(Exception):
 def _last_state(model: PreTrainedModel, layer: nn.Module, module: nn.Module, push: Tensor | None) -> Tensor:
     """The layer's output, (hidden,), at the last of four dummy tokens; `push` joins what `module` writes."""
 
-    def add_push(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+    def add_push(_module: nn.Module, _args: object, output: Any) -> Any:
+        if not isinstance(output, Tensor):  # some hand on what the router said beside it
+            return (add_push(_module, _args, output[0]), *output[1:])
         pushed = output.clone()
         if push is not None:
             pushed[..., -1, :] += push  # (1, 4, hidden), or (4, hidden) where the block flattens the batch

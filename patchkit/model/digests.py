@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from patchkit.model.weights import Site, loaded
+from patchkit.model.weights import Site, loaded, read_weight
 
 _CHUNK = 1 << 21
 
@@ -41,4 +41,4 @@ def weight_digest(site: Site, name: str) -> str:
     """Digest of a site's weight as it is stored, under its on-disk name."""
     if site.experts is not None and site.expert is not None:
         return tensor_digest(name, site.experts.stored(site.expert))
-    return tensor_digest(name, site.stored if site.experts else loaded(site.module, "weight"))
+    return tensor_digest(name, read_weight(site) if site.experts else loaded(site.module, "weight"))

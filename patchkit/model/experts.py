@@ -1,30 +1,21 @@
-"""The routed experts of a layer, in one module that holds all of their weights, as transformers has them.
+"""The routed experts of a layer as one wide matrix, whatever modules their weights are in.
 
-Nothing is known by a model's name. Which of the module's parameters is the output projection, how it lies, and whether
-gates come before the experts or after them is found by trying (`find_experts`); which experts a token chose and with
-which gates is read off each call. What an expert's output projection is multiplied with, its key, is asked for by
-running the module once more with that projection replaced by one that hands its input on (`Experts.ask`), whatever
-comes before: activations, biases and how gate and up are laid out are the module's own affair.
+What is asked here of them has two answers: `patchkit.model.stacked_experts`, where one module has all of their weights
+in stacks, and `patchkit.model.separate_experts`, where each expert is a module of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from copy import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from patchkit.errors import InputError
-from patchkit.model.twin import twin_of
-
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Arguments of a call of the module."""
-ASKED = 1 << 15
-"""Pairs of a token and an expert whose keys are asked for at once."""
 
 
 @dataclass(frozen=True)
@@ -49,261 +40,87 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Experts:
-    """A module of E experts whose output projections W_e (d_out, width) are slices of one parameter.
+class Experts(ABC):
+    """E experts with output projections W_e (d_out, width).
 
     Side by side they are one matrix W = [W_1 ... W_E] (d_out, E·width), and a token's key is x = [g_1 k_1, ...], which
     is zero for the experts that it did not choose: the experts together put out W x (and their biases, gated).
 
     Attributes:
-        parameter: its name in the module: (E, d_out, width), or with `transposed` (E, width, d_out).
-        silenced: names of the biases (E, d_out) that are added to what W_e puts out.
+        name, module: of the module that is called with tokens and puts out what their experts make of them.
     """
 
     name: str
     module: nn.Module
-    parameter: str
-    transposed: bool
     count: int
     width: int
     d_out: int
-    silenced: tuple[str, ...] = ()
-
-    # --- weights ------------------------------------------------------------------------------------------------------
 
     @property
+    @abstractmethod
     def weight_name(self) -> str:
-        """Of the parameter, in the state dict."""
-        return f"{self.name}.{self.parameter}"
+        """What W is called; where it is one parameter, as that is in the state dict."""
 
     @property
-    def stack(self) -> Tensor:
-        """The parameter as it is stored."""
-        return self.module.get_parameter(self.parameter)
+    def dtype(self) -> torch.dtype:
+        """Of the weights as they are stored."""
+        return self.stored(0).dtype
 
+    @abstractmethod
     def stored(self, expert: int) -> Tensor:
-        """One expert's slice as it is stored, a view."""
-        return self.stack.detach()[expert]
+        """One expert's weight as it is stored, a view."""
 
+    @abstractmethod
     def oriented(self, tensor: Tensor) -> Tensor:
-        """Slices as they are stored as (..., d_out, width), and the other way round."""
-        return tensor.transpose(-1, -2) if self.transposed else tensor
+        """Weights as they are stored as (..., d_out, width), and the other way round."""
 
     def side_by_side(self) -> Tensor:
         """W (d_out, E·width), a copy in the stored dtype."""
-        return torch.cat(self.oriented(self.stack.detach()).unbind(), 1)
+        return torch.cat([self.oriented(self.stored(expert)) for expert in range(self.count)], 1)
+
+    def write(self, weight: Tensor) -> None:
+        """Overwrite W (d_out, E·width) in place."""
+        for expert, part in enumerate(weight.unflatten(1, (self.count, -1)).unbind(1)):
+            self.oriented(self.stored(expert)).copy_(part)
 
     # --- calls --------------------------------------------------------------------------------------------------------
 
-    def pairs(self, call: Call) -> Pairs:
-        """Which tokens went to which experts in a call, those that an expert ignores left out."""
-        hidden, index, gates = _parts(call)
-        if index is None:  # every expert gets all tokens, times gates that are zero for those that did not choose it
-            tokens = len(hidden) // self.count
-            row = hidden.detach().any(1).nonzero().squeeze(1)
-            return Pairs(hidden[row], row % tokens, row, row // tokens, hidden.new_ones(len(row)))
-        assert gates is not None
-        chosen = index.flatten()
-        flat = (chosen < self.count).nonzero().squeeze(1)  # others are not on this machine, or padding
-        token = flat // index.shape[1]
-        gate = gates.flatten() if gates.shape == index.shape else gates.gather(1, index).flatten()
-        return Pairs(hidden[token], token, token, chosen[flat], gate[flat])
-
+    @abstractmethod
     def tokens(self, call: Call) -> int:
         """How many tokens a call is about."""
-        hidden, index, _ = _parts(call)
-        return len(hidden) // self.count if index is None else len(hidden)
 
+    @abstractmethod
+    def pairs(self, call: Call) -> Pairs:
+        """Which tokens went to which experts in a call, those that an expert ignores left out."""
+
+    @abstractmethod
     def ask(self, call: Call, hidden: Tensor, expert: Tensor) -> Tensor:
         """Keys (P, width) of experts (P,) that read `hidden` (P, hidden): what their output projections multiply.
 
         `call` is one as the model makes it, of which the order of arguments is taken.
         """
-        if not len(hidden):
-            return hidden.new_zeros(0, self.width)
-        found = []
-        for part in range(0, len(hidden), ASKED):
-            some, whose = hidden[part : part + ASKED], expert[part : part + ASKED]
-            chunks = [
-                self._run(call, some, whose, {self.parameter: self._handing_on(some, first), **self._silence(some)})
-                for first in range(0, self.width, self.d_out)
-            ]
-            found.append(torch.cat(chunks, 1)[:, : self.width])
-        return torch.cat(found)
 
-    def add(self, output: Tensor, pairs: Pairs, change: Tensor) -> Tensor:
-        """The module's output with `change` (P, d_out), what the experts themselves put out more, gated and added."""
-        gated = pairs.gate.unsqueeze(1).to(change) * change
-        return output.index_add(0, pairs.row, gated.to(output))
+    @abstractmethod
+    def summed(self, call: Call, output: Any) -> Tensor:
+        """What the module put out for each token, (tokens, d_out)."""
 
-    def summed(self, call: Call, output: Tensor) -> Tensor:
-        """What the experts put out together for each token, (tokens, d_out)."""
-        return output.view(-1, self.tokens(call), output.shape[-1]).sum(0)
-
-    def plus(self, call: Call, output: Tensor, change: Tensor) -> Tensor:
-        """The module's output with `change` (tokens, d_out) added to what they put out together for each token."""
-        count = self.tokens(call)
-        if len(output) == count:
-            return output + change.to(output)
-        return torch.cat([output[:count] + change.to(output), output[count:]])
-
-    def _run(self, call: Call, hidden: Tensor, expert: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """What the experts (P,) put out for `hidden` (P, hidden), without gates, by other parameters."""
-        if _parts(call)[1] is not None:
-            ones = hidden.new_ones(len(hidden), 1)
-            return _called(self.module, _like(call, hidden, expert.unsqueeze(1), ones), parameters)
-        sizes = expert.bincount(minlength=self.count)
-        most = int(sizes.max())
-        order = expert.argsort(stable=True)
-        first = (sizes.cumsum(0) - sizes)[expert[order]]
-        place = expert[order] * most + torch.arange(len(order), device=expert.device) - first
-        row = torch.empty_like(place).index_copy(0, order, place)
-        filled = hidden.new_zeros(self.count * most, hidden.shape[1]).index_copy(0, row, hidden)
-        return _called(self.module, _like(call, filled, None, None), parameters)[row]
-
-    def _handing_on(self, like: Tensor, first: int) -> Tensor:
-        matrix = _selector(self.d_out, self.width, first, like.dtype, like.device)
-        return self.oriented(matrix).expand(self.stack.shape)
-
-    def _silence(self, like: Tensor) -> dict[str, Tensor]:
-        return {name: like.new_zeros(1, 1).expand(self.count, self.d_out) for name in self.silenced}
+    @abstractmethod
+    def plus(self, call: Call, output: Any, change: Tensor) -> Any:
+        """The module's output with `change` (tokens, d_out) added to what it put out for each token."""
 
 
-@lru_cache(maxsize=8)
-def _selector(d_out: int, width: int, first: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(d_out, width), whose output i is entry first + i of the input, or 0 where that is beyond the width."""
-    with torch.inference_mode(False):
-        matrix = torch.zeros(d_out, width, dtype=dtype, device=device)
-        matrix.diagonal(first).fill_(1)
-    return matrix
-
-
-# --- reading a call ---------------------------------------------------------------------------------------------------
-
-
-def _parts(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What the experts read (tokens, hidden), and where tokens choose inside the module, the experts' numbers
-    (tokens, k) and gates, (tokens, k) or (tokens, E)."""
-    tensors = [each for each in (*call[0], *call[1].values()) if isinstance(each, Tensor)]
-    numbers = [each for each in tensors if each.is_floating_point()]
-    index = next((each for each in tensors if not each.is_floating_point()), None)
-    return numbers[0], index, numbers[1] if index is not None and len(numbers) > 1 else None
-
-
-def _like(call: Call, hidden: Tensor, index: Tensor | None, gates: Tensor | None) -> Call:
-    """The call with other tensors in the places of its own."""
-    instead = {id(old): new for old, new in zip(_parts(call), (hidden, index, gates), strict=True) if old is not None}
-    args = tuple(instead.get(id(each), each) for each in call[0])
-    return args, {name: instead.get(id(each), each) for name, each in call[1].items()}
-
-
-def _called(module: nn.Module, call: Call, parameters: Mapping[str, Tensor]) -> Tensor:
-    """The module's output with some of its parameters replaced, by a twin that nobody else runs. It computes expert by
-    expert: other ways of computing would copy what is replaced for every token."""
-    twin = twin_of(module)
-    for name, tensor in parameters.items():
-        twin._parameters.pop(name)
-        twin.__dict__[name] = tensor  # a view will do, which is no parameter
-    config: Any = twin.__dict__.get("config")
-    if hasattr(config, "_experts_implementation_internal"):
-        twin.__dict__["config"] = plain = copy(config)
-        plain._experts_implementation_internal = "eager"
-    output: Tensor = twin(*call[0], **call[1])
-    return output
-
-
-# --- finding ----------------------------------------------------------------------------------------------------------
-
-
-def stacks(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The module's own parameters that are stacks of matrices."""
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return {}
-    return {name: weight for name, weight in module.named_parameters(recurse=False) if weight.ndim == 3}
-
-
-@torch.no_grad()
-def find_experts(name: str, module: nn.Module, call: Call, refuse: Callable[[str], InputError]) -> Experts:
-    """What `module`, called as in `call` by a pass of the model, is made of.
-
-    The output projection is the parameter of which a change in one row, or column if it lies transposed, changes one
-    entry of the output alone. That W x is what the module puts out is verified on the call.
-
-    Raises:
-        InputError: it is made otherwise; `refuse` gives it, told what was found.
-    """
-    hidden, index, gates = _parts(call)
-    if hidden.ndim != 2 or (index is not None and (gates is None or index.ndim != 2)):
-        raise refuse(f"{type(module).__name__}, called in a way that is not known")
-    before = _called(module, call, {})
-    found = [(each, axis) for each in stacks(module) for axis in (1, 2) if _is_output(module, call, each, axis, before)]
-    if len(found) != 1:
-        raise refuse(f"{type(module).__name__} with {len(found)} output projections in one parameter")
-    parameter, axis = found[0]
-    stack = module.get_parameter(parameter)
-    bare = Experts(name, module, parameter, axis == 2, len(stack), stack.shape[3 - axis], stack.shape[axis])
-    experts = _without_biases(bare, call, refuse)
+def explained(experts: Experts, call: Call, bare: Tensor) -> float:
+    """How far W x is from what the experts put out for a call, (tokens, d_out) without biases and whatever else the
+    module adds, as a share of it."""
     pairs = experts.pairs(call)
     keys = pairs.gate.unsqueeze(1) * experts.ask(call, pairs.hidden, pairs.expert)
-    weights = experts.oriented(stack)[pairs.expert]  # (P, d_out, width): of a few tokens
-    made = torch.zeros_like(before).index_add(0, pairs.row, (weights @ keys.unsqueeze(2)).squeeze(2))
-    biases = _called(module, call, {parameter: torch.zeros_like(stack[:1, :1, :1]).expand(stack.shape)})
-    error = (made + biases - before).float().norm() / before.float().norm()
-    if not error <= max(8 * torch.finfo(before.dtype).eps, 1e-4):
-        raise refuse(f"{type(module).__name__}, whose output is not the gated sum of its experts'")
-    return experts
+    made = torch.zeros_like(bare)
+    for expert in pairs.expert.unique().tolist():
+        at = (pairs.expert == expert).nonzero().squeeze(1)
+        made = made.index_add(0, pairs.token[at], (keys[at] @ experts.oriented(experts.stored(expert)).T).to(made))
+    return float((made - bare).float().norm() / bare.float().norm())
 
 
-def _is_output(module: nn.Module, call: Call, parameter: str, axis: int, before: Tensor) -> bool:
-    stack = module.get_parameter(parameter).detach()
-    changed = stack.clone()
-    changed.select(axis, 0).add_(stack.float().std().to(stack.dtype))
-    moved = (_called(module, call, {parameter: changed}) - before).abs().float().amax(0)  # (d_out,)
-    return bool(moved[0] > 0 and moved[1:].max() <= 1e-3 * moved[0])
-
-
-def _without_biases(experts: Experts, call: Call, refuse: Callable[[str], InputError]) -> Experts:
-    """With the names of the biases that have to be silenced for W = 0 to put out nothing."""
-    module, stack = experts.module, experts.stack
-    zero = {experts.parameter: stack.new_zeros(1, 1, 1).expand(stack.shape)}
-    if not _called(module, call, zero).any():
-        return experts
-    shape = (experts.count, experts.d_out)
-    biases = [name for name, each in module.named_parameters(recurse=False) if each.shape == shape]
-    silent = {name: stack.new_zeros(1, 1).expand(shape) for name in biases}
-    chosen = [name for name in biases if not _called(module, call, {**zero, name: silent[name]}).any()]
-    if len(chosen) != 1:
-        raise refuse(f"{type(module).__name__}, which adds to its experts' outputs in a way that is not known")
-    return Experts(**{**experts.__dict__, "silenced": tuple(chosen)})
-
-
-# --- names in the checkpoint's files ----------------------------------------------------------------------------------
-
-
-def slice_name(stack: str, expert: int) -> str:
-    """What one expert's part of a stack of weights is called."""
-    return f"{stack}[{expert}]"
-
-
-def names_on_disk(model: Any, stack: str, count: int) -> tuple[str, ...]:
-    """What the weights in the parameter `stack` of a model are called in the checkpoints of its kind, one for each of
-    its `count` experts: names of tensors, or parts of the one tensor that holds all (`slice_name`).
-
-    transformers' own table says which: what it would save a tensor as whose slices are marked.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    marked = torch.arange(count, dtype=torch.float32).view(-1, 1, 1).expand(count, 4, 6).contiguous()
-    saved = revert_weight_conversion(model, {stack: marked})
-    if len(saved) == count and all(each.ndim == 2 for each in saved.values()):
-        by_expert = {int(each[0, 0]): str(name) for name, each in saved.items()}
-        if len(by_expert) == count:
-            return tuple(by_expert[expert] for expert in range(count))
-    whole = [str(name) for name, each in saved.items() if each.shape == marked.shape]
-    return tuple(slice_name(whole[0] if len(whole) == 1 else stack, expert) for expert in range(count))
-
-
-def split_name(weight: str) -> tuple[str, int | None]:
-    """A weight's name without the number of the slice that it is, and that number, None for a whole tensor."""
-    stack, bracket, number = weight.removesuffix("]").rpartition("[")
-    return (stack, int(number)) if bracket and weight.endswith("]") and number.isdigit() else (weight, None)
+def tolerance(dtype: torch.dtype) -> float:
+    """What `explained` may be."""
+    return max(8 * torch.finfo(dtype).eps, 1e-4)

@@ -166,7 +166,7 @@ class LayerRunner:
     @property
     def dtype(self) -> torch.dtype:
         """What the edited weights, and so the hidden states, are held in."""
-        return self.arch.sites[0].stored.dtype
+        return self.arch.sites[0].dtype
 
     @property
     def vocabulary(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -13,7 +13,8 @@ from torch.nn.functional import linear
 
 from patchkit.maths.linalg import Delta
 from patchkit.model.arch import Architecture
-from patchkit.model.experts import Experts
+from patchkit.model.separate_experts import SeparateExperts
+from patchkit.model.stacked_experts import StackedExperts
 from patchkit.model.threads import in_this_thread
 from patchkit.model.weights import Site
 
@@ -68,7 +69,7 @@ class LiveDelta:
         return output + change
 
     def hook_of_experts(
-        self, experts: Experts, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        self, experts: StackedExperts, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
         """Forward hook, with kwargs, of the module that has the experts whose weights side by side are changed."""
         if not self._parts and self._matrix is None:
@@ -88,6 +89,21 @@ class LiveDelta:
                 part = linear(part, factor)
             change = change.index_copy(0, at, part)
         return experts.add(output, pairs, change)
+
+    def hook_of_expert(
+        self, experts: SeparateExperts, expert: int, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor:
+        """Forward hook of the output projection of one of the experts whose weights side by side are changed."""
+        if not self._parts and self._matrix is None:
+            return output
+        first, *rest = self._like(output)
+        own = first[:, expert * experts.width : (expert + 1) * experts.width]  # (r or d_out, width)
+        if not own.any():
+            return output
+        change = linear(args[0].to(output), own)
+        for factor in rest:
+            change = linear(change, factor)
+        return output + change
 
     def _like(self, output: Tensor) -> tuple[Tensor, ...]:
         factors = self._factors  # looked at once: another thread may be running the model in another dtype
@@ -115,11 +131,23 @@ def live_on(sites: Mapping[Name, tuple[Site, Sequence[Delta]]]) -> Iterator[dict
         for name, (site, deltas) in sites.items():
             live[name] = LiveDelta()
             live[name].set(deltas)
-            hook = live[name].hook if site.experts is None else partial(live[name].hook_of_experts, site.experts)
-            wide = site.experts is not None
-            handle = site.module.register_forward_hook(in_this_thread(hook), prepend=True, with_kwargs=wide)
-            stack.callback(handle.remove)
+            for module, hook, wide in _hooks(site, live[name]):
+                handle = module.register_forward_hook(in_this_thread(hook), prepend=True, with_kwargs=wide)
+                stack.callback(handle.remove)
         yield live
+
+
+def _hooks(site: Site, live: LiveDelta) -> Iterator[tuple[nn.Module, Callable[..., Tensor], bool]]:
+    """By which a delta acts at a site: modules, their hooks, and whether these are to have keyword arguments."""
+    experts = site.experts
+    if experts is None:
+        yield site.module, live.hook, False
+    elif isinstance(experts, SeparateExperts):
+        for expert in range(experts.count):
+            yield experts.linear(expert), partial(live.hook_of_expert, experts, expert), False
+    else:
+        assert isinstance(experts, StackedExperts)
+        yield site.module, partial(live.hook_of_experts, experts), True
 
 
 @contextmanager

@@ -140,10 +140,10 @@ def watching_site(site: Site, rows: int, see: See) -> Iterator[None]:
         added = see(LinearInput(keys), output.view(rows, -1, output.shape[-1]))
         return None if added is None else output + added.view_as(output)
 
-    def of_experts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+    def of_experts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         assert site.experts is not None
         call = args, kwargs
-        together = site.experts.summed(call, output).view(rows, -1, output.shape[-1])
+        together = site.experts.summed(call, output).view(rows, -1, site.d_out)
         added = see(ExpertsInput(site.experts, call, rows), together)
         return None if added is None else site.experts.plus(call, output, added.flatten(0, 1))
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from patchkit.errors import InputError
 from patchkit.model.arch import Architecture
+from patchkit.model.expert_names import ExpertNames
 from patchkit.model.threads import in_this_thread
-from patchkit.model.weights import ExpertNames, Site, is_linear, is_quantized, shape_of, weight_of
+from patchkit.model.weights import Site, is_linear, is_quantized, shape_of, weight_of
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -21,15 +21,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from patchkit.errors import InputError
-from patchkit.model.experts import Experts, names_on_disk, slice_name, stacks
+from patchkit.model.experts import Experts
 from patchkit.model.reference import source_of
 
 LINEAR = (nn.Linear, Conv1D)
 """The layers that multiply with a weight that patches can change; GPT-2's are Conv1Ds."""
 EDITABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _MOST_MODULES = 10_000
-_PLACES = "_patchkit_expert_places"
-"""What the names of experts are kept under in a tree without numbers, which nobody else has."""
 
 
 @dataclass(frozen=True)
@@ -72,42 +70,9 @@ class Site:
         return not self.opens and self.expert is None
 
     @property
-    def stored(self) -> Tensor:
-        """The parameter that holds it, with whatever else that holds."""
-        return self.experts.stack if self.experts else weight_of(self.module)
-
-
-def expert_sites(model: PreTrainedModel, site: Site) -> tuple[Site, ...]:
-    """The parts of a site, one for each expert, named as in the checkpoint's files; none where it has no experts."""
-    return ExpertNames(model).sites(site)
-
-
-class ExpertNames:
-    """What the checkpoint's files call the weights of experts: by what is there, or where there are no files to look
-    at, by what transformers would write."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    @cached_property
-    def _stored(self) -> frozenset[str]:
-        assert isinstance(self.model, PreTrainedModel)
-        return _stored_names_of(self.model)
-
-    def sites(self, site: Site) -> tuple[Site, ...]:
-        """The parts of a site; see `expert_sites`."""
-        experts = site.experts
-        if experts is None or site.expert is not None:
-            return ()
-        own = self.of(experts.weight_name, experts.count)
-        return tuple(replace(site, weight_name=name, d_in=experts.width, expert=i) for i, name in enumerate(own))
-
-    def of(self, stack: str, count: int) -> tuple[str, ...]:
-        """Those of each of `count` experts, whose weights are in the parameter `stack`."""
-        names, stored = names_on_disk(self.model, stack, count), self._stored
-        if stored and not matching(names[0].partition("[")[0], stored) and matching(stack, stored):
-            return tuple(slice_name(matching(stack, stored)[0], expert) for expert in range(count))
-        return names
+    def dtype(self) -> torch.dtype:
+        """Of the weight as it is stored."""
+        return self.experts.dtype if self.experts else weight_of(self.module).dtype
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------
@@ -168,11 +133,12 @@ def disk_name(model: PreTrainedModel, state_name: str) -> str:
 
     Without safetensors files to look at (a model made in memory), the state-dict name is the only one there is.
     """
-    found = matching(state_name, _stored_names_of(model))
+    found = matching(state_name, stored_names_of(model))
     return found[0] if len(found) == 1 else state_name
 
 
-def _stored_names_of(model: PreTrainedModel) -> frozenset[str]:
+def stored_names_of(model: PreTrainedModel) -> frozenset[str]:
+    """Names of the tensors in the checkpoint that a model is from; none where no safetensors files are at hand."""
     return _stored_names(str(model.config._name_or_path), getattr(model.config, "_commit_hash", None))
 
 
@@ -219,65 +185,6 @@ def _check_size(config: Any) -> None:
         count = getattr(config.get_text_config(), name, None)
         if isinstance(count, int) and count > _MOST_MODULES:
             raise ValueError(f"{name} is {count:,}, which no model has")
-
-
-def expert_places(model: PreTrainedModel) -> dict[str, tuple[str, str, int]]:
-    """By every name that the weight of an expert may have, on disk or as a part of its stack, the module that it is in,
-    the parameter there, and its number."""
-    found: dict[str, tuple[str, str, int]] = {}
-    names = ExpertNames(model)
-    for name, module in model.named_modules():
-        for parameter, stack in stacks(module).items():
-            whole = f"{name}.{parameter}"
-            for expert, own in enumerate(names.of(whole, len(stack))):
-                found[own] = found[slice_name(whole, expert)] = name, parameter, expert
-    return found
-
-
-@dataclass(frozen=True)
-class ExpertPlace:
-    """Where the weight of one of `count` experts is in a module tree: a slice of the parameter `stack`, as (d_out,
-    width) or with `transposed` as (width, d_out)."""
-
-    module: str
-    parameter: str
-    expert: int
-    count: int
-    transposed: bool
-
-    @property
-    def stack(self) -> str:
-        """Name of the parameter in the tree."""
-        return f"{self.module}.{self.parameter}"
-
-
-def find_expert(model: PreTrainedModel, weight: str, shape: tuple[int, int]) -> ExpertPlace | None:
-    """Where an expert's weight of `shape` (d_out, d_in) is; None where the name is that of no expert. The model need
-    not have its numbers: how a square weight lies is told by what transformers says of the module.
-
-    Raises:
-        InputError: it has another shape here.
-    """
-    places = _places_of(model)
-    known = matching(weight, places)
-    if not known:
-        return None
-    name, parameter, expert = places[known[0]]
-    module = model.get_submodule(name)
-    lies = tuple(module.get_parameter(parameter).shape[1:])
-    if lies not in (shape, shape[::-1]):
-        raise InputError(f"{weight}: {lies} in {type(model).__name__}, {shape} in the patch; it is another model")
-    transposed = bool(getattr(module, "is_transposed", False)) if lies == lies[::-1] else lies != shape
-    return ExpertPlace(name, parameter, expert, len(module.get_parameter(parameter)), transposed)
-
-
-def _places_of(model: PreTrainedModel) -> dict[str, tuple[str, str, int]]:
-    if not any(stacks(module) for module in model.modules()):
-        return {}
-    known: dict[str, tuple[str, str, int]] | None = model.__dict__.get(_PLACES)
-    if known is None:
-        known = model.__dict__[_PLACES] = expert_places(model)
-    return known
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------
@@ -344,8 +251,7 @@ def write_weight(site: Site, weight: Tensor) -> None:
     if site.experts is None:
         oriented(site.module, weight_of(site.module).detach()).copy_(weight)
     elif site.expert is None:
-        experts = site.experts
-        experts.oriented(experts.stack.detach()).copy_(weight.unflatten(1, (experts.count, -1)).transpose(0, 1))
+        site.experts.write(weight)
     else:
         site.experts.oriented(site.experts.stored(site.expert)).copy_(weight)
 

@@ -17,8 +17,8 @@ from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import Chain, Update, delta_of, moved
 from patchkit.model.devices import solve_device
 from patchkit.model.digests import tensor_digest
-from patchkit.model.experts import Experts
 from patchkit.model.hooks import LiveDelta
+from patchkit.model.stacked_experts import StackedExperts
 from patchkit.model.weights import is_quantized, loaded_weight, oriented, shape_of, weight_of
 from patchkit.patch.passes import NOTHING, Passes, remove_hook
 from patchkit.patch.patch import Patch
@@ -140,7 +140,7 @@ class PatchedExperts(PatchedModule):
 
     wants_kwargs = True
 
-    def __init__(self, experts: Experts, passes: Passes) -> None:
+    def __init__(self, experts: StackedExperts, passes: Passes) -> None:
         super().__init__(experts.name, experts.module, passes)
         self.experts = experts
         self._originals: dict[int, Tensor] = {}

@@ -76,6 +76,11 @@ def state_of(patch: Patch, sites: Sites) -> EditState:
             chain = patch.updates.get(name, ())
             chain = _wide(chain[1:] if state.neurons_at(layer) else chain, where)
             state.sites[layer] = SiteHistory(chain, keys, residuals, own)
+    if lost := [name for name in patch.manifest.base.stacks if name not in sites and f"{name}.keys" in patch.state]:
+        raise InputError(
+            f"{lost[0]}: the patch's state is of experts that the model keeps in other modules; continue and revert it "
+            "with the code that it was made with"
+        )
     state.values = [ValueStates(*(columns(patch.state, f"values.{kind}") for kind in ("targets", "start")))]
     if rows := {len(state.values[0].targets)} - {site.d_out for site in sites.values() if not site.opens}:
         raise InputError(f"state.safetensors: values of size {min(rows)}, the model has none such; get the patch again")

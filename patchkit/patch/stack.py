@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from patchkit.errors import InputError
 from patchkit.maths.linalg import Delta
 from patchkit.model.arch import experts_of
+from patchkit.model.expert_names import expert_places
 from patchkit.model.hooks import LiveDelta
-from patchkit.model.weights import expert_places, find_module, matching
+from patchkit.model.weights import find_module, matching
 from patchkit.patch.locks import lock_of, uninterrupted
 from patchkit.patch.manifest import Manifest
 from patchkit.patch.passes import Passes, Version, reset_compiled

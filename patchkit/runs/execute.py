@@ -18,9 +18,10 @@ from patchkit.errors import GateError
 from patchkit.maths.covariance import Covariance, SideBySide
 from patchkit.model.arch import Architecture
 from patchkit.model.digests import weight_digest
+from patchkit.model.expert_names import expert_sites
 from patchkit.model.loading import model_name
 from patchkit.model.openers import opening_sites
-from patchkit.model.weights import Site, disk_name, expert_sites
+from patchkit.model.weights import Site, disk_name
 from patchkit.patch.history import leave
 from patchkit.patch.manifest import BaseInfo, EditedFact, Run
 from patchkit.patch.patch import Patch

@@ -73,7 +73,7 @@ def _origins(runner: LayerRunner, sites: Sequence[Site], corpus: Corpus) -> dict
 
 def origin_of(site: Site, corpus: Corpus, below: str) -> Origin:
     """What makes a site's second moments; `below` is its layer's entry of `digests_below`."""
-    dtype = str(site.stored.dtype).removeprefix("torch.")
+    dtype = str(site.dtype).removeprefix("torch.")
     return Origin(
         kind="second_moments",
         weight=site.weight_name,

@@ -51,7 +51,7 @@ def text_gradients(
     beginning = corpus.in_windows(window_of(model, WINDOW))
     beginning = replace(beginning, windows=beginning.windows[: max(1, TEXT_TOKENS // beginning.window)])
     # The gradient depends on the whole model, what is above the site included.
-    whole, dtype = model_digest(stored_parameters(model)), str(sites[0].stored.dtype).removeprefix("torch.")
+    whole, dtype = model_digest(stored_parameters(model)), str(sites[0].dtype).removeprefix("torch.")
     wanted = {
         site.layer: Origin(
             kind="text_gradient",
