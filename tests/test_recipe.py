@@ -78,6 +78,7 @@ def test_what_a_recipe_leaves_out_is_at_its_default_and_written_out(tmp_path: Pa
         "value.learning_rate=.nan",
         "batch_size=0",
         "contexts=-1",
+        "sweeps=0",
         "seed=half",
         "null_energy=1",
         "preserve=3",  # another method's

@@ -34,7 +34,7 @@ class _LossEdits(ABC):
         session, count = self.session, len(requests)
         loss = TargetLoss(session.runner, requests, session.config.value.parallel or PARALLEL)
         prior = session.prior_keys()
-        for _ in range(session.config.sweeps):
+        for _ in range(session.plan.sweeps):
             for site, problem in self.problems(loss, prior):
                 session.solve(site, problem)
         with session.run.timed("gradients"):

@@ -65,7 +65,13 @@ class EditConfig(BaseModel):
         description="texts besides the prompt alone: one before it, the others other words about the subject",
     )
     context_length: int = Field(10, ge=1, le=10_000, description="tokens in each text that stands before another")
-    sweeps: int = Field(1, ge=1, le=SWEEPS, description="passes over the layers per batch")
+    sweeps: int | None = Field(
+        None,
+        ge=1,
+        le=SWEEPS,
+        description="passes over the layers per batch; by itself 1, or 2 where several layers with experts are edited, "
+        "since the first pass changes what routers read",
+    )
     seed: int = Field(0, ge=-(2**63), lt=2**63)
     value: ValueConfig = ValueConfig()
     settings: dict[str, Any] = Field(default_factory=dict, description="the method's own settings")

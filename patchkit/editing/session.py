@@ -39,10 +39,12 @@ ValueCache = dict[Hashable, Values]
 
 @dataclass(frozen=True)
 class Plan:
-    """Which sites a run edits and where its values live, once model and configuration are known."""
+    """Which sites a run edits, where its values live, and how often it goes over the sites with each batch, once model
+    and configuration are known."""
 
     sites: tuple[Site, ...]
     value_at: ValueAt
+    sweeps: int
 
     @property
     def layers(self) -> list[int]:
@@ -67,12 +69,25 @@ def plan(arch: Architecture, config: EditConfig) -> Plan:
         sites = [site for site in sites if site.direct and site.layer < len(arch.layers) - 1] or sites[-1:]
     elif method.ends_only and len(sites) > 1:
         sites = [sites[0], last]
-    if method.targets != "values":
-        return Plan((last,) if method.single_site else tuple(sites), "module_out")
-    if not last.direct or last.layer == len(arch.layers) - 1:
-        return Plan((last,), "module_out")
-    value_at = method.value_at or "layer_out"
-    return Plan((last,) if method.single_site else tuple(sites), value_at)
+    value_at: ValueAt = "module_out"
+    if method.single_site:
+        sites = [last]
+    if method.targets == "values":
+        if last.direct and last.layer < len(arch.layers) - 1:
+            value_at = method.value_at or "layer_out"
+        else:
+            sites = [last]
+    return Plan(tuple(sites), value_at, _sweeps(config, method, sites))
+
+
+def _sweeps(config: EditConfig, method: Method, sites: Sequence[Site]) -> int:
+    """How often a batch goes over the sites. Where several have experts, the solve at one changes what the routers
+    above it read, so that some subjects go elsewhere than where the first pass wrote for them; a second pass meets what
+    is missing by then (docs/experts.md has the measurements)."""
+    if config.sweeps is not None:
+        return config.sweeps
+    routed = len(sites) > 1 and any(site.blocks > 1 for site in sites)
+    return 2 if routed and method.targets == "values" and not method.ends_only else 1
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ class ValueEdits:
             prior = session.prior_keys()
             session.open_neurons([requests[i] for i in part.members], [site.layer for site in part.sites])
             chosen, targets = [requests[i] for i in part.members], part.values.targets
-            for _ in range(session.config.sweeps):
+            for _ in range(session.plan.sweeps):
                 self._sweep(chosen, part.sites, targets, prior)
             session.finish([request.fact for request in chosen], part.values, [site.layer for site in part.sites])
 
@@ -108,7 +108,7 @@ class ValueEdits:
         for site in sites:
             last = site is sites[-1]
             values = self.targets.find(requests, site, advance) if last else self.targets.find(requests, site)
-            for _ in range(session.config.sweeps):
+            for _ in range(session.plan.sweeps):
                 self._sweep(requests, (site,), values.targets, prior)
         session.finish([request.fact for request in requests], values, [site.layer for site in sites])
 

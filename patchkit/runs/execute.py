@@ -81,7 +81,7 @@ def run(
         compared = _compared_at(runner.arch, config)
         looked_at = [*how.sites, *([] if compared in how.sites else [compared])]
         covariances, gradients = workspace.statistics(method, looked_at, corpus, config.neurons == "on")
-        for note in (*_about_sweeps(how, config), *_about_experts(covariances)):
+        for note in _about_experts(covariances):
             say(note)
         metric = covariances.get(compared.layer)
         if method.targets == "values" and metric is not None:  # without statistics there is no metric to compare in
@@ -140,9 +140,12 @@ def _compared_at(arch: Architecture, config: EditConfig) -> Site:
 
 
 def _settled(prepared: Prepared, workspace: Workspace, start: EditState | None) -> EditConfig:
-    """The recipe with neurons=auto decided for these facts, beside those of the patch that is continued."""
+    """The recipe with neurons=auto decided for these facts, beside those of the patch that is continued, and with
+    how often it goes over the layers."""
     subjects, taken = {fact.subject for fact in prepared.incoming.new}, start.neurons if start else ()
-    return settled(prepared.config, workspace.tokenizer, workspace.runner.arch, len(subjects), len(taken))
+    arch = workspace.runner.arch
+    config = settled(prepared.config, workspace.tokenizer, arch, len(subjects), len(taken))
+    return config.model_copy(update={"sweeps": plan(arch, config).sweeps})
 
 
 def take_out(workspace: Workspace, patch: Patch, facts: Sequence[str]) -> Patch:
@@ -185,16 +188,6 @@ def _about_text(text: Path, corpus: Corpus, prepared: Prepared) -> Iterator[str]
         last = prepared.onto.manifest.history[-1].text
         if corpus.digest != last.sha256:
             yield f"statistics: from {text.name}, unlike those of the patch's last run ({last.source}): see --text"
-
-
-def _about_sweeps(how: Plan, config: EditConfig) -> Iterator[str]:
-    """What one sweep leaves undone where edits change which experts a subject goes to."""
-    mixed = [site.layer for site in how.sites if site.blocks > 1]
-    if config.sweeps == 1 and len(how.sites) > 1 and mixed and methods.get(config.method).targets == "values":
-        yield (
-            f"layer {mixed[0]} has experts, and edits change what routers read: facts hold better with a second sweep "
-            "(--set sweeps=2)"
-        )
 
 
 def _about_experts(covariances: Mapping[int, Covariance]) -> Iterator[str]:

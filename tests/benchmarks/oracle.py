@@ -53,7 +53,7 @@ def oracle_edit(
 
     Raises ValueError for more than one sweep over the layers, which no published procedure has.
     """
-    if config.sweeps != 1:
+    if config.sweeps not in (None, 1):
         raise ValueError(f"sweeps={config.sweeps}: the published procedure goes over the layers once")
     arch = inspect_model(model)
     size = 1 if methods.get(config.method).one_by_one else config.batch_size
