@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from patchkit.bench.records import Result
-from tests.benchmarks.experts import one_expert_alone, rows
+from tests.benchmarks.experts import rows, seeing, strongest
 
 EDITS = 50
 
@@ -15,7 +15,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """AlphaEdit's rows: the dense model's, the mixture's, and the mixture's with one expert edited alone."""
     out = tmp_path_factory.mktemp("bench")
     made = {name: rows(name, "alphaedit", out / name, EDITS, request.param) for name in ("factworld", "factworld-moe")}
-    with one_expert_alone():
+    with seeing(strongest):
         made["one expert"] = rows("factworld-moe", "alphaedit", out / "one", EDITS, request.param)
     return made
 

@@ -1,15 +1,20 @@
 """The embedded mixture of experts beside the embedded dense model: fifty facts one by one, and fifty in a batch.
 
-    python -m tests.benchmarks.experts [--edits 50] [--out out/experts]
+    python -m tests.benchmarks.experts [--edits 50] [--out out/experts] [--fresh] [--set key=value ...]
 
 "The strongest expert alone" edits, for each fact, the one expert that its key is longest in, as a tool would that takes
-the most chosen expert for the feed-forward: the solve sees no other.
+the most chosen expert for the feed-forward: the solve sees no other. --fresh edits facts of the world that no other
+benchmark, test or default has seen, drawn from those that world.jsonl and facts.jsonl leave alone.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import importlib.util
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,10 +29,19 @@ from patchkit.methods import LayerProblem
 from patchkit.model.loading import ModelChoice
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SETTINGS = ("contexts=1", "sweeps=2")
-"""One text before the prompt, as the sequential test of the dense model has it; the second sweep meets what is missing
-where the first one has changed what routers read. Chosen on other facts of the world (61 to 100)."""
-TITLE = "| | exact | paraphrases success | neighbors unchanged | perplexity | routing text |"
+SETTINGS = ("contexts=1",)
+"""One text before the prompt, as the sequential test of the dense model has it; all else is as it is by default."""
+TITLE = "| | exact | paraphrases success | neighbors unchanged | perplexity | routing text | routing prompts |"
+Kept = Callable[[LayerProblem], LayerProblem]
+"""What of a problem a solve is shown."""
+
+
+# --- what is edited ---------------------------------------------------------------------------------------------------
+
+
+def whole(problem: LayerProblem) -> LayerProblem:
+    """All of it."""
+    return problem
 
 
 def strongest(problem: LayerProblem) -> LayerProblem:
@@ -42,12 +56,12 @@ def strongest(problem: LayerProblem) -> LayerProblem:
 
 
 @contextmanager
-def one_expert_alone() -> Iterator[None]:
-    """Inside the block, solves see the strongest expert of each fact alone."""
+def seeing(kept: Kept) -> Iterator[None]:
+    """Inside the block, solves see no more than `kept` of their problems."""
     own = session.problem_at
 
     def problem_at(*args: Any, **kwargs: Any) -> LayerProblem:
-        return strongest(own(*args, **kwargs))
+        return kept(own(*args, **kwargs))
 
     session.problem_at = problem_at
     try:
@@ -56,12 +70,54 @@ def one_expert_alone() -> Iterator[None]:
         session.problem_at = own
 
 
-def rows(model: str, method: str, out: Path, edits: int, batch: int) -> Result:
+# --- facts ------------------------------------------------------------------------------------------------------------
+
+
+def fresh(file: Path, count: int) -> Path:
+    """A file of `count` facts of the world that are in neither of the example files, no subject twice."""
+    world = _world()
+    sizes = world.Sizes()
+    facts, _ = world.make_world(sizes)
+    lines = [line for name in ("world", "facts") for line in (EXAMPLES / f"{name}.jsonl").read_text().splitlines()]
+    used = {json.loads(line)["prompt"] for line in lines}
+    pool = [fact for fact in facts if fact.prompt() not in used]
+    random.Random(count).shuffle(pool)
+    once: dict[str, Any] = {}
+    for fact in pool:
+        once.setdefault(fact.subject, fact)
+    chosen = list(once.values())[:count]
+    spare = [fact for fact in facts if fact not in chosen]
+    cases = [world.make_case(fact, i + 1, "fresh", facts, spare, sizes.seed + 1) for i, fact in enumerate(chosen)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(case) + "\n" for case in cases))
+    return file
+
+
+def _world() -> Any:
+    spec = importlib.util.spec_from_file_location("make_factworld", EXAMPLES / "make_factworld.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def rows(
+    model: str,
+    method: str,
+    out: Path,
+    edits: int,
+    batch: int,
+    facts: Path = EXAMPLES / "world.jsonl",
+    settings: Sequence[str] = SETTINGS,
+) -> Result:
     """The last row of a benchmark on an embedded model."""
     chosen = ModelChoice(str(EXAMPLES / model), "cpu", "float32")
-    facts = str(EXAMPLES / "world.jsonl")
     found = run_bench(
-        facts, chosen, out, methods=[method], edits=edits, batch_size=batch, overrides=SETTINGS, quick=True
+        str(facts), chosen, out, methods=[method], edits=edits, batch_size=batch, overrides=settings, quick=True
     )
     assert not found.stopped, found.stopped
     return next(row for row in found.rows if row.method == method and row.edits == edits)
@@ -70,8 +126,8 @@ def rows(model: str, method: str, out: Path, edits: int, batch: int) -> Result:
 def line(name: str, row: Result) -> str:
     """A row of the table."""
     ratio = row.perplexity.ratio if row.perplexity else float("nan")
-    routing = row.value("routing", "text")
-    numbers = (row.efficacy.exact, row.generalization.success, row.locality.unchanged, ratio, routing)
+    routing = (row.value("routing", "text"), row.value("routing", "prompts"))
+    numbers = (row.efficacy.exact, row.generalization.success, row.locality.unchanged, ratio, *routing)
     return f"| {name} | " + " | ".join("-" if each is None else f"{each:.3f}" for each in numbers) + " |"
 
 
@@ -81,16 +137,25 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=50)
     parser.add_argument("--out", type=Path, default=Path("out/experts"))
     parser.add_argument("--methods", nargs="*", default=["alphaedit"])
+    parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--set", nargs="*", default=[], dest="settings", help="beside contexts=1")
     options = parser.parse_args()
-    print(TITLE, "| --- " * 6 + "|", sep="\n", flush=True)
+    facts = fresh(options.out / "fresh.jsonl", options.edits) if options.fresh else EXAMPLES / "world.jsonl"
+    settings = (*SETTINGS, *options.settings)
+    print(TITLE, "| --- " * 7 + "|", sep="\n", flush=True)
     for batch, how in ((1, "one by one"), (options.edits, "in a batch")):
-        for method in options.methods:
-            for model in ("factworld", "factworld-moe"):
-                row = rows(model, method, options.out / f"{model}-{method}-{batch}", options.edits, batch)
-                print(line(f"{model}, {method}, {how}", row), flush=True)
-        with one_expert_alone():
-            row = rows("factworld-moe", "alphaedit", options.out / f"one-{batch}", options.edits, batch)
-            print(line(f"factworld-moe, the strongest expert alone, {how}", row), flush=True)
+        for place, (name, model, method, kept) in enumerate(_jobs(options.methods)):
+            with seeing(kept):
+                row = rows(model, method, options.out / f"{place}-{batch}", options.edits, batch, facts, settings)
+            print(line(f"{name}, {how}", row), flush=True)
+
+
+def _jobs(methods: Sequence[str]) -> Iterator[tuple[str, str, str, Kept]]:
+    """Of each row its name, model and method, and what its solves see."""
+    for method in methods:
+        for model in ("factworld", "factworld-moe"):
+            yield f"{model}, {method}", model, method, whole
+    yield "factworld-moe, the strongest expert alone", "factworld-moe", "alphaedit", strongest
 
 
 if __name__ == "__main__":
