@@ -1,10 +1,12 @@
 """The embedded mixture of experts beside the embedded dense model: fifty facts one by one, and fifty in a batch.
 
-    python -m tests.benchmarks.experts [--edits 50] [--out out/experts] [--fresh] [--set key=value ...]
+    python -m tests.benchmarks.experts [--edits 50] [--out out/experts] [--facts fresh] [--set key=value ...]
 
-"The strongest expert alone" edits, for each fact, the one expert that its key is longest in, as a tool would that takes
-the most chosen expert for the feed-forward: the solve sees no other. --fresh edits facts of the world that no other
-benchmark, test or default has seen, drawn from those that world.jsonl and facts.jsonl leave alone.
+"The strongest expert alone" edits, for each fact, the one expert that its key is longest in; "the most chosen expert
+alone", of a batch, the one of each layer that most facts go to. So tools would that take an expert for the feed-forward:
+the solve sees no other. `--facts` may be "world", the embedded ones; "fresh", which no other benchmark, test or default
+has seen, drawn from those of the world that world.jsonl and facts.jsonl leave alone; and "tune", another draw, which the
+number of passes over the layers was looked at with.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,16 @@ def strongest(problem: LayerProblem) -> LayerProblem:
     return problem.replace(keys=kept)
 
 
+def most_chosen(problem: LayerProblem) -> LayerProblem:
+    """The problem in the one block that most keys are in."""
+    blocks = problem.keys.unflatten(0, (problem.blocks, -1))
+    place = int((blocks != 0).any(1).sum(1).argmax())
+    only = torch.zeros_like(blocks)
+    only[place] = blocks[place]
+    kept: Tensor = only.flatten(0, 1)
+    return problem.replace(keys=kept)
+
+
 @contextmanager
 def seeing(kept: Kept) -> Iterator[None]:
     """Inside the block, solves see no more than `kept` of their problems."""
@@ -73,24 +86,46 @@ def seeing(kept: Kept) -> Iterator[None]:
 # --- facts ------------------------------------------------------------------------------------------------------------
 
 
-def fresh(file: Path, count: int) -> Path:
-    """A file of `count` facts of the world that are in neither of the example files, no subject twice."""
-    world = _world()
-    sizes = world.Sizes()
-    facts, _ = world.make_world(sizes)
-    lines = [line for name in ("world", "facts") for line in (EXAMPLES / f"{name}.jsonl").read_text().splitlines()]
-    used = {json.loads(line)["prompt"] for line in lines}
-    pool = [fact for fact in facts if fact.prompt() not in used]
-    random.Random(count).shuffle(pool)
+@dataclass(frozen=True)
+class Draw:
+    """Facts drawn from those of the world that are in neither of the example files, no subject twice.
+
+    Attributes:
+        order, cases: seeds of which ones, and of their new targets and neighbors.
+        apart: facts after these that are no neighbors either.
+    """
+
+    name: str
+    order: int
+    cases: int
+    apart: int = 0
+
+    def write(self, file: Path, count: int) -> Path:
+        """A file of the first `count`."""
+        world = _world()
+        facts, _ = world.make_world(world.Sizes())
+        lines = [line for name in ("world", "facts") for line in (EXAMPLES / f"{name}.jsonl").read_text().splitlines()]
+        used = {json.loads(line)["prompt"] for line in lines}
+        pool = [fact for fact in facts if fact.prompt() not in used]
+        random.Random(self.order).shuffle(pool)
+        chosen = _first(pool, count)
+        taken = [*chosen, *_first([fact for fact in pool if fact not in chosen], self.apart)]
+        spare = [fact for fact in facts if fact not in taken]
+        cases = [world.make_case(fact, i + 1, self.name, facts, spare, self.cases) for i, fact in enumerate(chosen)]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(case) + "\n" for case in cases))
+        return file
+
+
+DRAWS = {draw.name: draw for draw in (Draw("fresh", 50, 8), Draw("tune", 99, 1234, 50))}
+
+
+def _first(facts: Sequence[Any], count: int) -> list[Any]:
+    """The first `count`, no subject twice."""
     once: dict[str, Any] = {}
-    for fact in pool:
+    for fact in facts:
         once.setdefault(fact.subject, fact)
-    chosen = list(once.values())[:count]
-    spare = [fact for fact in facts if fact not in chosen]
-    cases = [world.make_case(fact, i + 1, "fresh", facts, spare, sizes.seed + 1) for i, fact in enumerate(chosen)]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(case) + "\n" for case in cases))
-    return file
+    return list(once.values())[:count]
 
 
 def _world() -> Any:
@@ -137,25 +172,28 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=50)
     parser.add_argument("--out", type=Path, default=Path("out/experts"))
     parser.add_argument("--methods", nargs="*", default=["alphaedit"])
-    parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--facts", choices=["world", *DRAWS], default="world")
     parser.add_argument("--set", nargs="*", default=[], dest="settings", help="beside contexts=1")
     options = parser.parse_args()
-    facts = fresh(options.out / "fresh.jsonl", options.edits) if options.fresh else EXAMPLES / "world.jsonl"
+    draw = DRAWS.get(options.facts)
+    facts = draw.write(options.out / f"{draw.name}.jsonl", options.edits) if draw else EXAMPLES / "world.jsonl"
     settings = (*SETTINGS, *options.settings)
     print(TITLE, "| --- " * 7 + "|", sep="\n", flush=True)
     for batch, how in ((1, "one by one"), (options.edits, "in a batch")):
-        for place, (name, model, method, kept) in enumerate(_jobs(options.methods)):
+        for place, (name, model, method, kept) in enumerate(_jobs(options.methods, batch)):
             with seeing(kept):
                 row = rows(model, method, options.out / f"{place}-{batch}", options.edits, batch, facts, settings)
             print(line(f"{name}, {how}", row), flush=True)
 
 
-def _jobs(methods: Sequence[str]) -> Iterator[tuple[str, str, str, Kept]]:
+def _jobs(methods: Sequence[str], batch: int) -> Iterator[tuple[str, str, str, Kept]]:
     """Of each row its name, model and method, and what its solves see."""
     for method in methods:
         for model in ("factworld", "factworld-moe"):
             yield f"{model}, {method}", model, method, whole
     yield "factworld-moe, the strongest expert alone", "factworld-moe", "alphaedit", strongest
+    if batch > 1:
+        yield "factworld-moe, the most chosen expert alone", "factworld-moe", "alphaedit", most_chosen
 
 
 if __name__ == "__main__":
