@@ -5,8 +5,8 @@
 "The strongest expert alone" edits, for each fact, the one expert that its key is longest in; "the most chosen expert
 alone", of a batch, the one of each layer that most facts go to. So tools would that take an expert for the
 feed-forward: the solve sees no other. `--facts` may be "world", the embedded ones; "fresh", which no other benchmark,
-test or default has seen, drawn from those of the world that world.jsonl and facts.jsonl leave alone; and "tune", another
-draw, which the number of passes over the layers was looked at with.
+test or default has seen, drawn from those of the world that world.jsonl and facts.jsonl leave alone; and "tune",
+another draw, which the number of passes over the layers was looked at with.
 """
 
 from __future__ import annotations
