@@ -42,9 +42,9 @@ class Architecture:
 def inspect_model(model: PreTrainedModel) -> Architecture:
     """Find the edit sites of a loaded causal language model. Weights, hooks and training mode are as before afterward.
 
-    Raises InputError for what cannot be edited: encoder-decoders, models without a language-model head, mixtures of
-    experts that are laid out otherwise than transformers does, quantized or unloaded weights, models with a PEFT
-    adapter, and layers whose feed-forward is not recognized.
+    Raises InputError for what cannot be edited: encoder-decoders, models without a language-model head, mixtures whose
+    output is not the gated sum of their experts', quantized or unloaded weights, models with a PEFT adapter, and layers
+    whose feed-forward is not recognized.
     """
     head = _causal_head(model)
     _refuse_unloaded(model)
