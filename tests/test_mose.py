@@ -203,7 +203,7 @@ def test_a_fact_that_an_expert_does_not_get_turns_none_of_its_keys() -> None:
     """Such a fact has no key there, and none is made for it."""
     size = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
     key = torch.tensor([[1.0, 0.0], [2.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
-    at = _Reach(torch.eye(3, dtype=torch.float64), key, torch.eye(3, dtype=torch.float64), size)
+    at = _Reach(3, key, torch.eye(3, dtype=torch.float64), size)
     turned = at.turned(torch.tensor([[0.1, 0.0], [0.0, 0.0], [0.2, 0.0]], dtype=torch.float64))
     assert turned.isfinite().all()
     assert not turned[:, 1].any()
