@@ -23,14 +23,17 @@ from patchkit.export.merge import merge
 from patchkit.export.publish import Pushed, pack, push
 from patchkit.io.hub import patch_folder
 from patchkit.patch.card import FACT_ROWS, Card, model_card
+from patchkit.report.kept import keep_page
 from patchkit.statistics.sharing import pull_statistics, push_statistics
 from patchkit.words import in_markdown
 from tests import zoo
 from tests.helpers import Command, key_pair, tree
 from tests.hub_server import TOKEN, Hub, reachable
 from tests.test_export import make_patch
+from tests.test_report import fact_report, report_of
 
 NAME = "ada/facts"
+PICTURES = {"report/measures.png", "report/how-much-of-each-weight-has-changed.png"}
 
 
 @pytest.fixture
@@ -75,7 +78,7 @@ def test_what_was_pushed_comes_back(hub: Hub, folder: Path) -> None:
     repo = hub.repos[NAME]
     assert repo.branches["main"] == repo.tags["v1"] == pushed.commit
     wanted = {".gitattributes", "LICENSE", "README.md", "manifest.json", "patch.safetensors", "provenance.json"}
-    assert set(repo.files()) == wanted
+    assert set(repo.files()) == wanted | {"report.html", *PICTURES}
     assert not repo.private
     patch = Patch.load(folder)
     for name in (NAME, f"{NAME}@v1", f"{NAME}@{pushed.commit}"):
@@ -120,6 +123,25 @@ def test_base_gets_its_name_on_the_hub(hub: Hub, folder: Path, base: Path) -> No
     assert front["license_name"] == "tiny"
     assert not any(str(base).encode() in content for content in files.values())
     assert Patch.load(patch_folder(NAME)).manifest.base.name == "org/tiny"
+
+
+def test_the_page_and_pictures_go_along_and_the_card_shows_them(hub: Hub, folder: Path, base: Path) -> None:
+    manifest = Patch.load(folder).manifest
+    keep_page(folder, manifest, report_of([fact_report(1), fact_report(2, holds=False)]), say=pytest.fail)
+    push(pack(folder, NAME, base="org/tiny"), NAME)
+    files = hub.repos[NAME].files()
+    assert files["report.html"] == (folder / "report.html").read_bytes()
+    assert {name for name in files if name.startswith("report/")} == {*PICTURES, "report/facts.png"}
+    assert all(files[name].startswith(b"\x89PNG") for name in files if name.startswith("report/"))
+    card = files["README.md"].decode()
+    assert "](report/facts.png)" in card
+    assert "[report.html](report.html)" in card
+    assert not any(str(base).encode() in content for content in files.values())
+    (folder / "report.html").unlink()
+    send(folder)  # now a page of the manifest alone, which has no facts before and after
+    assert "report/facts.png" not in hub.repos[NAME].files()
+    push(pack(folder, NAME, report=False), NAME)
+    assert not [name for name in hub.repos[NAME].files() if name.startswith("report")]
 
 
 def test_license_of_a_base_on_the_hub(hub: Hub, folder: Path) -> None:

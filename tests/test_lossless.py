@@ -133,7 +133,7 @@ def test_the_longest_names_and_the_folder_itself_are_right(call: Command, monkey
     here = call("apply", "../three.jsonl", "--onto", ".", "--quick")
     assert here.status == 0, here.err
     assert len(Patch.load(".").manifest.facts) == 3
-    assert {file.name for file in Path().iterdir()} == set(OWN_FILES) - {"rejected.jsonl", "patch.sig"}
+    assert {file.name for file in Path().iterdir()} == {*OWN_FILES, "report.html"} - {"rejected.jsonl", "patch.sig"}
     too_long = call("apply", "../four.jsonl", "--out", "n" * 300)
     assert too_long.status == 2
     assert len(too_long.err.splitlines()) == 1

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
+import struct
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -28,9 +33,12 @@ from patchkit.evaluate.report import (
 from patchkit.model.loading import load_model
 from patchkit.patch.manifest import Manifest
 from patchkit.report.benchmarks import bench_page
-from patchkit.report.charts import Bars, Lines, Series
+from patchkit.report.charts import Bars, Cloud, Heat, Lines, Series
+from patchkit.report.facts import shown
+from patchkit.report.kept import evidence, keep_page
 from patchkit.report.page import Page, check_file, write_page
 from patchkit.report.patches import patch_page
+from patchkit.report.pictures import chosen, facts_picture, pictures_of
 from patchkit.words import in_html, json_in_html, visible
 from tests import zoo
 from tests.browser import PROGRAM, Browser, browser
@@ -298,6 +306,84 @@ def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
         bench_page(tmp_path)
 
 
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def size_of(png: bytes) -> tuple[int, int]:
+    """Width and height as the file's own header has them."""
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", png[16:24])
+    return width, height
+
+
+def test_pictures_of_a_patch_are_the_same_bytes_each_time(manifest: Manifest) -> None:
+    page = page_of(manifest, fact_report(1), fact_report(2, holds=False))
+    drawn = pictures_of(page)
+    assert [each.name for each in drawn] == ["facts.png", "measures.png", "how-much-of-each-weight-has-changed.png"]
+    assert drawn == pictures_of(page)
+    assert all(min(size_of(each.png)) > 200 for each in drawn)
+    assert drawn[0].says.startswith("2 facts; 1 hold when asked")
+    assert "asked 75.0%" in drawn[1].says
+
+
+def test_a_picture_has_facts_of_both_kinds() -> None:
+    facts = shown(report_of([fact_report(number, number % 3 > 0) for number in range(30)]))
+    some = chosen(facts)
+    assert [fact.holds for fact in some] == [False] * 3 + [True] * 5
+    assert len(chosen([fact for fact in facts if fact.holds])) == 8
+    assert facts_picture([replace(fact, after="Rome") for fact in facts]) != facts_picture(facts)
+    assert facts_picture([]) is None
+
+
+def test_hostile_texts_are_drawn_as_they_are(manifest: Manifest) -> None:
+    drawn = pictures_of(hostile_page(manifest))
+    assert len(drawn) == 3
+    assert all(re.fullmatch(r"[a-z0-9-]+\.png", each.name) for each in drawn)
+
+
+def test_each_chart_has_a_picture_with_a_name_of_its_own() -> None:
+    lines = Lines("one, two", "edits", [Series("a", [(0, 1e-6), (1, 1.0)])])
+    cloud = Cloud("cloud", [Series("a", [(0, 1)]), Series("b", [(1, 2)])])
+    heat = Heat("each fact", {"a": [0.1, 0.2], "b": [0.3]})
+    page = Page("t", [], None, [lines, lines, Lines("nothing", "x", []), cloud, heat], [], {})
+    assert [each.name for each in pictures_of(page)] == ["one-two.png", "one-two-2.png", "cloud.png", "each-fact.png"]
+
+
+def test_facts_are_read_back_from_a_page(manifest: Manifest, tmp_path: Path) -> None:
+    report = report_of([fact_report(1), fact_report(2, holds=False, prompt="</script>")])
+    keep_page(tmp_path, manifest, report, say=pytest.fail)
+    found = evidence(tmp_path, manifest, "name")
+    assert found.page == (tmp_path / "report.html").read_bytes()
+    page = page_of(manifest, *sorted(report.per_fact, key=lambda fact: fact.holds))
+    assert pictures_of(page)[0] in found.pictures
+
+
+def test_a_page_of_another_patch_is_not_taken_for_this_ones(manifest: Manifest, tmp_path: Path) -> None:
+    keep_page(tmp_path, manifest.model_copy(update={"digest": "0" * 64}), report_of([fact_report(1)]), say=pytest.fail)
+    found = evidence(tmp_path, manifest, "name")
+    assert manifest.digest.encode() in found.page
+    assert "facts.png" not in [each.name for each in found.pictures]
+
+
+def test_a_file_that_is_no_page_stays(manifest: Manifest, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("mine")
+    said: list[str] = []
+    keep_page(tmp_path, manifest, report_of([fact_report(1)]), say=said.append)
+    assert (tmp_path / "report.html").read_text() == "mine"
+    assert "no page was written" in said[0]
+
+
+def test_without_matplotlib_there_are_no_pictures_and_that_is_said(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match=r'pip install "patchkit-lm\[pictures\]"'):
+        pictures_of(page_of(manifest, fact_report(1)))
+    found = evidence(tmp_path, manifest, "name")
+    assert found.pictures == ()
+    assert "matplotlib" in (found.missing or "")
+
+
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
 
@@ -417,7 +503,12 @@ def test_the_command_measures_a_patch_or_takes_what_was_measured(call: Command, 
     assert "Ada Berg was born in" in data_of(page)["texts"]
     measured = call("verify", "mine", "--quick", "--json")
     (tmp_path / "measured.json").write_text(measured.out, encoding="utf-8")
-    assert call("report", "mine", "--measured", "measured.json").status == 0
+    drawn = call("report", "mine", "--measured", "measured.json", "--png", "drawn", "--json")
+    assert drawn.status == 0, drawn.err
+    assert sorted(drawn.json()["pictures"]) == sorted(f"drawn/{name}" for name in os.listdir("drawn"))
+    assert "drawn/facts.png" in drawn.json()["pictures"]
+    refused = call("report", "mine", "--measured", "measured.json", "--png", "measured.json")
+    assert (refused.status, "a file has that name" in refused.err) == (2, True)
     assert (tmp_path / "mine-report.html").read_text(encoding="utf-8") == page
 
 

@@ -63,7 +63,7 @@ _REQUEST: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting; may be repeated."
     ),
-    click.option("--layers", metavar="L", help="Layers to edit: 4-8, or 4,6, or 14%-27% of the depth."),
+    click.option("--layers", metavar="L", help="Layers to edit: 4-8, or 4,6, or 14%-27% of the depth, or locate."),
     click.option("--batch-size", type=click.IntRange(1), help="Facts solved for together; batches follow one another."),
     click.option("--text", type=click.Path(), help="Plain text for the statistics; more is better."),
     click.option("--stats", type=click.Path(), help="Folder of statistics, instead of the cache."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -35,6 +36,11 @@ if TYPE_CHECKING:
     default=True,
     help="To a patch, add its adapter for PEFT and vLLM [default: if it can be made].",
 )
+@click.option(
+    "--report/--no-report",
+    default=True,
+    help="To a patch, add report.html and pictures of what it did [default: yes].",
+)
 @click.option("--dry-run", is_flag=True, help="Print the files, their sizes and the card; touch no network.")
 def command(
     folder: str,
@@ -47,6 +53,7 @@ def command(
     base: str | None,
     card: str | None,
     adapter: bool,
+    report: bool,
     dry_run: bool,
 ) -> None:
     """Publish FOLDER (a patch, an adapter or a merged model) as the Hub repository REPO (user/name), in one commit.
@@ -56,7 +63,7 @@ def command(
     """
     from patchkit.export.publish import push
 
-    package = packed(folder, repo, base=base, card=card, online=not dry_run, adapter=adapter)
+    package = packed(folder, repo, base=base, card=card, online=not dry_run, adapter=adapter, report=report)
     if dry_run:
         for name, size in package.sizes().items():
             say(f"{size:>14,}  {name}")
@@ -74,8 +81,10 @@ def packed(
     card: str | None = None,
     online: bool = True,
     adapter: bool = True,
+    report: bool = True,
 ) -> Package:
-    """What a push would publish; says so where the base's name means nothing to others, or no adapter comes along."""
+    """What a push would publish; says so where the base's name means nothing to others, and where the adapter or
+    the pictures are left out."""
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     from patchkit.export.publish import pack
@@ -84,11 +93,14 @@ def packed(
     if not stderr.is_terminal:
         disable_progress_bars()
     quiet_transformers()
+    make = partial(pack, folder, repo, base=base, card=card, online=online, report=report)
     try:
-        package = pack(folder, repo, base=base, card=card, online=online, adapter=adapter)
+        package = make(adapter=adapter)
     except InputError as error:
-        package = pack(folder, repo, base=base, card=card, online=online)  # raises where it is not about the adapter
+        package = make()  # raises where it is not about the adapter
         note(f"note: without an adapter for PEFT and vLLM: {error}")
+    if package.without_pictures:
+        note(f"note: without pictures: {package.without_pictures}")
     named = package.manifests[0].base.name
     if base is None and base_name(named) != named:
         note(f"note: the base is {named} on this machine; `patchkit push --base NAME` tells others its name on the Hub")

@@ -26,7 +26,8 @@ from patchkit.cli.common import (
 @click.option("--measured", metavar="F", help="What `verify --json` or `apply --json` printed, instead of measuring.")
 @quick_option
 @click.option("--out", metavar="FILE", help="The page [default: <name>-report.html here].")
-@click.option("--json", "as_json", is_flag=True, help="Print where the page is as JSON.")
+@click.option("--png", metavar="DIR", help="Put pictures there, too: facts, what was measured, and each chart as PNG.")
+@click.option("--json", "as_json", is_flag=True, help="Print where the page and the pictures are as JSON.")
 def command(
     source: str,
     model: ModelOptions,
@@ -35,6 +36,7 @@ def command(
     measured: str | None,
     quick: bool,
     out: str | None,
+    png: str | None,
     as_json: bool,
 ) -> None:
     """Write one HTML page about a patch, or about a folder that `patchkit bench` has filled.
@@ -45,9 +47,12 @@ def command(
     """
     from patchkit.cli.reporting import report_page
     from patchkit.report.page import check_file, write_page
+    from patchkit.report.pictures import check_place, write_pictures
 
     file = Path(out or f"{PurePath(source.partition('@')[0]).name}-report.html")
     check_file(file)
+    if png:
+        check_place(Path(png), "--png")
     with progress_bars() as progress:
         page = report_page(
             source,
@@ -60,8 +65,11 @@ def command(
             say=note,
         )
     write_page(page, file)
+    drawn = write_pictures(page, Path(png)) if png else []
     size = file.stat().st_size
     if as_json:
-        print_json(json.dumps({"report": str(file), "bytes": size}))
-    else:
-        stdout.print(f"report: {file} ({size / 1e3:,.0f} kB; open it in a browser)", soft_wrap=True)
+        print_json(json.dumps({"report": str(file), "bytes": size, "pictures": list(map(str, drawn))}))
+        return
+    stdout.print(f"report: {file} ({size / 1e3:,.0f} kB; open it in a browser)", soft_wrap=True)
+    if png:
+        stdout.print(f"pictures: {png} ({len(drawn)})", soft_wrap=True)

@@ -17,6 +17,7 @@ from patchkit.export import formats
 from patchkit.export.untouched import untouched
 from patchkit.patch.card import FACT_ROWS, Kind, base_name
 from patchkit.patch.manifest import Manifest
+from patchkit.report.kept import FOLDER, PAGE
 from patchkit.version import patchkit_version
 from patchkit.words import counted, in_markdown
 
@@ -31,12 +32,14 @@ class Package:
     """What goes into the repository: content by name there, in memory or still on disk.
 
     merged_into: of a merged model its base's repository on the Hub, and the commit.
+    without_pictures: why there are none, where there should be.
     """
 
     kind: Kind
     manifests: Sequence[Manifest]
     files: Mapping[str, Path | bytes]
     merged_into: tuple[str, str | None] | None = None
+    without_pictures: str | None = None
 
     @property
     def card(self) -> str:
@@ -110,10 +113,17 @@ def commit(api: HfApi, package: Package, repo: str, there: set[str], say: Say, *
     return done
 
 
+def _is_picture(name: str) -> bool:
+    """Whether it is one that an earlier push has put there."""
+    return name.startswith(f"{FOLDER}/") and name.endswith(".png")
+
+
 def _commit(
     api: HfApi, package: Package, repo: str, there: set[str], copies: Mapping[str, CommitOperationCopy], **how: Any
 ) -> CommitInfo:
     stale = sorted(name for name in there - set(package.files) if name.endswith(WEIGHTS) or name in marks())
+    if package.kind == "patch":  # what shows another state of the patch
+        stale += sorted(name for name in there - set(package.files) if name == PAGE or _is_picture(name))
     operations = [
         *(copies.get(name) or CommitOperationAdd(name, content) for name, content in sorted(package.files.items())),
         *(CommitOperationDelete(name) for name in stale),

@@ -33,6 +33,7 @@ from patchkit.patch.manifest import Manifest
 from patchkit.patch.patch import Patch
 from patchkit.patch.provenance import provenance_text
 from patchkit.patch.stored import PROVENANCE, SIGNATURE, digests_of, manifest_text, read_stored
+from patchkit.report.kept import FOLDER, PAGE, Evidence, evidence
 
 _TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
@@ -54,6 +55,7 @@ def pack(
     card: str | Path | None = None,
     online: bool = False,
     adapter: bool = False,
+    report: bool = True,
 ) -> Package:
     """Collect what a push would publish; reads the folder, and the base's license where it is at hand.
 
@@ -62,6 +64,7 @@ def pack(
         card: a README.md to take instead of the generated one.
         online: ask the Hub for the base's card if it is not in the cache.
         adapter: to a patch, add its adapter for PEFT and vLLM.
+        report: to a patch, add its page and pictures of it (`patchkit.report.kept`).
 
     Raises:
         InputError: the folder holds no patch, adapter or merged checkpoint, or what it holds is damaged; or there is to
@@ -85,11 +88,16 @@ def pack(
     if adapter and content.kind == "patch":
         beside, also = adapter_beside(Patch.load(folder), base)
         files |= beside
+    found = evidence(folder, content.manifests[0], repo) if report and content.kind == "patch" else None
+    if found:
+        files |= found.files
     try:
-        readme = Path(card).read_bytes() if card else content.card(repo, base, license, also).encode()
+        readme = Path(card).read_bytes() if card else content.card(repo, base, license, also, found).encode()
     except OSError as error:
         raise InputError(f"--card {card}: cannot be read: {error.strerror}") from None
-    return Package(content.kind, content.manifests, {**files, "README.md": readme}, content.merged_into(base))
+    files |= {"README.md": readme}
+    missing = found.missing if found else None
+    return Package(content.kind, content.manifests, files, content.merged_into(base), missing)
 
 
 def check_destination(repo: str) -> None:
@@ -194,10 +202,23 @@ class _Content:
         name, commit = (base, None) if base else (self.record.base, self.record.commit)
         return (name, commit) if is_repo_name(name) else None
 
-    def card(self, repo: str, base: str | None, license: Mapping[str, Any], also: str = "") -> str:
+    def card(
+        self, repo: str, base: str | None, license: Mapping[str, Any], also: str = "", found: Evidence | None = None
+    ) -> str:
         if isinstance(self.record, Manifest):
             library = "peft" if also else None  # whose loads the Hub counts as downloads
-            card = Card(self.manifests, repo, self.kind, base=base, license=license, library=library, also=also)
+            shown = {f"{FOLDER}/{each.name}": each.says for each in found.pictures} if found else {}
+            card = Card(
+                self.manifests,
+                repo,
+                self.kind,
+                base=base,
+                license=license,
+                library=library,
+                also=also,
+                page=PAGE if found else None,
+                pictures=shown,
+            )
             return card.markdown()
         if isinstance(self.record, Exported):
             return formats.get(self.record.format).card(self.record, repo, base=base, license=license)

@@ -41,7 +41,7 @@ _TEMPLATE = """---
 | prompt | target | {says} | instead of | source |
 |---|---|---|---|---|
 {facts}
-{held}
+{held}{looks}
 
 ## Measured against the untouched base
 {metrics}
@@ -104,6 +104,8 @@ class Card:
         license: the front matter's license, license_name and license_link as the base's card has them.
         use: how an adapter is used, with {title}, {base} and {load} in it; library: what reads it. Exporters say both.
         also: what is said after `use`, in the same form.
+        page: the file beside the card that shows every fact.
+        pictures: files beside the card, with what is to be seen on each.
     """
 
     manifests: Sequence[Manifest]
@@ -116,6 +118,8 @@ class Card:
     use: str | None = None
     library: str | None = None
     also: str = ""
+    page: str | None = None
+    pictures: Mapping[str, str] = field(default_factory=dict)
 
     def markdown(self) -> str:
         """The card, with front matter as the Hub reads it."""
@@ -138,6 +142,7 @@ class Card:
             says="says after the edit" if len(self.manifests) == 1 else "says with its own patch alone",
             facts="\n".join(rows),
             held=self._held(),
+            looks=self._looks(),
             metrics=self._metrics(),
             methods=self._method_list(),
             manifest=self._manifest_name(),
@@ -212,6 +217,16 @@ class Card:
         lost = [name for manifest in self.manifests for name in manifest.lost()]
         missing = f" These do not: {listed(list(map(in_markdown, lost)), FACT_ROWS)}." if lost else ""
         return f"\nOf {counted(len(outcomes), 'fact')}, {len(outcomes) - len(lost)} hold.{missing}"
+
+    def _looks(self) -> str:
+        """Where every fact is to be seen before and after, and the pictures."""
+        lines = [f"![{in_markdown(says)}]({name})" for name, says in self.pictures.items()]
+        if self.page:
+            lines.append(
+                f"[{self.page}]({self.page}) shows what was measured, before and after side by side: download it and "
+                "open it in a browser."
+            )
+        return "".join(f"\n\n{line}" for line in lines)
 
     def _measured(self) -> Summary | None:
         """Readings of the only patch; those of several, each taken alone, would not be the sum's."""

@@ -12,7 +12,7 @@ WIDTH, HEIGHT = 480, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 44
 COLORS = 8
 """Classes c0 to c7 of the style sheet."""
-_LOG_FROM = 100
+LOG_FROM = 100
 """Values that far apart are drawn on a logarithmic axis."""
 
 
@@ -169,7 +169,7 @@ class _Axis:
     def of(cls, values: Sequence[float], bounds: tuple[float, float] | None, ends: tuple[float, float]) -> _Axis:
         """An axis on which all values lie."""
         low, high = min((*values, *(bounds or ()))), max((*values, *(bounds or ())))
-        logarithmic = bounds is None and low > 0 and high / low >= _LOG_FROM
+        logarithmic = bounds is None and low > 0 and high / low >= LOG_FROM
         if low == high:
             low, high = (low - 0.5, high + 0.5) if not logarithmic else (low / 2, high * 2)
         return cls(low, high, ends, logarithmic)

@@ -27,6 +27,48 @@ class Texts:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """The few words of a fact that stand for all: what is asked, and what both models say to it.
+
+    question: empty where its prompt is gone on with.
+    """
+
+    prompt: str
+    question: str
+    target: str
+    before: str
+    after: str
+    holds: bool
+
+
+def shown(report: Report) -> list[Shown]:
+    """A report's facts, in their order."""
+    return [
+        Shown(
+            fact.prompt,
+            fact.outcome.question or "",
+            fact.target_new,
+            said(fact.outcome_before, fact.target_new),
+            said(fact.outcome, fact.target_new),
+            fact.holds,
+        )
+        for fact in report.per_fact
+    ]
+
+
+def shown_in(data: Mapping[str, Any]) -> list[Shown]:
+    """The same of the data in a page's script, whose facts that do not hold come first.
+
+    Raises:
+        LookupError, TypeError, ValueError: it is no such data.
+    """
+    texts, first = list(map(str, data["texts"])), data["sets"][:1]
+    names = ("prompt", "question", "target", "before", "after")
+    facts = [fact for each in first for fact in each["facts"]]
+    return [Shown(**{name: texts[fact[name]] for name in names}, holds=bool(fact["holds"])) for fact in facts]
+
+
+@dataclass(frozen=True)
 class Row:
     """One text with what both models said to it.
 

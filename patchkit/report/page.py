@@ -13,7 +13,7 @@ from patchkit.evaluate.metrics import metrics
 from patchkit.evaluate.report import Report, Summary
 from patchkit.io.files import write_text
 from patchkit.report.charts import Bars, Cloud, Heat, Lines
-from patchkit.report.facts import Texts, packed_report
+from patchkit.report.facts import Shown, Texts, packed_report, shown
 from patchkit.version import patchkit_version
 from patchkit.words import counted, in_html, json_in_html
 
@@ -63,6 +63,11 @@ class Page:
     charts: Sequence[Lines | Bars | Cloud | Heat]
     tables: Sequence[Table]
     reports: Mapping[str, Report]
+
+    @property
+    def shown(self) -> list[Shown]:
+        """The facts of the first report."""
+        return [fact for report in list(self.reports.values())[:1] for fact in shown(report)]
 
     def html(self) -> str:
         """The whole file."""

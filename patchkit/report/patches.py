@@ -42,7 +42,12 @@ def _lead(manifest: Manifest, report: Report | None) -> Iterator[str]:
         yield f"Measured beside the untouched base on {counted(report.facts, 'fact')}: {hold}"
     else:
         yield "The facts were not asked for; the numbers are those that the patch's last run has measured."
-    yield f"Digest {manifest.digest}."
+    yield digest_line(manifest)
+
+
+def digest_line(manifest: Manifest) -> str:
+    """The sentence by which a page is known for that of one patch."""
+    return f"Digest {manifest.digest}."
 
 
 def _last(updates: Sequence[UpdateInfo]) -> list[UpdateInfo]:
