@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import patchkit
-from patchkit.editing.recipe import load_recipe
+from patchkit.editing.recipe import load_recipe, resolve_layers
 from patchkit.errors import InputError
 from patchkit.facts.schema import Fact
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
+from patchkit.model.loading import load_model
+from patchkit.patch.patch import Patch
 from patchkit.runs.locate import Layer, locate, recommended
 from patchkit.runs.tracing import trace
 from tests import zoo
@@ -105,6 +107,47 @@ def test_the_recommended_layers_are_the_best_next_to_one_another() -> None:
     assert recommended(layers(0.0, 0.1, 0.3, 0.9)) == "1-2"  # not the last layer
 
 
+# --- the layers of a run ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def located() -> Patch:
+    loaded = load_model(str(FACTWORLD), "cpu", "float32")
+    return patchkit.apply(loaded.model, loaded.tokenizer, FACTS, overrides=("layers=locate", *QUICK), say=SAID.append)
+
+
+QUICK, SAID = ("steps=2", "contexts=0", "prompts=contexts", "chat=off", "neurons=off"), list[str]()
+
+
+def test_a_run_takes_the_layers_that_are_recommended_for_its_facts(located: Patch) -> None:
+    loaded = load_model(str(FACTWORLD), "cpu", "float32")
+    recommended = locate(runner_of(loaded.model), loaded.tokenizer, FACTS).recommended
+    run = located.manifest.history[-1]
+    assert run.recipe["layers"] == recommended
+    assert list(run.layers) == resolve_layers(recommended, len(inspect_model(loaded.model).layers))
+    assert any(note.startswith(f"layers {recommended}, by tracing 3 facts") for note in SAID)
+
+
+def test_a_patch_is_continued_in_the_layers_that_were_found_first(located: Patch) -> None:
+    loaded = load_model(str(FACTWORLD), "cpu", "float32")
+    more = patchkit.read_facts(str(FACTWORLD.parent / "facts.jsonl"), limit=4).facts
+    longer = patchkit.apply(loaded.model, loaded.tokenizer, more, onto=located)
+    first, second = longer.manifest.history
+    assert (second.recipe["layers"], second.layers) == (first.recipe["layers"], first.layers)
+
+
+def test_layers_that_cannot_be_located_are_refused_in_one_line() -> None:
+    loaded = load_model(str(FACTWORLD), "cpu", "float32")
+    strange = [{"prompt": "zq zq is", "subject": "zq zq", "target_new": "Rome"}]
+    with pytest.raises(InputError, match=r"layers=locate: none of 1 fact is told by its subject.*, or name the layers"):
+        patchkit.apply(loaded.model, loaded.tokenizer, strange, overrides=("layers=locate", *QUICK))
+    plain = [{"prompt": "The capital is", "target_new": "Rome"}]
+    with pytest.raises(InputError, match="layers=locate: no fact names a subject"):
+        patchkit.apply(loaded.model, loaded.tokenizer, plain, "ultraedit", overrides=("layers=locate", *QUICK))
+    with pytest.raises(InputError, match=r'layers "locate": .*only `apply` and `bench`'):
+        resolve_layers("locate", 5)
+
+
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
     monkeypatch.chdir(tmp_path)
@@ -123,6 +166,10 @@ def test_the_command(call: Command, tmp_path: Path) -> None:
     assert all(layer["loss"] > 0 and layer["needed"] > 0 for layer in tried["layers"])
     assert found["traces"] == tried["traces"]
     assert load_recipe(None, str(tmp_path / "r.yaml")).layers == found["recommended"]
+    typed = " | ".join((FACTS[0].prompt, FACTS[0].subject, FACTS[0].target_new))
+    planned = call("apply", "--fact", typed, "--layers", "locate", "--dry-run", "--json").json()
+    one = call("locate", facts, "--count", 1, "--json").json()["recommended"]
+    assert [weight["layer"] for weight in planned["weights"]] == resolve_layers(one, 5)
     page = Elements((tmp_path / "p.html").read_text("utf-8"))
     assert "what comes back" in page.text
     assert page.tags.count("figure") == 6

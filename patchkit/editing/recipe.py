@@ -21,6 +21,8 @@ from patchkit.io.places import shipped
 from patchkit.io.yaml_text import read_yaml
 from patchkit.methods import MethodConfig
 
+LOCATE = "locate"
+"""Of `layers`: what `patchkit locate` recommends for the run's own facts, which then stands in the patch's recipe."""
 SWEEPS = 1000
 MOST = 1_000_000
 """Bounds on settings: what is beyond them is a slip, or is meant to hang whoever reads it."""
@@ -41,7 +43,7 @@ class EditConfig(BaseModel):
         "auto",
         max_length=2000,
         description='layers to edit: "4-8", "4,6", or a share of the depth, "14%-27%"; auto: 55%-65% where subjects '
-        "get neurons of their own, else 14%-27%",
+        "get neurons of their own, else 14%-27%; locate: where tracing finds the new facts",
     )
     batch_size: int = Field(100, ge=1, le=MOST, description="facts solved for together; batches follow one another")
     prompts: Literal["auto", "in-use", "contexts"] = Field(
@@ -160,7 +162,8 @@ def validate(data: Mapping[str, Any], where: str = "recipe") -> EditConfig:
     """
     try:
         config = EditConfig.model_validate(data)
-        _layer_ranges(config.depth)  # which of them the model has is known later, what cannot be read is known here
+        if config.layers != LOCATE:
+            _layer_ranges(config.depth)  # which of them the model has is known later, what cannot be read is known here
         # Written out in full, so that a manifest shows every setting, those left at their default too.
         return config.model_copy(update={"settings": config.method_config().model_dump()})
     except ValidationError as error:
@@ -263,10 +266,11 @@ def _layer_ranges(layers: str) -> list[tuple[str, re.Match[str]]]:
         InputError: it cannot be read.
     """
     ranges: list[tuple[str, re.Match[str]]] = []
+    only = "; only `apply` and `bench`, which have facts, can locate them" if layers == LOCATE else ""
     for part in layers.replace(" ", "").split(","):
         found = re.fullmatch(r"([0-9]{1,9})(%?)(?:-([0-9]{1,9})(%?))?", part)
         if not found:
-            raise InputError(f'layers "{layers}": cannot read "{part}"; write 4-8, or 4,6, or 14%-27%')
+            raise InputError(f'layers "{layers}": cannot read "{part}"; write 4-8, or 4,6, or 14%-27%{only}')
         ranges.append((part, found))
     return ranges
 

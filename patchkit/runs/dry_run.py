@@ -31,6 +31,7 @@ from patchkit.facts.schema import Fact
 from patchkit.model.devices import home_of, solve_device
 from patchkit.model.weights import Site
 from patchkit.runs.prepare import Prepared
+from patchkit.runs.settle import settle
 from patchkit.runs.workspace import Workspace
 from patchkit.statistics.moments import are_stored
 
@@ -110,7 +111,8 @@ def planned(prepared: Prepared, workspace: Workspace, quick: bool = False) -> Pl
     Raises:
         InputError: the text or the model cannot be used.
     """
-    how, config = plan(workspace.runner.arch, prepared.config), prepared.config
+    config = settle(prepared, workspace, _neurons(prepared))
+    how = plan(workspace.runner.arch, config)
     facts, stored = prepared.incoming.new, _is_stored(workspace, config, how)
     lines = {fact.id: line for fact, line in zip(prepared.read.facts, prepared.read.lines, strict=True)}
     rows = [wording_row(fact, workspace.tokenizer, "", fact.prompt) for fact in facts]
@@ -132,6 +134,12 @@ def planned(prepared: Prepared, workspace: Workspace, quick: bool = False) -> Pl
         free=free_memory(workspace.runner.device),
         device=str(workspace.runner.device),
     )
+
+
+def _neurons(prepared: Prepared) -> int:
+    """How many neurons the patch that is continued has rewritten."""
+    facts = prepared.onto.manifest.facts if prepared.onto else ()
+    return len({fact.subject for fact in facts if fact.neuron is not None})
 
 
 def _fact(fact: Fact, row: Row, line: int, tokenizer: Any) -> PlannedFact:

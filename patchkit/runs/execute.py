@@ -10,10 +10,9 @@ from typing import Any
 
 from patchkit import methods
 from patchkit.editing.editor import edit, frozen
-from patchkit.editing.neurons import settled
 from patchkit.editing.recipe import EditConfig
 from patchkit.editing.session import Plan, ValueCache, plan
-from patchkit.editing.state import BlockHistory, EditRun, EditState
+from patchkit.editing.state import BlockHistory, EditRun
 from patchkit.errors import GateError
 from patchkit.maths.covariance import Covariance, SideBySide
 from patchkit.model.arch import Architecture
@@ -31,6 +30,7 @@ from patchkit.runs.guard import Guard
 from patchkit.runs.journals import journal_for
 from patchkit.runs.key_check import KeyCheck
 from patchkit.runs.prepare import Prepared
+from patchkit.runs.settle import settle
 from patchkit.runs.workspace import Workspace
 from patchkit.statistics.corpus import PACKAGE_TEXT, Corpus
 from patchkit.version import stamp
@@ -73,7 +73,7 @@ def run(
             return onto
         earlier = _without_superseded(workspace, prepared, sites)
         start = state_of(earlier, sites) if earlier else None
-        config = _settled(prepared, workspace, start)
+        config = settle(prepared, workspace, len(start.neurons) if start else 0, say)
         prepared = replace(prepared, config=config)
         how, corpus = plan(runner.arch, config), workspace.corpus(workspace.texts[0], config.uses_chat)
         for note in _about_text(workspace.texts[0], corpus, prepared):
@@ -137,15 +137,6 @@ def _compared_at(arch: Architecture, config: EditConfig) -> Site:
     """Where keys are compared: at the lowest layer of edits in ordinary keys, where the bounds were measured. A neuron
     of its own is higher up, where keys of all subjects are far from the template's, and fires at what is alike here."""
     return plan(arch, config.model_copy(update={"neurons": "off"})).sites[0]
-
-
-def _settled(prepared: Prepared, workspace: Workspace, start: EditState | None) -> EditConfig:
-    """The recipe with neurons=auto decided for these facts, beside those of the patch that is continued, and with
-    how often it goes over the layers."""
-    subjects, taken = {fact.subject for fact in prepared.incoming.new}, start.neurons if start else ()
-    arch = workspace.runner.arch
-    config = settled(prepared.config, workspace.tokenizer, arch, len(subjects), len(taken))
-    return config.model_copy(update={"sweeps": plan(arch, config).sweeps})
 
 
 def take_out(workspace: Workspace, patch: Patch, facts: Sequence[str]) -> Patch:

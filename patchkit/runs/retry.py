@@ -79,6 +79,7 @@ def _lost(workspace: Workspace, patch: Patch, facts: Collection[Fact], quick: bo
 
 def _again(prepared: Prepared, workspace: Workspace, patch: Patch, facts: list[Fact], value: ValueConfig) -> Patch:
     less = take_out(workspace, patch, [fact.id for fact in facts])
-    config = prepared.config.model_copy(update={"value": value})
+    layers = patch.manifest.history[-1].recipe["layers"]  # also where tracing has found them, for all facts together
+    config = prepared.config.model_copy(update={"value": value, "layers": layers})
     incoming = sort_incoming(facts, less.manifest.facts)
     return run(replace(prepared, config=config, incoming=incoming, onto=less), workspace, allow_close_keys=True)
