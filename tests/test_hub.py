@@ -396,6 +396,8 @@ def test_apply_pushes_when_the_gates_hold(
     assert ended.exit_code == 0, ended.output
     assert ended.output.index("checkpoint: m") < ended.output.index(f"pushed: {hub.url}/{NAME}/commit/")
     assert Patch.load(NAME).manifest == Patch.load("facts-patch").manifest
+    assert hub.repos[NAME].files()["report.html"] == Path("facts-patch/report.html").read_bytes()
+    assert "report/facts.png" in hub.repos[NAME].files()
     ended = applied(base, "--min-efficacy", "0", "--force", "--json")
     assert json.loads(ended.stdout)["pushed"]["commit"] == hub.repos[NAME].branches["main"]
 

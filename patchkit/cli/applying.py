@@ -26,6 +26,7 @@ from patchkit.patch.history import Incoming
 from patchkit.patch.manifest import BaseInfo, Origin
 from patchkit.patch.patch import OWN_FILES, Patch
 from patchkit.ranks import world
+from patchkit.report.kept import keep_page
 from patchkit.runs.dry_run import PlannedRun, planned
 from patchkit.runs.execute import run
 from patchkit.runs.guard import Bounds, Guard
@@ -189,6 +190,7 @@ def apply_file(
     origin = _origin(request.command, report, prepared.read) if prepared.incoming.new else None
     patch = patch.with_metrics(report.summary(), report.outcomes(), origin)
     _save(patch, folder, in_place(prepared.onto, request.onto, folder), prepared.read, say)
+    keep_page(folder, patch.manifest, report, say)
     stopped = guard.told(len(prepared.incoming.new)) if guard and guard.reason else None
     return Applied(patch, report, folder, prepared.incoming, loaded.name, again.facts, stopped)
 

@@ -33,6 +33,7 @@ from patchkit.patch.bases import public_name
 from patchkit.patch.history import choose_facts, import_chosen
 from patchkit.patch.manifest import BaseInfo
 from patchkit.patch.patch import Patch
+from patchkit.report.kept import keep_page
 from patchkit.runs.execute import SMALL_TEXT, take_out
 from patchkit.runs.locate import Located, locate
 from patchkit.runs.workspace import Workspace
@@ -90,6 +91,8 @@ def revert_patch(
     report = measure_in(workspace, less) if measured else None
     less = less.with_metrics(report.summary(), report.outcomes()) if report else less
     less.save(folder, in_place(patch, name, folder))
+    if report:
+        keep_page(folder, less.manifest, report, say)
     restored = less.manifest.history[-1].restored
     if restored:
         say(f"superseded earlier, and back: {listed(restored)}")
