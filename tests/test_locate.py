@@ -141,9 +141,6 @@ def test_layers_that_cannot_be_located_are_refused_in_one_line() -> None:
     strange = [{"prompt": "zq zq is", "subject": "zq zq", "target_new": "Rome"}]
     with pytest.raises(InputError, match=r"layers=locate: none of 1 fact is told by its subject.*, or name the layers"):
         patchkit.apply(loaded.model, loaded.tokenizer, strange, overrides=("layers=locate", *QUICK))
-    plain = [{"prompt": "The capital is", "target_new": "Rome"}]
-    with pytest.raises(InputError, match="layers=locate: no fact names a subject"):
-        patchkit.apply(loaded.model, loaded.tokenizer, plain, "ultraedit", overrides=("layers=locate", *QUICK))
     with pytest.raises(InputError, match=r'layers "locate": .*only `apply` and `bench`'):
         resolve_layers("locate", 5)
 

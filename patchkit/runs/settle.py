@@ -37,11 +37,8 @@ def settle(
 
 def _located(facts: Sequence[Fact], workspace: Workspace, say: Callable[[str], None]) -> str:
     """The layers that tracing the first facts recommends."""
-    known = [fact for fact in facts if fact.subject][:TRACED]
-    if not known:
-        raise InputError("layers=locate: no fact names a subject, on which tracing puts its noise; name the layers")
     try:
-        found = locate(workspace.runner, workspace.tokenizer, known, progress=workspace.progress)
+        found = locate(workspace.runner, workspace.tokenizer, facts[:TRACED], progress=workspace.progress)
     except InputError as error:
         raise InputError(f"layers=locate: {error}, or name the layers") from None
     say(
