@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 import patchkit
-from patchkit.bench.health import activation, effective_rank, last_states, moved_states, overlap, weight_drift
+from patchkit.bench.health import activation, effective_rank, last_states, moved_states, overlap, turned, weight_drift
 from patchkit.bench.judge import Judge
 from patchkit.errors import InputError, PatchkitError
 from patchkit.evaluate.metrics import metrics
 from patchkit.evaluate.spread import by_fact, interval, intervals
 from patchkit.maths.linalg import Delta
+from patchkit.maths.rotations import Rotation
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import load_model
@@ -70,6 +71,19 @@ def test_activation_is_what_the_other_facts_changes_add() -> None:
     assert activation(delta, keys, site) == pytest.approx(sum(expected) / 3)
 
 
+@pytest.mark.parametrize("shape", [(9, 14), (14, 9)])
+def test_angles_are_those_of_a_rotation_whatever_the_weights_size(shape: tuple[int, int]) -> None:
+    size = min(shape)
+    planes = torch.linalg.qr(random(size, 4)).Q
+    rotation = Rotation("left", planes, torch.tensor([0.4, 0.1], dtype=torch.float64)).dense()
+    weight = random(*shape, seed=3)
+    changed = rotation @ weight if size == shape[0] else weight @ rotation
+    found = turned(weight, 1.7 * changed - weight)
+    assert found[0] == pytest.approx(math.degrees(0.4))
+    assert sorted({round(each, 3) for each in found}) == [0, round(math.degrees(0.1), 3), round(math.degrees(0.4), 3)]
+    assert turned(weight, 0.5 * weight) == pytest.approx([0] * 11, abs=1e-5)
+
+
 def test_drift_has_the_norms_of_the_edited_weight() -> None:
     model = zoo.FAMILIES["llama"]()
     patch = random_patch(model, "base", [edited_fact()], ranks={1: 3}, size=0.5)
@@ -85,6 +99,7 @@ def test_drift_has_the_norms_of_the_edited_weight() -> None:
     assert drift.overlap is not None
     assert drift.activation is not None
     assert 1 < (drift.effective_rank or 0) <= 3
+    assert 0 < (drift.angle or 0) < 90
 
 
 # --- states -----------------------------------------------------------------------------------------------------------

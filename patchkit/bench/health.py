@@ -63,7 +63,25 @@ def site_drift(site: Site, moved: Tensor, spectra: Spectra) -> Drift:
         spectra[site.weight_name] = _spectrum(weight)
     old, new = spectra[site.weight_name], _spectrum(weight + moved.to(weight))
     norm, spectral, condition = (after / before - 1 for before, after in zip(old, new, strict=True))
-    return Drift(norm=norm, condition=condition, spectral=spectral, size=float(moved.norm()) / old[0])
+    angles = turned(weight, moved.to(weight))
+    return Drift(norm=norm, condition=condition, spectral=spectral, size=float(moved.norm()) / old[0], angles=angles)
+
+
+def turned(weight: Tensor, moved: Tensor) -> tuple[float, ...]:
+    """The angle spectrum of a change: by how many degrees it turns the weight, the largest angle, then the deciles down
+    to the smallest.
+
+    They are the angles of the rotation R that takes W nearest to W' (orthogonal Procrustes; Schönemann 1966), on the
+    shorter side, each plane's counted for both of its directions: of a rotation update R itself, and none of a weight
+    that only grew.
+    """
+    base, change = (weight, moved) if len(weight) <= weight.shape[1] else (weight.T, moved.T)
+    u, _, vt = torch.linalg.svd((base + change) @ base.T)
+    nearest = u @ vt  # (d, d)
+    cosines = torch.linalg.eigvalsh((nearest + nearest.T) / 2).clamp(-1, 1)  # ascending, each plane's twice
+    angles = torch.rad2deg(torch.arccos(cosines))
+    places = torch.linspace(0, len(angles) - 1, 11).round().long()
+    return tuple(angles[places.to(angles.device)].tolist())
 
 
 def _spectrum(weight: Tensor) -> tuple[float, float, float]:

@@ -35,6 +35,7 @@ class Drift(_Record):
 
     size: Frobenius norm of the change over that of the weight. effective_rank: of the change. overlap, activation: how
     much facts' changes have to do with one another; None where the change is not one of columns, one for each fact.
+    angles: degrees by which the change turns the weight, the largest first, then deciles.
     """
 
     norm: float
@@ -44,6 +45,12 @@ class Drift(_Record):
     effective_rank: float | None = None
     overlap: float | None = None
     activation: float | None = None
+    angles: tuple[float, ...] = ()
+
+    @property
+    def angle(self) -> float | None:
+        """The largest of the angles."""
+        return self.angles[0] if self.angles else None
 
 
 class States(_Record):

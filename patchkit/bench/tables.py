@@ -42,7 +42,7 @@ def _columns() -> tuple[Column, ...]:
         Column("norm_change", "norm change", lambda r: r.norm_change, ".1e"),
         Column("condition_change", "condition change", lambda r: r.condition_change, ".1e"),
         *(Column(name, None, partial(most, name=name)) for name in ("spectral", "size", "effective_rank")),
-        *(Column(name, None, partial(most, name=name)) for name in ("overlap", "activation")),
+        *(Column(name, None, partial(most, name=name)) for name in ("overlap", "activation", "angle")),
         Column("shift_last_layer", None, lambda r: r.shift[-1] if r.shift else None),
         Column("rank", "rank", lambda r: r.rank),
         Column("bytes", None, lambda r: r.bytes),

@@ -86,6 +86,13 @@ def _states(folder: Path, edited: Sequence[Result]) -> Iterator[Lines | Cloud]:
         series,
         caption="‖h' - h‖/‖h‖ at the end of prompts about other things, after the last checkpoint.",
     )
+    angles = [Series(name, list(enumerate(_angles(row)))) for name, row in last.items() if _angles(row)]
+    yield Lines(
+        "angle spectrum",
+        "tenths of a weight's directions",
+        angles,
+        caption="Degrees by which the weight that is turned most is turned, after the last checkpoint.",
+    )
     for name, row in last.items():
         file = folder / name / f"{row.edits}.states.json"
         if file.is_file():
@@ -93,6 +100,11 @@ def _states(folder: Path, edited: Sequence[Result]) -> Iterator[Lines | Cloud]:
             groups = [Series("base", states.before), Series(name, states.after)]
             what = f"The last layer at the end of {counted(states.prompts, 'prompt')} about other things."
             yield Cloud(f"states after {name}", groups, what)
+
+
+def _angles(row: Result) -> tuple[float, ...]:
+    """Those of the weight that is turned most."""
+    return max((drift.angles for drift in row.weights.values()), default=())
 
 
 def _curves(rows: Sequence[Result], names: Sequence[str]) -> Iterator[Lines]:
@@ -122,6 +134,7 @@ _OF_WEIGHTS = {
     "size": "Frobenius norm of the change over that of the weight, the largest.",
     "effective_rank": "exp of the entropy of the change's singular values.",
     "overlap": "Mean |cos| between the input directions of single facts' changes.",
+    "angle": "Largest angle, in degrees, by which an edited weight is turned.",
     "activation": "What other facts' changes add to a fact's output, over that output's norm.",
 }
 
