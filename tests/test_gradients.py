@@ -35,7 +35,7 @@ from patchkit.patch.patch import Patch
 from patchkit.statistics import passes
 from patchkit.statistics import text_gradients as text_gradients_module
 from patchkit.statistics.corpus import PACKAGE_TEXT, Corpus, read_corpus
-from patchkit.statistics.text_gradients import TextGradient, text_gradients
+from patchkit.statistics.text_gradients import TextGradient, text_curvatures, text_gradients
 from tests.helpers import apart
 from tests.zoo import FAMILIES, save, tiny_tokenizer
 
@@ -160,6 +160,29 @@ def test_a_texts_gradient_is_autograds(family: str, corpus: Corpus, tmp_path: Pa
         assert apart(found.values, values[: len(found.values)]) < 1e-4
         leading = left[:, :5]  # up to signs, and to what float32 makes of close singular values
         assert apart(found.left[:, :5].T @ leading, torch.diag((found.left[:, :5] * leading).sum(0).sign())) < 1e-2
+
+
+@pytest.mark.parametrize("family", WITH_TRANSPOSED_AND_FLATTENED)
+def test_a_texts_curvature_is_the_second_moment_of_autograds_gradients(
+    family: str, corpus: Corpus, tmp_path: Path
+) -> None:
+    model = FAMILIES[family]()
+    runner, width = LayerRunner(inspect_model(model)), model.config.vocab_size
+    site, expected = runner.arch.sites[2], torch.zeros(())
+    for window in corpus.windows:
+        ids, seen = torch.tensor([window]), list[Tensor]()
+        handle = site.module.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))
+        logits = model(input_ids=ids, use_cache=False).logits
+        handle.remove()
+        loss = F.cross_entropy(logits[0, :-1].view(-1, width), ids[0, 1:], reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, seen[0])
+        flat = gradient.reshape(-1, gradient.shape[-1]).double()
+        expected = expected + flat.T @ flat / corpus.tokens
+    with frozen(model):
+        found = text_curvatures(runner, [site], corpus, tmp_path / "s")
+        again = text_curvatures(runner, [site], corpus, tmp_path / "s", progress=pytest.fail)
+    assert apart(found[2], expected) < 1e-5
+    assert torch.equal(found[2], again[2])
 
 
 def test_a_texts_gradient_is_computed_once_and_again_for_other_weights_above(corpus: Corpus, tmp_path: Path) -> None:

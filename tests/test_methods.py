@@ -22,11 +22,12 @@ from patchkit.errors import InputError
 from patchkit.export.merge import merge
 from patchkit.maths.covariance import Covariance
 from patchkit.maths.linalg import Delta, PriorKeys
-from patchkit.maths.updates import Update, delta_of, kind_of, tensors_of
-from patchkit.methods import LayerProblem, Loss
+from patchkit.maths.updates import Full, Update, delta_of, kind_of, tensors_of
+from patchkit.methods import Beside, LayerProblem, Loss
 from patchkit.methods.adaedit import AdaEditConfig, adaedit
 from patchkit.methods.alphaedit import AlphaEditConfig, alphaedit
 from patchkit.methods.betaedit import BetaEditConfig
+from patchkit.methods.crisp import FreeDirections
 from patchkit.methods.encore import EncoreConfig
 from patchkit.methods.memit import MemitConfig, memit
 from patchkit.methods.nas import NasConfig
@@ -55,10 +56,11 @@ def problem_of(facts: int = 5, prior: int = 3, tokens: int = 60) -> LayerProblem
     covariance = Covariance(text @ text.T / tokens, tokens)
     weight, keys, residual = random(D_OUT, D_IN), random(D_IN, facts), random(D_OUT, facts)
     earlier = PriorKeys(random(D_IN, prior))
-    gradient = torch.linalg.qr(random(D_OUT, 6)).Q
+    gradient, outputs = torch.linalg.qr(random(D_OUT, 6)).Q, torch.logspace(-2, 0, D_OUT)[:, None] * random(D_OUT, 40)
     count = min(prior, 3)
     change = Delta(0.1 * random(D_OUT, count), random(count, D_IN)) if count else None
-    problem = LayerProblem(keys, residual, covariance, earlier, lambda: weight, lambda: change, gradient)
+    beside = Beside(gradient, outputs @ outputs.T / 40)
+    problem = LayerProblem(keys, residual, covariance, earlier, lambda: weight, lambda: change, beside)
     return asking(problem, keys, residual)
 
 
@@ -100,7 +102,9 @@ def _small_matrices_run_out_of_directions() -> Iterator[None]:
         yield
 
 
-WRAPPED = [*(f"memit+{name}" for name in methods.wrappers()), "emmet+nas+sphere", "adaedit+nullspace+rect+prune"]
+INNER = {True: "locft", False: "memit"}
+WRAPPED = [f"{INNER[each.fits]}+{name}" for name, each in methods.wrappers().items()]
+WRAPPED += ["emmet+nas+sphere", "adaedit+nullspace+rect+prune"]
 NAMES = [*methods.available(), *WRAPPED]
 
 
@@ -338,6 +342,80 @@ def test_r_rome_is_what_rome_does_here() -> None:
     assert torch.equal(solve("r-rome", problem), solve("rome", problem))
 
 
+# --- fine-tuning
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_locft_on_factors_fits_the_facts_with_the_rank_it_is_given(rank: int) -> None:
+    problem = problem_of(rank, 0)
+    found = update_of("locft-low-rank", problem, rank=rank, epochs=3000, stop_loss=1e-3)
+    assert isinstance(found, Delta)
+    assert found.rank == rank
+    assert problem.loss is not None
+    assert problem.loss(found)[0] < 1e-3 < problem.loss(None)[0]
+
+
+def test_locft_takes_minibatches_in_an_order_that_its_seed_decides() -> None:
+    problem = problem_of(4, 0)
+    parts = [asking(problem, problem.keys[:, [i]], problem.residual[:, [i]]).loss for i in range(4)]
+    split = problem.replace(part_losses=[part for part in parts if part])
+    first, same, other = (solve("locft", split, epochs=2, order=order) for order in (0, 0, 1))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def curved(problem: LayerProblem, change: Tensor) -> float:
+    """tr(B Δ A Δ'), how much K-FAC has a change cost the text."""
+    assert problem.beside.curvature is not None
+    return float((problem.beside.curvature @ change @ covariance_of(problem).matrix * change).sum())
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.99])
+def test_crisp_masks_the_fewest_pairs_that_hold_the_energy(energy: float) -> None:
+    problem = problem_of()
+    assert problem.beside.curvature is not None
+    free = FreeDirections.of(covariance_of(problem), problem.beside.curvature, energy)
+    whole = torch.kron(problem.beside.curvature, covariance_of(problem).matrix)  # K-FAC, of W's rows one after another
+    values = torch.linalg.eigvalsh(whole).flip(0)
+    masked = int((free.mask == 0).sum())
+    assert values[:masked].sum() >= energy * values.sum() - 1e-9
+    assert values[: masked - 1].sum() < energy * values.sum()
+    random = torch.randn(D_OUT, D_IN, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    assert apart(free.back(free.into(random)), random) < 1e-12
+
+
+@pytest.mark.parametrize("inner", ["ft", "locft"])
+def test_crisp_costs_the_text_less_and_still_fits_the_facts(inner: str) -> None:
+    problem = problem_of(2, 0)
+    assert problem.loss is not None
+    settings = {"steps": 60, "bound": 9} if inner == "ft" else {"epochs": 60}
+    plain = solve(inner, problem, **settings)
+    kept = solve(f"{inner}+crisp", problem, crisp={"energy": 0.9}, **settings)
+    published = solve(f"{inner}+crisp", problem, crisp={"energy": 0.9, "exact": False}, **settings)
+    assert curved(problem, kept) < 0.3 * curved(problem, plain)
+    assert curved(problem, published) > curved(problem, plain)
+    assert problem.loss(Full(kept))[0] < 0.01 * problem.loss(None)[0]
+
+
+@pytest.mark.parametrize("inner", ["ft", "locft"])
+def test_crisp_that_is_exact_stays_within_the_free_directions(inner: str) -> None:
+    problem = problem_of(3, 3)
+    assert problem.beside.curvature is not None
+    free = FreeDirections.of(covariance_of(problem), problem.beside.curvature, 0.9)
+    for exact, within in ((True, True), (False, False)):
+        found = free.into(solve(f"{inner}+crisp", problem, crisp={"energy": 0.9, "exact": exact}))
+        assert (float((found * (1 - free.mask)).norm() / found.norm()) < 1e-12) == within
+
+
+def test_crisp_goes_around_fine_tuning_alone() -> None:
+    with pytest.raises(InputError, match=r'"memit" does not fit the loss by a whole matrix, so that "crisp" cannot'):
+        methods.get("memit+crisp")
+    with pytest.raises(InputError, match=r'"locft-low-rank" does not fit'):
+        methods.get("locft-low-rank+crisp")
+    with pytest.raises(InputError, match=r'"ft" has no solve, so that "nas" cannot go around it'):
+        methods.get("ft+nas")
+
+
 # --- AdaEdit
 
 
@@ -388,7 +466,7 @@ def test_oedit_plus_takes_only_what_is_left_of_a_gradient_inside_the_earlier_cha
     problem = problem_of(1, 3)
     within = torch.linalg.qr(problem.earlier.dense() @ problem.keys).Q  # (d_out, 1)
     config = OEditPlusConfig(gradient_rate=1, gradient_most=1)
-    assert rank_left(problem.replace(gradient=within), config) == D_OUT - 3 - 1
+    assert rank_left(problem.replace(beside=Beside(within)), config) == D_OUT - 3 - 1
 
 
 def test_oedit_plus_warns_before_it_runs_out_and_then_changes_nothing() -> None:

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from patchkit import methods
 from patchkit.editing.contexts import about, make_contexts
@@ -27,6 +27,7 @@ from patchkit.facts.batches import batches
 from patchkit.facts.requests import EditRequest, build_request, ended
 from patchkit.facts.schema import Fact
 from patchkit.maths.covariance import Covariance
+from patchkit.methods import Beside
 from patchkit.model.devices import solve_device
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import LiveDelta, live_deltas, live_on
@@ -67,7 +68,7 @@ def edit(
     covariances: Mapping[int, Covariance],
     progress: Progress = lambda phase, done, total: None,
     start: EditState | None = None,
-    gradients: Mapping[int, Tensor] = MappingProxyType({}),
+    beside: Mapping[int, Beside] = MappingProxyType({}),
     known: ValueCache | None = None,
     contexts: Sequence[str] = (),
     journal: Journal | None = None,
@@ -77,7 +78,7 @@ def edit(
     """Compute the updates that make the model predict every fact's target. The model is as before when this returns.
 
     Args:
-        covariances, gradients: statistics of plain text by layer, as `LayerProblem` has them, where the method needs
+        covariances, beside: what the method is given by layer, as `LayerProblem` has it, where the method needs
             them.
         start: what earlier runs left; it stays as it is. The facts are edited on top of it, exactly as if they had
             been the next batches of the same run.
@@ -90,7 +91,7 @@ def edit(
     Raises:
         InputError: a fact cannot be tokenized, or the edit is not finite.
     """
-    gradients = {layer: each.to(solve_device(runner.arch.sites[layer].module)) for layer, each in gradients.items()}
+    beside = {layer: each.on(solve_device(runner.arch.sites[layer].module)) for layer, each in beside.items()}
     how, run = plan(runner.arch, config), EditRun(start.copy() if start else EditState(), list(contexts))
     state, done, journal = run.state, 0, journal or Journal()
 
@@ -113,7 +114,7 @@ def edit(
             live = stack.enter_context(live_deltas(runner.arch, acting))
             opening = stack.enter_context(live_on(opening_deltas(state, _listening(runner, how, config, state))))
             own = _own_neurons(runner, config, how, covariances, rooms, state, live, opening)
-            session = EditSession(runner, config, how, run, live, covariances, gradients, known, journal, own)
+            session = EditSession(runner, config, how, run, live, covariances, beside, known, journal, own)
             edits = _EDITS[session.method.targets](session)
             if guard:
                 guard.begin(run)

@@ -25,7 +25,7 @@ from patchkit.maths.covariance import Covariance
 from patchkit.maths.linalg import PriorKeys
 from patchkit.maths.rotations import Rotation
 from patchkit.maths.updates import Update, delta_of, mapped, moved, tensors_of
-from patchkit.methods import LayerProblem, Method, MethodConfig
+from patchkit.methods import NOTHING, Beside, LayerProblem, Method, MethodConfig
 from patchkit.model.arch import Architecture
 from patchkit.model.devices import solve_device
 from patchkit.model.forward import LayerRunner
@@ -98,7 +98,7 @@ class EditSession:
         plan: the sites, and where values live.
         run: what has been written so far.
         live: by layer, the delta that acts on the model through a hook.
-        covariances, gradients: statistics of plain text by layer, as `LayerProblem` has them.
+        covariances, beside: what the method is given by layer, as `LayerProblem` has it.
         known: values found on the untouched model, which are shared with other runs; None shares nothing.
         journal: what is finished goes there, for the same run to go on from.
         own: rewrites a neuron for each subject, where the recipe has it so.
@@ -110,7 +110,7 @@ class EditSession:
     run: EditRun
     live: Mapping[int, LiveDelta]
     covariances: Mapping[int, Covariance]
-    gradients: Mapping[int, Tensor]
+    beside: Mapping[int, Beside]
     known: ValueCache | None
     journal: Journal
     own: OwnNeurons | None = None
@@ -145,7 +145,7 @@ class EditSession:
             covariance,
             history,
             prior,
-            self.gradients.get(site.layer),
+            self.beside.get(site.layer, NOTHING),
             own_neurons=own,
         )
         return found.replace(constants=self._constants.setdefault(site.layer, {}))
@@ -217,7 +217,7 @@ def problem_at(
     covariance: Covariance | None,
     history: SiteHistory | None,
     prior: PriorKeys | None,
-    gradient: Tensor | None = None,
+    beside: Beside = NOTHING,
     own_neurons: bool = False,
 ) -> LayerProblem:
     """A solve at `site`, with keys and residual as `solve_device` and `exact` place them, after the edits in `history`;
@@ -235,7 +235,7 @@ def problem_at(
         PriorKeys(keys[:, :0]) if prior is None else prior,
         lambda: base_weight(site),
         lambda: history.delta(lambda: base_weight(site)) if history else None,
-        None if gradient is None else gradient.to(keys.device),
+        beside.on(keys.device),
         gradient_columns=lambda: history.gradient_columns(count) if history and count else None,
         blocks=site.blocks,
     )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any, ClassVar, Literal, TypeVar
 
+import torch
 from pydantic import BaseModel, ConfigDict, create_model, model_validator
 from torch import Tensor
 
@@ -32,6 +33,34 @@ Constant = TypeVar("Constant")
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What a method may ask for at a site beside C.
+
+    Attributes:
+        gradient: G (d_out, q), the left singular vectors of the loss's gradient on plain text, leading ones first, for
+            a method that declares needs_gradients.
+        curvature: B (d_out, d_out), the second moment of the loss's gradient by the site's output, token by token on
+            plain text, for a method or wrapper that declares needs_curvature.
+        network: tensors by name that were trained for the model beforehand, for a method that declares needs_network.
+    """
+
+    gradient: Tensor | None = None
+    curvature: Tensor | None = None
+    network: Mapping[str, Tensor] | None = None
+
+    def on(self, device: torch.device) -> Beside:
+        """All of it there."""
+        return Beside(
+            None if self.gradient is None else self.gradient.to(device),
+            None if self.curvature is None else self.curvature.to(device),
+            None if self.network is None else {name: each.to(device) for name, each in self.network.items()},
+        )
+
+
+NOTHING = Beside()
+
+
+@dataclass(frozen=True)
 class LayerProblem:
     """One solve: everything a method may look at, for one site. All tensors are float64 and on one device.
 
@@ -42,8 +71,7 @@ class LayerProblem:
         prior: the keys of earlier edits at this site.
         read_base: gives `base_weight`.
         read_earlier: gives `earlier`, None where the site has not been edited.
-        gradient: G (d_out, q), the left singular vectors of the loss's gradient on plain text, leading ones first, for
-            a method that declares needs_gradients.
+        beside: what the method has asked for.
         loss: for a method whose targets are "none", which gets no keys; part_losses: that of some of the facts each.
         gradient_columns: gives `prior_gradients`, None where there are none.
         sites: over how many sites the residual of a value is spread, for `constrain` and `penalty`.
@@ -57,7 +85,7 @@ class LayerProblem:
     prior: PriorKeys
     read_base: Callable[[], Tensor]
     read_earlier: Callable[[], Delta | None] = lambda: None
-    gradient: Tensor | None = None
+    beside: Beside = NOTHING
     loss: Loss | None = None
     part_losses: Sequence[Loss] = ()
     gradient_columns: Callable[[], tuple[Tensor, Tensor] | None] = lambda: None
@@ -72,6 +100,11 @@ class LayerProblem:
             self.constants[key] = function(self.base_weight, *arguments)
         found: Constant = self.constants[key]
         return found
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """G, (d_out, q)."""
+        return self.beside.gradient
 
     @property
     def prior_keys(self) -> Tensor:
@@ -110,7 +143,7 @@ class LayerProblem:
             PriorKeys(self.prior.matrix[at]),
             lambda: self.base_weight[:, at],
             lambda: Delta(self.earlier.left, self.earlier.right[:, at]),
-            self.gradient,
+            self.beside,
             sites=self.sites,
         )
 
@@ -180,6 +213,8 @@ class Method:
     single_site: bool = False
     needs_statistics: bool = True
     needs_gradients: bool = False
+    needs_curvature: bool = False
+    needs_network: bool = False
     targets: Literal["values", "gradients", "none"] = "values"
     value_at: Literal["layer_out", "module_out"] | None = None
     spread: Literal["equal", "root"] = "equal"
@@ -201,7 +236,11 @@ class Method:
 
 @dataclass(frozen=True)
 class Wrapper:
-    """A wrapper of an additive method's solve; `around(problem, config, solve)` calls solve(problem) itself."""
+    """A wrapper of an additive method's solve; `around(problem, config, solve)` calls solve(problem) itself.
+
+    Attributes:
+        fits: it goes around methods that fit the loss by a whole matrix, and around no others.
+    """
 
     name: str
     config: type[MethodConfig]
@@ -212,6 +251,8 @@ class Wrapper:
     use_when: str
     update: Literal["delta", "full"] = "delta"
     needs_statistics: bool = False
+    needs_curvature: bool = False
+    fits: bool = False
 
 
 _METHODS: dict[str, Method] = {}
@@ -286,11 +327,20 @@ def plain_name(name: str) -> str:
     return name
 
 
+def _unfit(inner: Method, around: Wrapper) -> str | None:
+    """What about `inner` keeps `around` from going around it."""
+    if around.fits:
+        fitted = inner.targets == "none" and inner.update == "full"
+        return None if fitted else "does not fit the loss by a whole matrix"
+    if inner.targets == "none":
+        return "has no solve"
+    return "rotates the weight" if inner.update == "rotation" else None
+
+
 @cache
 def _wrapped(inner: Method, around: Wrapper) -> Method:
     """`inner` inside the wrapper `around`, whose settings are a section of their own under its name."""
-    if inner.update == "rotation" or inner.targets == "none":
-        what = "rotates the weight" if inner.update == "rotation" else "has no solve"
+    if what := _unfit(inner, around):
         raise InputError(f'"{inner.name}" {what}, so that "{around.name}" cannot go around it')
 
     def solve(problem: LayerProblem, config: Any) -> Update:
@@ -308,4 +358,5 @@ def _wrapped(inner: Method, around: Wrapper) -> Method:
         summary=f"{inner.summary} {around.summary}",
         update=around.update if around.update != "delta" else inner.update,
         needs_statistics=inner.needs_statistics or around.needs_statistics,
+        needs_curvature=inner.needs_curvature or around.needs_curvature,
     )

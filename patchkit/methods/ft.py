@@ -8,6 +8,7 @@ from torch import Tensor
 
 from patchkit.maths.updates import Full
 from patchkit.methods import LayerProblem, MethodConfig, method
+from patchkit.methods._adam import Adam
 
 
 class FTConfig(MethodConfig):
@@ -39,15 +40,12 @@ def ft(problem: LayerProblem, config: FTConfig) -> Full:
     assert problem.loss is not None
     size = problem.once(mean_size)
     delta = torch.zeros_like(problem.base_weight)
-    mean, square = torch.zeros_like(delta), torch.zeros_like(delta)
-    for step in range(1, config.steps + 1):
+    adam = Adam(delta)
+    for _ in range(config.steps):
         loss, gradient = problem.loss(Full(delta))
         if loss < config.stop_loss:
             break
-        mean = 0.9 * mean + 0.1 * gradient
-        square = 0.999 * square + 0.001 * gradient.square()
-        spread = (square / (1 - 0.999**step)).sqrt() + 1e-8 * square.max().sqrt()
-        moved = delta - config.rate * size * mean / (1 - 0.9**step) / spread.clamp_min(1e-300)
+        moved = delta - config.rate * size * adam.direction(gradient)
         delta = moved.clamp(-config.bound * size, config.bound * size)
     return Full(delta)
 

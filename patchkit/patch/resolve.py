@@ -27,6 +27,7 @@ from patchkit.errors import InputError
 from patchkit.maths.covariance import Covariance
 from patchkit.maths.linalg import Delta, PriorKeys
 from patchkit.maths.updates import Chain, Update, delta_of, mapped, moved
+from patchkit.methods import Beside
 from patchkit.model.devices import exact, solve_device
 from patchkit.model.weights import Site, read_weight
 from patchkit.patch.history import SolveRecord, solve_records
@@ -37,8 +38,8 @@ from patchkit.patch.superseded import Waiting, beside, state_of_waiting
 from patchkit.patch.tensors import columns
 
 Sites = Mapping[str, Site]  # by on-disk name of the weight
-# (a run's place in the history, a site) -> covariance and gradient of plain text there, None where it needs none
-StatisticsOf = Callable[[int, Site], tuple[Covariance | None, Tensor | None]]
+# (a run's place in the history, a site) -> its covariance, None without one, and what else the method asks for
+StatisticsOf = Callable[[int, Site], tuple[Covariance | None, Beside]]
 
 
 def state_of(patch: Patch, sites: Sites) -> EditState:
@@ -317,9 +318,9 @@ class _Recompute:
         """Solve for these columns on top of `history`, and give the weight's change, (d_out, d_in)."""
         run, site = solve.record.run, self.sites[solve.layer]
         config = validate({"neurons": "off", **self.manifest.history[run].recipe}, "the patch's recipe")
-        covariance, gradient = self.statistics_of(run, site)
+        covariance, beside = self.statistics_of(run, site)
         own = config.neurons == "on"
-        problem = problem_at(site, keys, residual, covariance, history, prior, gradient, own_neurons=own)
+        problem = problem_at(site, keys, residual, covariance, history, prior, beside, own_neurons=own)
         problem = problem.replace(constants=self.constants.setdefault(site.layer, {}))
         update = solve_at(methods.get(config.method), config.method_config(), site, problem)
         change = delta_of((update,), lambda: problem.weight).dense()

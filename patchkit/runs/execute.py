@@ -80,7 +80,7 @@ def run(
             say(note)
         compared = _compared_at(runner.arch, config)
         looked_at = [*how.sites, *([] if compared in how.sites else [compared])]
-        covariances, gradients = workspace.statistics(method, looked_at, corpus, config.neurons == "on")
+        covariances, beside = workspace.statistics(method, looked_at, corpus, config.neurons == "on")
         for note in _about_experts(covariances):
             say(note)
         metric = covariances.get(compared.layer)
@@ -97,7 +97,7 @@ def run(
             covariances,
             workspace.progress,
             start,
-            gradients,
+            beside,
             values,
             _contexts(earlier, config) if earlier else (),
             journal_for(folder, prepared, workspace, corpus),

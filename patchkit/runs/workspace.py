@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from patchkit import methods
@@ -18,7 +17,7 @@ from patchkit.editing.room import Room, rooms
 from patchkit.editing.wordings import template_for
 from patchkit.errors import InputError
 from patchkit.maths.covariance import Covariance
-from patchkit.methods import Method
+from patchkit.methods import NOTHING, Beside, Method
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.weights import Site
@@ -27,10 +26,10 @@ from patchkit.patch.resolve import Sites, StatisticsOf, with_again, without
 from patchkit.patch.superseded import Waiting
 from patchkit.statistics.corpus import Corpus, TextRecord, default_text, read_corpus, window_of
 from patchkit.statistics.moments import statistics
-from patchkit.statistics.text_gradients import text_gradients
+from patchkit.statistics.text_gradients import text_curvatures, text_gradients
 
-LayerStatistics = tuple[dict[int, Covariance], dict[int, Tensor]]
-"""By layer: covariances of the keys of plain text, and left singular vectors (d_out, q) of its loss's gradient."""
+LayerStatistics = tuple[dict[int, Covariance], dict[int, Beside]]
+"""By layer: covariances of the keys of plain text, and what the method has asked for beside them."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +81,16 @@ class Workspace:
         self, method: Method, sites: Sequence[Site], corpus: Corpus, neurons: bool = False
     ) -> LayerStatistics:
         """Those statistics of the text that `method` needs, or own `neurons` do, stored ones where there are any."""
-        covariances, gradients = dict[int, Covariance](), dict[int, Tensor]()
+        covariances, beside = dict[int, Covariance](), {site.layer: NOTHING for site in sites}
         if method.needs_statistics or neurons:
             covariances = statistics(self.runner, sites, corpus, self.stats, self._reporter("statistics"))
         if method.needs_gradients:
             found = text_gradients(self.runner, sites, corpus, self.stats, self._reporter("gradients"))
-            gradients = {layer: each.left for layer, each in found.items()}
-        return covariances, gradients
+            beside = {layer: replace(beside[layer], gradient=each.left) for layer, each in found.items()}
+        if method.needs_curvature:
+            curved = text_curvatures(self.runner, sites, corpus, self.stats, self._reporter("curvature"))
+            beside = {layer: replace(beside[layer], curvature=each) for layer, each in curved.items()}
+        return covariances, beside
 
     def rooms(
         self, config: EditConfig, sites: Sequence[Site], covariances: Mapping[int, Covariance], corpus: Corpus
@@ -122,11 +124,11 @@ class Workspace:
             edited = [site for site in sites.values() if site.layer in layers and site.solved]
             return None if found is None else self.statistics(methods.get(method), edited, found)
 
-        def find(number: int, site: Site) -> tuple[Covariance | None, Tensor | None]:
+        def find(number: int, site: Site) -> tuple[Covariance | None, Beside]:
             run = patch.manifest.history[number]
             method = methods.get(run.method)
             if not method.needs_statistics and not method.needs_gradients:
-                return None, None
+                return None, NOTHING
             found = of_text(run.text, run.method, run.layers)
             if found is None:
                 read = f"sha256 {run.text.sha256[:16]}..., in windows of {run.text.window} tokens"
@@ -134,8 +136,8 @@ class Workspace:
                     f"run {number + 1} took its statistics from the text {run.text.source} "
                     f"({read}), which is not here, or tokenized otherwise now; give it with --text"
                 )
-            covariances, gradients = found
-            return covariances.get(site.layer), gradients.get(site.layer)
+            covariances, beside = found
+            return covariances.get(site.layer), beside.get(site.layer, NOTHING)
 
         return find
 

@@ -29,7 +29,7 @@ from patchkit.io.places import cache_folder
 from patchkit.ranks import Ranks, world
 from patchkit.statistics.corpus import TextRecord
 
-Kind = Literal["second_moments", "leading_eigenvectors", "text_gradient", "spare_neurons"]
+Kind = Literal["second_moments", "leading_eigenvectors", "text_gradient", "text_curvature", "spare_neurons"]
 Tensors = Mapping[str, Tensor]
 _VERSION = 2
 """Of how statistics are computed and stored; those of other versions are computed again."""

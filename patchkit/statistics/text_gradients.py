@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 from patchkit.model.devices import exact
 from patchkit.model.digests import model_digest
 from patchkit.model.forward import LayerRunner, traced, widen
+from patchkit.model.inputs import SiteInput
 from patchkit.model.weights import Site, stored_parameters
 from patchkit.statistics.corpus import Corpus, window_of
 from patchkit.statistics.passes import Progress, Sums, summed
-from patchkit.statistics.store import Origin, Partial, StatisticsStore, Tensors
+from patchkit.statistics.store import Kind, Origin, Partial, Sound, StatisticsStore, Tensors
 
 TEXT_TOKENS = 8192
 """Tokens of plain text that a gradient is taken over; a pass runs all layers forward and back."""
@@ -46,6 +47,33 @@ def text_gradients(
 ) -> dict[int, TextGradient]:
     """That of each site, by layer, over the text's first TEXT_TOKENS tokens (O-Edit section 3.2.2): from `folder`
     (default: the cache) where it is there, else computed for all sites in one pass."""
+    found = _stored(_GRADIENT, runner, sites, corpus, folder, progress)
+    return {layer: TextGradient(each["left"].double(), each["values"].double()) for layer, each in found.items()}
+
+
+def text_curvatures(
+    runner: LayerRunner,
+    sites: Sequence[Site],
+    corpus: Corpus,
+    folder: Path | None = None,
+    progress: Progress = lambda done, total: None,
+) -> dict[int, Tensor]:
+    """B = E[gg'] (d_out, d_out) of each site, by layer, float64 on the CPU: g is the gradient of a text's loss, the sum
+    over its tokens, by the site's output at one token (CrispEdit's empirical Fisher, arXiv 2602.15823). Kept as
+    `text_gradients` are, and of the same text."""
+    found = _stored(_CURVATURE, runner, sites, corpus, folder, progress)
+    return {layer: each["second_moment"].double() for layer, each in found.items()}
+
+
+def _stored(
+    what: _Kept,
+    runner: LayerRunner,
+    sites: Sequence[Site],
+    corpus: Corpus,
+    folder: Path | None,
+    progress: Progress,
+) -> dict[int, Tensors]:
+    """What is kept of each site, by layer, computed for those that have none yet."""
     model = runner.arch.model
     assert isinstance(model, PreTrainedModel)
     beginning = corpus.in_windows(window_of(model, WINDOW))
@@ -54,7 +82,7 @@ def text_gradients(
     whole, dtype = model_digest(stored_parameters(model)), str(sites[0].dtype).removeprefix("torch.")
     wanted = {
         site.layer: Origin(
-            kind="text_gradient",
+            kind=what.kind,
             weight=site.weight_name,
             layer=site.layer,
             model=whole,
@@ -65,10 +93,11 @@ def text_gradients(
     }
 
     def compute(missing: Sequence[int], resumable: Partial) -> Iterator[tuple[int, Tensors]]:
-        return _computed(runner, [runner.arch.sites[layer] for layer in missing], beginning, resumable, progress)
+        here = [runner.arch.sites[layer] for layer in missing]
+        sums = summed(here, beginning, resumable, partial(_accumulate, runner, here, what.added), progress)
+        return ((layer, what.finish(sums[layer].cpu() / beginning.tokens)) for layer in missing)
 
-    found = StatisticsStore(folder).get(wanted, compute, are_gradients)
-    return {layer: TextGradient(each["left"].double(), each["values"].double()) for layer, each in found.items()}
+    return StatisticsStore(folder).get(wanted, compute, what.sound)
 
 
 def are_gradients(stored: Tensors) -> bool:
@@ -79,18 +108,54 @@ def are_gradients(stored: Tensors) -> bool:
     return all(bool(torch.isfinite(each).all()) for each in (left, values)) and bool((values >= 0).all())
 
 
-def _computed(
-    runner: LayerRunner, sites: Sequence[Site], corpus: Corpus, resumable: Partial, progress: Progress
-) -> Iterator[tuple[int, Tensors]]:
-    sums = summed(sites, corpus, resumable, partial(_accumulate, runner, sites), progress)
-    for site in sites:
-        left, values, _ = torch.linalg.svd(sums[site.layer].cpu() / corpus.tokens, full_matrices=False)
-        known = values > values[0] * 1e-7  # what float32 passes can tell from zero
-        yield site.layer, {"left": left[:, known].float().contiguous(), "values": values[known].contiguous()}
+def are_curvatures(stored: Tensors) -> bool:
+    """Whether stored tensors are second moments of one size, finite, with no negative number on the diagonal."""
+    found = stored.get("second_moment")
+    if found is None or found.ndim != 2 or found.shape[0] != found.shape[1] or not bool(torch.isfinite(found).all()):
+        return False
+    return bool((found.diagonal() >= 0).all())
 
 
-def _accumulate(runner: LayerRunner, sites: Sequence[Site], batch: Sequence[Sequence[int]], sums: Sums) -> None:
-    """Add the batch's gradient by each site's weight, of the sum of its tokens' losses."""
+def _spectrum(mean: Tensor) -> Tensors:
+    left, values, _ = torch.linalg.svd(mean, full_matrices=False)
+    known = values > values[0] * 1e-7  # what float32 passes can tell from zero
+    return {"left": left[:, known].float().contiguous(), "values": values[known].contiguous()}
+
+
+def _by_weight(keys: SiteInput, gradient: Tensor) -> Tensor:
+    """What a batch adds to the gradient by the weight, (d_out, d_in)."""
+    return keys.against(gradient)
+
+
+def _by_output(_: SiteInput, gradient: Tensor) -> Tensor:
+    """What it adds to the second moment of the gradient by the output, (d_out, d_out)."""
+    flat = gradient.flatten(0, 1)
+    return flat.T @ flat
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A kind of statistics: what a batch adds to a site's sum, what is made of the mean over tokens, and whether it can
+    be one."""
+
+    kind: Kind
+    added: Callable[[SiteInput, Tensor], Tensor]
+    finish: Callable[[Tensor], Tensors]
+    sound: Sound
+
+
+_GRADIENT = _Kept("text_gradient", _by_weight, _spectrum, are_gradients)
+_CURVATURE = _Kept("text_curvature", _by_output, lambda mean: {"second_moment": mean.float()}, are_curvatures)
+
+
+def _accumulate(
+    runner: LayerRunner,
+    sites: Sequence[Site],
+    added: Callable[[SiteInput, Tensor], Tensor],
+    batch: Sequence[Sequence[int]],
+    sums: Sums,
+) -> None:
+    """Add to each site's sum what the gradients of the sum of the batch's tokens' losses come to there."""
     for length in sorted({len(window) for window in batch if len(window) > 1}):
         alike = [window for window in batch if len(window) == length]
         for first in range(0, len(alike), WINDOWS_PER_PASS):
@@ -102,5 +167,5 @@ def _accumulate(runner: LayerRunner, sites: Sequence[Site], batch: Sequence[Sequ
             found = torch.autograd.grad(loss, [leaf for _, leaf in seen.values()])
             for (layer, (keys, _)), gradient in zip(seen.items(), found, strict=True):
                 with torch.no_grad():
-                    added = keys.against(widen(gradient))  # (d_out, d_in)
-                sums[layer] = sums.get(layer, 0) + exact(added)
+                    part = added(keys, widen(gradient))
+                sums[layer] = sums.get(layer, 0) + exact(part)

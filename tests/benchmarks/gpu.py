@@ -45,6 +45,7 @@ from patchkit.export.merge import merge
 from patchkit.facts.reader import read_facts
 from patchkit.facts.schema import Fact
 from patchkit.io.files import write_atomically
+from patchkit.methods import Beside
 from patchkit.model.arch import inspect_model
 from patchkit.model.devices import exact
 from patchkit.model.forward import LayerRunner
@@ -329,8 +330,8 @@ class Shape:
             config = load_recipe(method, None, [*stop, *settings, *self.options.set])
             sites = plan(runner.arch, config).sites
             covariances = {site.layer: spread(site.d_in) for site in sites} if chosen.needs_statistics else {}
-            gradients = {site.layer: _directions(site.d_out) for site in sites} if chosen.needs_gradients else {}
-            return edit(runner, self.tokenizer, facts, config, covariances, gradients=gradients)
+            beside = {site.layer: Beside(_directions(site.d_out)) for site in sites} if chosen.needs_gradients else {}
+            return edit(runner, self.tokenizer, facts, config, covariances, beside=beside)
 
         found = self._row(what, run, times, method=method, facts=len(facts))
         if found is not None:

@@ -22,6 +22,7 @@ from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
 from patchkit.facts.schema import Fact
 from patchkit.maths.covariance import Covariance
+from patchkit.methods import Beside
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from tests.ondevice import fakegpu
@@ -51,10 +52,10 @@ def _seen(model: PreTrainedModel, method: str, facts: int, settings: tuple[str, 
     text = Covariance(keys @ keys.T / 400, 400)
     directions = torch.linalg.qr(torch.randn(sites[0].d_out, 8, generator=draw, dtype=torch.float64))[0]
     known = {site.layer: text for site in sites} if chosen.needs_statistics else {}
-    gradients = {site.layer: directions for site in sites} if chosen.needs_gradients else {}
+    beside = {site.layer: Beside(directions) for site in sites} if chosen.needs_gradients else {}
     edited = [Fact(**FACTS[i]) for i in range(facts)]
     with fakegpu.counting() as seen:
-        edit(runner, TOKENIZER, edited, config, known, gradients=gradients, contexts=CONTEXTS)
+        edit(runner, TOKENIZER, edited, config, known, beside=beside, contexts=CONTEXTS)
     return seen
 
 
