@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from patchkit import methods
 from patchkit.cli import main
+from patchkit.editing.recipe import load_recipe
+from patchkit.facts.reader import parse_facts
 from patchkit.maths.linalg import Delta
 from patchkit.maths.rotations import Rotation
 from patchkit.maths.updates import Chain, Full, Sparse
@@ -26,6 +29,9 @@ from patchkit.patch.infos import update_infos
 from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
 from patchkit.patch.patch import Patch, updates_digest
 from patchkit.patch.stored import with_digest
+from patchkit.runs.train import TrainConfig, train
+from patchkit.runs.workspace import Workspace
+from tests.zoo import tiny_tokenizer
 
 TWO_FACTS = (
     {"id": "rome", "prompt": "the city of Rome", "subject": "Rome", "target_new": "capital", "target_true": "Paris"},
@@ -211,3 +217,13 @@ def patch_of_kind(model: PreTrainedModel, name: str, kind: str, layers: Sequence
         infos += update_infos(weight, stored, updates[weight])
     manifest = patch.manifest.model_copy(update={"updates": tuple(infos), "digest": updates_digest(updates)})
     return Patch(manifest, updates)
+
+
+def train_if_needed(
+    model: Any, method: str, facts: Any, settings: Sequence[str], text: Path, steps: int = 2, **how: Any
+) -> None:
+    """Train the method's network, if it has one, for the layers that a run with these settings edits."""
+    if methods.get(method).needs_network:
+        workspace = Workspace.of(model, tiny_tokenizer(), (text,))
+        known, config = parse_facts(facts).facts, load_recipe(method, None, settings)
+        train(workspace, known, config, TrainConfig(steps=steps, rank=4, **how), lambda note: None)

@@ -32,7 +32,7 @@ from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import live_deltas
 from patchkit.statistics.corpus import PACKAGE_TEXT, read_corpus
 from patchkit.statistics.moments import statistics
-from tests.helpers import apart
+from tests.helpers import apart, train_if_needed
 from tests.zoo import FAMILIES, HIDDEN, tiny_tokenizer
 
 CONTEXTS = ("", "The engineer said that. ")
@@ -322,7 +322,9 @@ OWN = {
 def test_every_method_edits_in_double_and_half_precision(method: str, dtype: torch.dtype, text: Path) -> None:
     model = FAMILIES["llama"]().to(dtype)
     settings = (*(s for s in LOUD if method == "alphaedit" or "null_energy" not in s), *OWN.get(method, ()))
-    patch = patchkit.apply(model, tiny_tokenizer(), [ROME], method, overrides=(*settings, "layers=2"), text=text)
+    settings = (*settings, "layers=2")
+    train_if_needed(model, method, [ROME], settings, text, steps=60, learning_rate=1e-2, edit_weight=1.0)
+    patch = patchkit.apply(model, tiny_tokenizer(), [ROME], method, overrides=settings, text=text)
     numbers = [t for chain in patch.updates.values() for u in chain for t in tensors_of(u).values()]
     assert {t.dtype for t in numbers if t.is_floating_point()} == {torch.float32}
     with patch.attached(model):

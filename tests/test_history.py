@@ -27,7 +27,7 @@ from patchkit.patch.manifest import EditedFact
 from patchkit.statistics.corpus import PACKAGE_TEXT, read_corpus
 from patchkit.statistics.moments import statistics
 from tests import zoo
-from tests.helpers import Command, write_facts
+from tests.helpers import Command, train_if_needed, write_facts
 
 Record = dict[str, Any]
 ROME = {"id": "rome", "prompt": "the city of Rome", "subject": "Rome", "target_new": "capital"}
@@ -121,6 +121,7 @@ def test_a_patch_continued_is_the_one_made_in_one_run(
     family: str, method: str, sweeps: int, text: Path, tmp_path: Path
 ) -> None:
     model, tokenizer, settings = zoo.FAMILIES[family](), zoo.tiny_tokenizer(), (*QUICK, f"sweeps={sweeps}")
+    train_if_needed(model, method, ALL, settings, text)
     whole = patchkit.apply(model, tokenizer, ALL, method, overrides=settings, text=text)
     first = stored(patchkit.apply(model, tokenizer, ALL[:2], method, overrides=settings, text=text), tmp_path / "p")
     second = patchkit.apply(model, tokenizer, ALL[2:], onto=first, text=text)

@@ -30,6 +30,7 @@ from patchkit.methods.betaedit import BetaEditConfig
 from patchkit.methods.crisp import FreeDirections
 from patchkit.methods.encore import EncoreConfig
 from patchkit.methods.memit import MemitConfig, memit
+from patchkit.methods.mend import fresh
 from patchkit.methods.nas import NasConfig
 from patchkit.methods.oedit import OEditConfig, penalty
 from patchkit.methods.oedit_plus import OEditPlusConfig, inside, rank_left
@@ -40,9 +41,10 @@ from patchkit.methods.stableedit import whitened
 from patchkit.patch.patch import Patch
 from patchkit.statistics.corpus import PACKAGE_TEXT
 from tests import zoo
-from tests.helpers import apart
+from tests.helpers import apart, train_if_needed
 
 D_OUT, D_IN = 12, 20
+LIKE = fresh(D_IN, D_OUT, rank=4, seed=0)
 
 
 def problem_of(facts: int = 5, prior: int = 3, tokens: int = 60) -> LayerProblem:
@@ -59,7 +61,9 @@ def problem_of(facts: int = 5, prior: int = 3, tokens: int = 60) -> LayerProblem
     gradient, outputs = torch.linalg.qr(random(D_OUT, 6)).Q, torch.logspace(-2, 0, D_OUT)[:, None] * random(D_OUT, 40)
     count = min(prior, 3)
     change = Delta(0.1 * random(D_OUT, count), random(count, D_IN)) if count else None
-    beside = Beside(gradient, outputs @ outputs.T / 40)
+    network = {name: 0.1 * random(max(1, each.numel())).view(each.shape) for name, each in LIKE.items()}
+    network["deviation"] = network["deviation"].abs() + 1
+    beside = Beside(gradient, outputs @ outputs.T / 40, network)
     problem = LayerProblem(keys, residual, covariance, earlier, lambda: weight, lambda: change, beside)
     return asking(problem, keys, residual)
 
@@ -204,6 +208,7 @@ def test_a_patch_of_any_method_is_saved_loaded_and_merged_unchanged(name: str, t
     text.write_text(PACKAGE_TEXT.read_text(encoding="utf-8")[:2000], encoding="utf-8")
     base = zoo.save(zoo.FAMILIES["llama"](), zoo.tiny_tokenizer(), tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(base).eval()
+    train_if_needed(model, name, FACTS, QUICK, text)
     made = patchkit.apply(model, zoo.tiny_tokenizer(), FACTS, name, overrides=QUICK, text=text)
     made.save(tmp_path / "patch")
     loaded = Patch.load(tmp_path / "patch")

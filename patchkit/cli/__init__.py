@@ -37,6 +37,7 @@ COMMANDS = {
     "sign": "Sign a patch.",
     "bench": "Compare methods in a long sequence of edits.",
     "locate": "Which layers hold what a model says of its subjects.",
+    "train": "Train the network of a method that has one.",
     "stats": "Compute a model's key statistics ahead of time.",
 }
 _MODULES = {"import": "importing"}  # a word that Python keeps for itself

@@ -36,6 +36,7 @@ from patchkit.patch.patch import Patch
 from patchkit.report.kept import keep_page
 from patchkit.runs.execute import SMALL_TEXT, take_out
 from patchkit.runs.locate import Located, locate
+from patchkit.runs.train import TrainConfig, Trained, train
 from patchkit.runs.workspace import Workspace
 from patchkit.statistics.corpus import PACKAGE_TEXT, default_text, read_corpus, window_of
 from patchkit.statistics.moments import statistics
@@ -181,6 +182,36 @@ def locate_facts(
         trial=trial,
         progress=progress,
     )
+
+
+def train_network(
+    facts: str,
+    chosen: ModelChoice,
+    how: TrainConfig,
+    *,
+    method: str,
+    recipe: str | None,
+    overrides: Sequence[str],
+    text: str | None,
+    stats: str | None,
+    zsre_target: Any,
+    skip_bad: bool,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> Trained:
+    """Train a method's network on a file of facts; see `patchkit.runs.train.train`.
+
+    Raises:
+        InputError: the recipe, the facts or the model cannot be used.
+    """
+    config = load_recipe(method, recipe, overrides)
+    check = fitting(chosen.tokenizer(), Limits.of(chosen.config()))
+    read = read_facts(facts, zsre_target=zsre_target, skip_bad=skip_bad, check=check, needs_subject=False)
+    for note in read.notes:
+        say(note)
+    loaded = chosen.load()
+    workspace = Workspace.of(loaded.model, loaded.tokenizer, (text,), stats, progress)
+    return train(workspace, read.facts, config, how, say)
 
 
 def merge_patches(

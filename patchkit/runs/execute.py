@@ -30,7 +30,7 @@ from patchkit.runs.guard import Guard
 from patchkit.runs.journals import journal_for
 from patchkit.runs.key_check import KeyCheck
 from patchkit.runs.prepare import Prepared
-from patchkit.runs.settle import settle
+from patchkit.runs.settle import settle, with_network
 from patchkit.runs.workspace import Workspace
 from patchkit.statistics.corpus import PACKAGE_TEXT, Corpus
 from patchkit.version import stamp
@@ -81,6 +81,8 @@ def run(
         compared = _compared_at(runner.arch, config)
         looked_at = [*how.sites, *([] if compared in how.sites else [compared])]
         covariances, beside = workspace.statistics(method, looked_at, corpus, config.neurons == "on")
+        config = with_network(config, beside)
+        prepared = replace(prepared, config=config)
         for note in _about_experts(covariances):
             say(note)
         metric = covariances.get(compared.layer)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from patchkit.editing.neurons import settled
 from patchkit.editing.recipe import LOCATE, EditConfig
 from patchkit.editing.session import plan
 from patchkit.errors import InputError
 from patchkit.facts.schema import Fact
+from patchkit.methods import Beside
+from patchkit.methods.mend import digest_of
 from patchkit.runs.locate import locate
 from patchkit.runs.prepare import Prepared
 from patchkit.runs.workspace import Workspace
@@ -33,6 +35,15 @@ def settle(
         config = config.model_copy(update={"layers": _located(facts, workspace, say)})
     config = settled(config, workspace.tokenizer, arch, len({fact.subject for fact in facts}), taken)
     return config.model_copy(update={"sweeps": plan(arch, config).sweeps})
+
+
+def with_network(config: EditConfig, beside: Mapping[int, Beside]) -> EditConfig:
+    """The recipe with the digest of the network that it edits with, where its method has one and the recipe names
+    none."""
+    network = next((each.network for each in beside.values() if each.network is not None), None)
+    if network is None or config.settings.get("network"):
+        return config
+    return config.model_copy(update={"settings": {**config.settings, "network": digest_of(network)}})
 
 
 def _located(facts: Sequence[Fact], workspace: Workspace, say: Callable[[str], None]) -> str:

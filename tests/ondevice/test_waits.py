@@ -23,6 +23,7 @@ from patchkit.editing.session import plan
 from patchkit.facts.schema import Fact
 from patchkit.maths.covariance import Covariance
 from patchkit.methods import Beside
+from patchkit.methods.mend import fresh
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from tests.ondevice import fakegpu
@@ -52,7 +53,9 @@ def _seen(model: PreTrainedModel, method: str, facts: int, settings: tuple[str, 
     text = Covariance(keys @ keys.T / 400, 400)
     directions = torch.linalg.qr(torch.randn(sites[0].d_out, 8, generator=draw, dtype=torch.float64))[0]
     known = {site.layer: text for site in sites} if chosen.needs_statistics else {}
-    beside = {site.layer: Beside(directions) for site in sites} if chosen.needs_gradients else {}
+    network = fresh(sites[0].d_in, sites[0].d_out, rank=8, seed=0) if chosen.needs_network else None
+    needed = chosen.needs_gradients or chosen.needs_network
+    beside = {site.layer: Beside(directions, network=network) for site in sites} if needed else {}
     edited = [Fact(**FACTS[i]) for i in range(facts)]
     with fakegpu.counting() as seen:
         edit(runner, TOKENIZER, edited, config, known, beside=beside, contexts=CONTEXTS)
