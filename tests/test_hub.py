@@ -23,7 +23,7 @@ from patchkit.export.merge import merge
 from patchkit.export.publish import Pushed, pack, push
 from patchkit.io.hub import patch_folder
 from patchkit.patch.card import FACT_ROWS, Card, model_card
-from patchkit.report.kept import keep_page
+from patchkit.report.kept import evidence, keep_page
 from patchkit.statistics.sharing import pull_statistics, push_statistics
 from patchkit.words import in_markdown
 from tests import zoo
@@ -65,7 +65,7 @@ def folder(make: Callable[..., Patch], tmp_path: Path) -> Path:
 
 
 def send(folder: Path, name: str = NAME, **options: object) -> Pushed:
-    return push(pack(folder, name), name, **options)  # type: ignore[arg-type]
+    return push(pack(folder, name, look=evidence), name, **options)  # type: ignore[arg-type]
 
 
 def front_matter(card: bytes | str) -> dict[str, object]:
@@ -128,7 +128,7 @@ def test_base_gets_its_name_on_the_hub(hub: Hub, folder: Path, base: Path) -> No
 def test_the_page_and_pictures_go_along_and_the_card_shows_them(hub: Hub, folder: Path, base: Path) -> None:
     manifest = Patch.load(folder).manifest
     keep_page(folder, manifest, report_of([fact_report(1), fact_report(2, holds=False)]), say=pytest.fail)
-    push(pack(folder, NAME, base="org/tiny"), NAME)
+    push(pack(folder, NAME, base="org/tiny", look=evidence), NAME)
     files = hub.repos[NAME].files()
     assert files["report.html"] == (folder / "report.html").read_bytes()
     assert {name for name in files if name.startswith("report/")} == {*PICTURES, "report/facts.png"}
@@ -140,7 +140,7 @@ def test_the_page_and_pictures_go_along_and_the_card_shows_them(hub: Hub, folder
     (folder / "report.html").unlink()
     send(folder)  # now a page of the manifest alone, which has no facts before and after
     assert "report/facts.png" not in hub.repos[NAME].files()
-    push(pack(folder, NAME, report=False), NAME)
+    push(pack(folder, NAME), NAME)
     assert not [name for name in hub.repos[NAME].files() if name.startswith("report")]
 
 

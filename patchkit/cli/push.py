@@ -89,11 +89,12 @@ def packed(
 
     from patchkit.export.publish import pack
     from patchkit.patch.card import base_name
+    from patchkit.report.kept import evidence
 
     if not stderr.is_terminal:
         disable_progress_bars()
     quiet_transformers()
-    make = partial(pack, folder, repo, base=base, card=card, online=online, report=report)
+    make = partial(pack, folder, repo, base=base, card=card, online=online, look=evidence if report else None)
     try:
         package = make(adapter=adapter)
     except InputError as error:

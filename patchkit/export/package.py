@@ -14,10 +14,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from patchkit.errors import InputError, PatchkitError
 from patchkit.evaluate.metrics import summary_line
 from patchkit.export import formats
+from patchkit.export.evidence import is_shown
 from patchkit.export.untouched import untouched
 from patchkit.patch.card import FACT_ROWS, Kind, base_name
 from patchkit.patch.manifest import Manifest
-from patchkit.report.kept import FOLDER, PAGE
 from patchkit.version import patchkit_version
 from patchkit.words import counted, in_markdown
 
@@ -113,17 +113,12 @@ def commit(api: HfApi, package: Package, repo: str, there: set[str], say: Say, *
     return done
 
 
-def _is_picture(name: str) -> bool:
-    """Whether it is one that an earlier push has put there."""
-    return name.startswith(f"{FOLDER}/") and name.endswith(".png")
-
-
 def _commit(
     api: HfApi, package: Package, repo: str, there: set[str], copies: Mapping[str, CommitOperationCopy], **how: Any
 ) -> CommitInfo:
     stale = sorted(name for name in there - set(package.files) if name.endswith(WEIGHTS) or name in marks())
     if package.kind == "patch":  # what shows another state of the patch
-        stale += sorted(name for name in there - set(package.files) if name == PAGE or _is_picture(name))
+        stale += sorted(name for name in there - set(package.files) if is_shown(name))
     operations = [
         *(copies.get(name) or CommitOperationAdd(name, content) for name, content in sorted(package.files.items())),
         *(CommitOperationDelete(name) for name in stale),

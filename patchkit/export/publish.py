@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from patchkit.errors import InputError, PatchkitError
 from patchkit.export import formats
 from patchkit.export.beside import adapter_beside, renamed_base
+from patchkit.export.evidence import FOLDER, PAGE, Evidence, Look
 from patchkit.export.job import Exported
 from patchkit.export.package import WEIGHTS, Package, Say, check_kind, commit, kind_of, marks
 from patchkit.export.record import MANIFEST, Merged
@@ -33,7 +34,6 @@ from patchkit.patch.manifest import Manifest
 from patchkit.patch.patch import Patch
 from patchkit.patch.provenance import provenance_text
 from patchkit.patch.stored import PROVENANCE, SIGNATURE, digests_of, manifest_text, read_stored
-from patchkit.report.kept import FOLDER, PAGE, Evidence, evidence
 
 _TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
@@ -55,7 +55,7 @@ def pack(
     card: str | Path | None = None,
     online: bool = False,
     adapter: bool = False,
-    report: bool = True,
+    look: Look | None = None,
 ) -> Package:
     """Collect what a push would publish; reads the folder, and the base's license where it is at hand.
 
@@ -64,7 +64,7 @@ def pack(
         card: a README.md to take instead of the generated one.
         online: ask the Hub for the base's card if it is not in the cache.
         adapter: to a patch, add its adapter for PEFT and vLLM.
-        report: to a patch, add its page and pictures of it (`patchkit.report.kept`).
+        look: to a patch, add the page and the pictures that this gives.
 
     Raises:
         InputError: the folder holds no patch, adapter or merged checkpoint, or what it holds is damaged; or there is to
@@ -88,7 +88,7 @@ def pack(
     if adapter and content.kind == "patch":
         beside, also = adapter_beside(Patch.load(folder), base)
         files |= beside
-    found = evidence(folder, content.manifests[0], repo) if report and content.kind == "patch" else None
+    found = look(folder, content.manifests[0], repo) if look and content.kind == "patch" else None
     if found:
         files |= found.files
     try:

@@ -70,8 +70,9 @@ def stepped(network: Network, keys: Tensor, gradients: Tensor) -> tuple[Tensor, 
     part = {name: tensor.to(z) for name, tensor in network.items()}
     z = (z - part["mean"]) / part["deviation"]
     inner = z @ part["down1"].T @ part["up1"].T + part["bias"]
-    h = z + torch.relu(part["scale1"] * inner + part["offset1"])
-    g = h + torch.relu(part["scale2"] * (h @ part["down2"].T @ part["up2"].T) + part["offset2"])
+    # clamp, not relu, whose derivative is 0 where all is zero at first, so that nothing would be learned.
+    h = z + (part["scale1"] * inner + part["offset1"]).clamp(min=0)
+    g = h + (part["scale2"] * (h @ part["down2"].T @ part["up2"].T) + part["offset2"]).clamp(min=0)
     right, left = g[:, : len(keys)], g[:, len(keys) :].T
     there = (gradients.abs().sum(0) > 0).to(z)
     factor: Tensor = -part["rate"].exp() * left * there

@@ -5,34 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from patchkit.errors import InputError
 from patchkit.evaluate.report import Report
+from patchkit.export.evidence import PAGE, Evidence
 from patchkit.patch.manifest import Manifest
 from patchkit.report.facts import Shown, shown_in
 from patchkit.report.page import check_file, write_page
 from patchkit.report.patches import digest_line, patch_page
-from patchkit.report.pictures import Picture, pictures_of
+from patchkit.report.pictures import pictures_of
 
-PAGE = "report.html"
-FOLDER = "report"
 _DATA = re.compile(r'<script id="data" type="application/json">(.*?)</script>', re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What people look at before they use a patch. missing: why there are no pictures, None where there are."""
-
-    page: bytes
-    pictures: tuple[Picture, ...]
-    missing: str | None = None
-
-    @property
-    def files(self) -> dict[str, bytes]:
-        """By name in the repository."""
-        return {PAGE: self.page, **{f"{FOLDER}/{each.name}": each.png for each in self.pictures}}
 
 
 def keep_page(folder: Path, manifest: Manifest, report: Report, say: Callable[[str], None]) -> None:

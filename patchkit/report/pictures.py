@@ -7,7 +7,6 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from patchkit.errors import InputError
 from patchkit.evaluate.metrics import metrics
 from patchkit.evaluate.report import Summary
+from patchkit.export.evidence import Picture
 from patchkit.io.files import write_atomically
 from patchkit.report.charts import LOG_FROM, Bars, Cloud, Heat, Lines
 from patchkit.report.facts import Shown
@@ -38,15 +38,6 @@ _MORE_FONTS = (
     *("Malgun Gothic", "Noto Sans Thai", "Noto Sans Devanagari", "Noto Sans Bengali", "Arial Unicode MS"),
 )
 """Looked for on this machine, for what matplotlib's own font has no letters for."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG file, and what is to be seen on it in one sentence."""
-
-    name: str
-    says: str
-    png: bytes
 
 
 def check_drawing() -> None:
