@@ -55,7 +55,7 @@ ROWS = 64
 SPACIOUS = 16
 """How many neurons a layer has to have to spare for prompts=auto to turn to them in a model without a chat template;
 in narrower ones, which are toys, a neuron more is much of what there is."""
-NOTHING = 3e-6
+NOTHING = 1e-6
 """Of what it costs to rewrite a neuron, in nats a token: less than this nobody notices."""
 
 
