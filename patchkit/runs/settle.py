@@ -23,8 +23,8 @@ TRACED = 20
 def settle(
     prepared: Prepared, workspace: Workspace, taken: int, say: Callable[[str], None] = lambda note: None
 ) -> EditConfig:
-    """The recipe with layers=locate, neurons=auto and how often it goes over the layers decided for the new facts, where
-    `taken` neurons were rewritten before.
+    """The recipe with layers=locate, neurons=auto and the number of sweeps decided for the new facts, where `taken`
+    neurons were rewritten before.
 
     Raises:
         InputError: no fact can be located, or neurons=on, and the method or the model cannot.

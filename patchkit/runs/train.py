@@ -25,7 +25,7 @@ from patchkit.facts.schema import Fact
 from patchkit.methods.mend import OWN, SHARED, fresh, scaled, stepped
 from patchkit.model.forward import widen
 from patchkit.model.inputs import SiteInput, watching_site
-from patchkit.model.weights import Site
+from patchkit.model.weights import Site, read_weight
 from patchkit.runs.workspace import Workspace
 from patchkit.statistics.corpus import Corpus
 from patchkit.statistics.networks import NetworkFile, Training
@@ -149,7 +149,7 @@ class _Run:
             made = fresh(site.d_in, site.d_out, how.rank, how.seed)
             self.parameters |= {f"{_shape(site)}.{name}": made[name] for name in SHARED}
             self.parameters |= {f"{site.layer}.{name}": made[name] for name in OWN}
-            size = site.stored.float().square().mean().sqrt().log() + torch.tensor(BEGIN).log()
+            size = read_weight(site).float().square().mean().sqrt().log() + torch.tensor(BEGIN).log()
             self.parameters[f"{site.layer}.rate"] = size.cpu()
             self.fixed |= {f"{site.layer}.{name}": made[name] for name in ("mean", "deviation")}
         for parameter in self.parameters.values():

@@ -49,7 +49,7 @@ class NetworkFile:
 
     def __init__(self, folder: Path | None, method: str, model: PreTrainedModel, sites: Sequence[Site]) -> None:
         self.model = model_digest(stored_parameters(model))
-        self.dtype = str(sites[0].stored.dtype).removeprefix("torch.")
+        self.dtype = str(sites[0].dtype).removeprefix("torch.")
         self.layers = tuple(sorted(site.layer for site in sites))
         made = hashlib.sha256(f"{method} {self.model} {self.dtype} {self.layers}".encode()).hexdigest()[:16]
         self.finished = (folder or cache_folder() / "stats") / "networks" / f"{method}-{made}.safetensors"
