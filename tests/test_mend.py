@@ -220,7 +220,7 @@ def test_the_commands(call: Command, tmp_path: Path) -> None:
     ended = call("apply", "facts.jsonl", "--method", "mend", *options, "--quick", "--no-guard", "--json")
     assert ended.status == 0, ended.err
     refused = call(
-        "apply", "facts.jsonl", "--method", "mend", "--model", base, "--layers", "0", "--stats", "s", "--quick"
+        "apply", "facts.jsonl", "--method", "mend", "--model", base, "--layers", "0", "--stats", "s", "--out", "q"
     )
     assert refused.status == 2
     assert "patchkit train" in refused.err, refused.err

@@ -42,11 +42,13 @@ class Beside:
         curvature: B (d_out, d_out), the second moment of the loss's gradient by the site's output, token by token on
             plain text, for a method or wrapper that declares needs_curvature.
         network: tensors by name that were trained for the model beforehand, for a method that declares needs_network.
+        digest: the identity of that training.
     """
 
     gradient: Tensor | None = None
     curvature: Tensor | None = None
     network: Mapping[str, Tensor] | None = None
+    digest: str | None = None
 
     def on(self, device: torch.device) -> Beside:
         """All of it there."""
@@ -54,6 +56,7 @@ class Beside:
             None if self.gradient is None else self.gradient.to(device),
             None if self.curvature is None else self.curvature.to(device),
             None if self.network is None else {name: each.to(device) for name, each in self.network.items()},
+            self.digest,
         )
 
 

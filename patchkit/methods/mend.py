@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 
 import torch
@@ -51,10 +50,10 @@ def mend(problem: LayerProblem, config: MendConfig) -> Delta:
     """
     network = problem.beside.network
     assert network is not None
-    if config.network and config.network != digest_of(network):
+    if config.network and config.network != problem.beside.digest:
         raise InputError(
             f"the patch was made with another network (digest {config.network[:12]}) than the one that is here "
-            f"({digest_of(network)[:12]}); bring that one back, or apply all facts anew with --set network=''"
+            f"({str(problem.beside.digest)[:12]}); bring that one back, or apply all facts anew with --set network=''"
         )
     left, right = stepped(network, problem.keys, problem.residual)
     return Delta(config.strength * left, right)
@@ -106,11 +105,3 @@ def fresh(d_in: int, d_out: int, rank: int, seed: int) -> dict[str, Tensor]:
         "mean": torch.zeros(width),
         "deviation": torch.ones(width),
     }
-
-
-def digest_of(network: Network) -> str:
-    """sha256 of the parts that all sites share: the identity of a training."""
-    digest = hashlib.sha256()
-    for name in SHARED:
-        digest.update(network[name].detach().float().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

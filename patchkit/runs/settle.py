@@ -1,4 +1,4 @@
-"""What a recipe leaves open until the model and the facts are known: layers, sweeps, neurons of subjects' own."""
+"""What a recipe leaves open until the model and the facts are known: the layers, and neurons of subjects' own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from patchkit.editing.session import plan
 from patchkit.errors import InputError
 from patchkit.facts.schema import Fact
 from patchkit.methods import Beside
-from patchkit.methods.mend import digest_of
 from patchkit.runs.locate import locate
 from patchkit.runs.prepare import Prepared
 from patchkit.runs.workspace import Workspace
@@ -23,8 +22,8 @@ TRACED = 20
 def settle(
     prepared: Prepared, workspace: Workspace, taken: int, say: Callable[[str], None] = lambda note: None
 ) -> EditConfig:
-    """The recipe with layers=locate, neurons=auto and the number of sweeps decided for the new facts, where `taken`
-    neurons were rewritten before.
+    """The recipe with layers=locate, neurons=auto and how often it goes over the layers decided for the new facts,
+    where `taken` neurons were rewritten before.
 
     Raises:
         InputError: no fact can be located, or neurons=on, and the method or the model cannot.
@@ -40,10 +39,10 @@ def settle(
 def with_network(config: EditConfig, beside: Mapping[int, Beside]) -> EditConfig:
     """The recipe with the digest of the network that it edits with, where its method has one and the recipe names
     none."""
-    network = next((each.network for each in beside.values() if each.network is not None), None)
-    if network is None or config.settings.get("network"):
+    digest = next((each.digest for each in beside.values() if each.digest is not None), None)
+    if digest is None or config.settings.get("network"):
         return config
-    return config.model_copy(update={"settings": {**config.settings, "network": digest_of(network)}})
+    return config.model_copy(update={"settings": {**config.settings, "network": digest}})
 
 
 def _located(facts: Sequence[Fact], workspace: Workspace, say: Callable[[str], None]) -> str:

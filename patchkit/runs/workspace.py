@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from patchkit import methods
@@ -27,7 +26,7 @@ from patchkit.patch.resolve import Sites, StatisticsOf, with_again, without
 from patchkit.patch.superseded import Waiting
 from patchkit.statistics.corpus import Corpus, TextRecord, default_text, read_corpus, window_of
 from patchkit.statistics.moments import statistics
-from patchkit.statistics.networks import network_for
+from patchkit.statistics.networks import digest_of, network_for
 from patchkit.statistics.text_gradients import text_curvatures, text_gradients
 
 LayerStatistics = tuple[dict[int, Covariance], dict[int, Beside]]
@@ -93,14 +92,14 @@ class Workspace:
             curved = text_curvatures(self.runner, sites, corpus, self.stats, self._reporter("curvature"))
             beside = {layer: replace(beside[layer], curvature=each) for layer, each in curved.items()}
         if method.needs_network:
-            beside = {
-                layer: replace(beside[layer], network=each) for layer, each in self.networks(method, sites).items()
-            }
+            beside |= self.networks(method, sites)
         return covariances, beside
 
-    def networks(self, method: Method, sites: Sequence[Site]) -> dict[int, dict[str, Tensor]]:
+    def networks(self, method: Method, sites: Sequence[Site]) -> dict[int, Beside]:
         """The network that was trained for the method at these sites, by layer; raises InputError without one."""
-        return network_for(self.model, sites, method.name, self.stats)
+        found = network_for(self.model, sites, method.name, self.stats)
+        digest = digest_of(found)
+        return {layer: Beside(network=each, digest=digest) for layer, each in found.items()}
 
     def rooms(
         self, config: EditConfig, sites: Sequence[Site], covariances: Mapping[int, Covariance], corpus: Corpus
@@ -137,8 +136,7 @@ class Workspace:
         @cache
         def of_network(method: str, layers: tuple[int, ...]) -> dict[int, Beside]:
             edited = [site for site in sites.values() if site.layer in layers and site.solved]
-            found = self.networks(methods.get(method), edited)
-            return {layer: Beside(network=each) for layer, each in found.items()}
+            return self.networks(methods.get(method), edited)
 
         def find(number: int, site: Site) -> tuple[Covariance | None, Beside]:
             run = patch.manifest.history[number]

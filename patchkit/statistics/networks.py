@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from patchkit.errors import InputError
 from patchkit.io.checked import Damaged, read_checked, write_checked
 from patchkit.io.places import cache_folder
-from patchkit.model.digests import model_digest
+from patchkit.model.digests import model_digest, tensor_digest
 from patchkit.model.weights import Site, stored_parameters
 
 _VERSION = 1
@@ -102,6 +102,15 @@ class NetworkFile:
             return {name: tensor.read() for name, tensor in stored.items()}, int(notes["steps"])
         except (Damaged, KeyError, ValidationError):
             return {}, 0
+
+
+def digest_of(networks: Mapping[int, Mapping[str, Tensor]]) -> str:
+    """sha256 over all tensors, in the order of layers and names: the identity of a training."""
+    digest = hashlib.sha256()
+    for layer in sorted(networks):
+        for name, tensor in sorted(networks[layer].items()):
+            digest.update(tensor_digest(f"{layer}.{name}", tensor).encode())
+    return digest.hexdigest()
 
 
 def network_for(
