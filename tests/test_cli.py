@@ -81,7 +81,8 @@ def test_apply_prints_a_table_and_writes_the_patch(run: Command, model: Path) ->
     assert ended.out.count("✓") == 2
     assert "patch: facts-patch" in ended.out
     written = {file.name for file in Path("facts-patch").iterdir()}
-    assert written == {"patch.safetensors", "manifest.json", "README.md", "state.safetensors", "provenance.json"}
+    own = {"patch.safetensors", "manifest.json", "README.md", "state.safetensors", "provenance.json"}
+    assert written == {*own, "report.html"}
     assert {file.name: file.read_bytes() for file in model.iterdir()} == before
 
 

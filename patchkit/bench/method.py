@@ -15,7 +15,7 @@ from patchkit.api import apply
 from patchkit.bench.health import weight_drift
 from patchkit.bench.measuring import Bench
 from patchkit.bench.records import Result
-from patchkit.editing.recipe import EditConfig
+from patchkit.editing.recipe import LOCATE, EditConfig
 from patchkit.errors import InputError
 from patchkit.facts.schema import Fact
 from patchkit.patch.manifest import Manifest, Run
@@ -175,10 +175,16 @@ class MethodRun:
         return None
 
     def _is_ours(self, run: Run) -> bool:
-        """Whether a run's recipe is this one, whatever each run made of neurons=auto."""
-        if self.config.neurons != "auto":
-            return run.recipe_digest == self.config.digest()
-        return {**run.recipe, "neurons": "auto"} == self.config.model_dump()
+        """Whether a run's recipe is this one, whatever each run made of what this one leaves open."""
+        ours, theirs = self.config.model_dump(), dict(run.recipe)
+        theirs |= {name: ours[name] for name in _LEFT_OPEN if ours[name] in ("auto", LOCATE, None)}
+        if "network" not in ours["settings"]:
+            theirs["settings"] = {name: value for name, value in theirs["settings"].items() if name != "network"}
+        return theirs == ours
+
+
+_LEFT_OPEN = ("neurons", "sweeps", "layers")
+"""Settings that are decided when a run's model and facts are known (`runs/settle.py`)."""
 
 
 def _rank(manifest: Manifest) -> int:
