@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 from patchkit.api import EVAL_WINDOW
-from patchkit.editing import value_edits
+from patchkit.editing import values_together
 from patchkit.editing.editor import edit
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
@@ -56,7 +56,7 @@ class SharedValues:
         sites = plan(self.runner.arch, config).sites
         if window not in self._covariances:
             self._covariances[window] = statistics(self.runner, sites, self._text(window))
-        with mock.patch.object(value_edits, "optimize", self._optimize):
+        with mock.patch.object(values_together, "optimize", self._optimize):
             run = edit(
                 self.runner, self.tokenizer, self.facts, config, self._covariances[window], contexts=self._contexts
             )
