@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from threading import Event
 
 
@@ -23,12 +24,17 @@ class PatchkitError(Exception):
         return "\n".join(_shortened(line) for line in super().__str__().splitlines())
 
 
-_LONGEST_LINE, _END = 1000, 300
+_LONGEST_LINE, _LONGEST_WORD, _END = 1000, 200, 0.3
 
 
 def _shortened(line: str) -> str:
-    left_out = len(line) - _LONGEST_LINE
-    return f"{line[: _LONGEST_LINE - _END]} [{left_out:,} characters] {line[-_END:]}" if left_out > 0 else line
+    return _cut(re.sub(rf"\S{{{_LONGEST_WORD},}}", lambda word: _cut(word[0], _LONGEST_WORD), line), _LONGEST_LINE)
+
+
+def _cut(text: str, most: int) -> str:
+    """Its beginning and its end, with how much is left out between them, where it is longer than `most`."""
+    left_out, end = len(text) - most, int(_END * most)
+    return f"{text[: most - end]} [{left_out:,} characters] {text[-end:]}" if left_out > 0 else text
 
 
 class InputError(PatchkitError):
