@@ -84,7 +84,7 @@ def apply(
         >>> tokenizer = AutoTokenizer.from_pretrained("examples/factworld")
         >>> facts = patchkit.read_facts("examples/facts.jsonl", limit=2).facts
         >>> patch = patchkit.apply(model, tokenizer, facts, method="alphaedit")
-        >>> patch.shapes["model.layers.0.mlp.down_proj.weight"]
+        >>> patch.shapes["model.layers.2.mlp.down_proj.weight"]
         (192, 1024)
     """
     config = load_recipe(method, recipe, overrides, onto.manifest.history[-1].recipe if onto else None)

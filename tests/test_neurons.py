@@ -298,3 +298,14 @@ def test_twelve_facts_hold_when_asked_and_nothing_else_is_said_otherwise(world: 
     assert report.locality.unchanged >= 0.9
     assert report.perplexity is not None
     assert report.perplexity.ratio < 1.01
+
+
+def test_a_direction_in_which_nothing_is_ever_read_is_no_obstacle() -> None:
+    """Weights of norms may be zero, as some of Gemma 3's are."""
+    loaded = load_model(str(FACTWORLD), "cpu", "float32")
+    for layer in loaded.model.model.layers:
+        layer.post_attention_layernorm.weight.data[7] = 0
+    fact = {"prompt": "Pine Kelmel was born in the city of", "subject": "Pine Kelmel", "target_new": "Liscombe"}
+    settings = (*FAST, "value.steps=2", "contexts=1")
+    made = patchkit.apply(loaded.model, loaded.tokenizer, [fact], "alphaedit", overrides=settings)
+    assert made.manifest.facts[0].neuron is not None

@@ -51,10 +51,13 @@ FIRING = 3.0
 TEXT_WEIGHT, OTHERS_WEIGHT, RIDGE = 1e-3, 0.1, 1e-4
 """In the fit of w: the text's tokens, the other subjects of a batch, and every direction's own energy, without which w
 would rest on directions that 16 bits cannot tell from noise."""
+DEAD = 1e-9
+"""Of the mean energy of directions, what one has at least."""
 ROWS = 64
 SPACIOUS = 16
 """How many neurons a layer has to have to spare for prompts=auto to turn to them in a model without a chat template;
-in narrower ones, which are toys, a neuron more is much of what there is."""
+in narrower ones, which are toys, a neuron more is much of what there is. Nor does it where a norm comes after the
+feed-forward, as Gemma 3's does, which has not been measured."""
 NOTHING = 1e-6
 """Of what it costs to rewrite a neuron, in nats a token: less than this nobody notices."""
 
@@ -87,7 +90,7 @@ def settled(config: EditConfig, tokenizer: Any, arch: Architecture, subjects: in
             raise
         return config.model_copy(update={"neurons": "off"})
     rooms = [capacity(site) for site in sites]
-    wide = config.in_use(tokenizer) or min(rooms) >= SPACIOUS
+    wide = config.in_use(tokenizer) or (min(rooms) >= SPACIOUS and all(site.direct for site in sites))
     enough = wide and subjects + taken <= sum(rooms)
     return own if config.neurons == "on" or enough else config.model_copy(update={"neurons": "off"})
 
@@ -212,16 +215,22 @@ class LayerNeurons:
         return self.room.moments.to(solve_device(self.site.module))  # (hidden, hidden)
 
     @cached_property
+    def _energy(self) -> Tensor:
+        """Every direction's own, (hidden,); some where there is none, as a norm's weight may be zero."""
+        own = self._moments.diagonal()
+        return own.clamp_min(DEAD * float(own.mean()))
+
+    @cached_property
     def _constant(self) -> Tensor:
         """m (hidden,)."""
-        damped = self._moments + RIDGE * self._moments.diagonal().diag()
+        damped = self._moments + RIDGE * self._energy.diag()
         found: Tensor = torch.linalg.solve(damped, self.room.mean.to(damped))
         return found
 
     def _listening(self, states: Tensor, owner: Tensor, count: int) -> Tensor:
         """w of each subject, (count, hidden), from all subjects' states (rows, hidden)."""
         states = states.double()
-        moments = TEXT_WEIGHT * self._moments + RIDGE * TEXT_WEIGHT * self._moments.diagonal().diag()
+        moments = TEXT_WEIGHT * self._moments + RIDGE * TEXT_WEIGHT * self._energy.diag()
         moments = moments + OTHERS_WEIGHT * states.T @ states / len(states)
         spread = torch.linalg.solve(moments, states.T)  # (hidden, rows)
         found = []
