@@ -177,14 +177,14 @@ class MethodRun:
     def _is_ours(self, run: Run) -> bool:
         """Whether a run's recipe is this one, whatever each run made of what this one leaves open."""
         ours, theirs = self.config.model_dump(), dict(run.recipe)
-        theirs |= {name: ours[name] for name in _LEFT_OPEN if ours[name] in ("auto", LOCATE, None)}
+        theirs |= {name: left for name, left in _LEFT_OPEN.items() if ours[name] == left}
         if "network" not in ours["settings"]:
             theirs["settings"] = {name: value for name, value in theirs["settings"].items() if name != "network"}
         return theirs == ours
 
 
-_LEFT_OPEN = ("neurons", "sweeps", "layers")
-"""Settings that are decided when a run's model and facts are known (`runs/settle.py`)."""
+_LEFT_OPEN = {"neurons": "auto", "sweeps": None, "layers": LOCATE}
+"""What settings are that are decided when a run's model and facts are known (`runs/settle.py`)."""
 
 
 def _rank(manifest: Manifest) -> int:

@@ -1,4 +1,4 @@
-"""What a recipe leaves open until the model and the facts are known: the layers, and neurons of subjects' own."""
+"""What a recipe leaves open until the model and the facts are known: layers, sweeps, neurons of subjects' own."""
 
 from __future__ import annotations
 
