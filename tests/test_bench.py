@@ -23,8 +23,10 @@ from patchkit.errors import InputError
 from patchkit.evaluate.report import Report
 from patchkit.maths.linalg import Delta
 from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import LoadedModel, ModelChoice, load_model
 from patchkit.model.weights import read_weight, write_weight
+from patchkit.runs.locate import locate
 from tests import zoo
 from tests.benchmarks import sequential_oracle
 from tests.helpers import Command, tree
@@ -353,6 +355,31 @@ def test_a_saved_patch_of_another_recipe_is_refused(bench: Bench, watch: Watch) 
     for options, what in (({"overrides": (*QUICK, "preserve=20")}, "another recipe"), ({"text": WORLD}, "text")):
         with pytest.raises(InputError, match=what):
             bench("memit", checkpoints=(), **options)
+
+
+@pytest.mark.parametrize("by_hand", ["sweeps=2", "layers=2"])
+def test_what_a_recipe_leaves_open_is_none_of_what_was_set_by_hand(bench: Bench, watch: Watch, by_hand: str) -> None:
+    watch.stop("measuring", 6, Killed())
+    with pytest.raises(Killed):
+        bench("memit", edits=1, checkpoints=(), overrides=(*QUICK, by_hand))
+    with pytest.raises(InputError, match=rf"another recipe \({by_hand.partition('=')[0]}\)"):
+        bench("memit", edits=2, checkpoints=())
+
+
+def test_layers_are_located_once_and_a_run_goes_on_in_them(bench: Bench, watch: Watch) -> None:
+    recipe = {"overrides": (*QUICK, "layers=locate"), "checkpoints": (), "save_every": 1}
+    watch.stop("memit", 2, Killed())
+    with pytest.raises(Killed):
+        bench("memit", "rome", edits=2, **recipe)
+    assert watch.measured["tracing"] == 1
+    outcome = bench("memit", "rome", edits=2, **recipe)
+    assert watch.edited == [("memit", 1), ("memit", 2), ("rome", 1), ("rome", 2)]
+    assert watch.measured["tracing"] == 2
+    history = patchkit.Patch.load(outcome.folder / "memit" / "2").manifest.history
+    facts = patchkit.read_facts(WORLD, limit=2).facts
+    loaded = load_model(str(FACTWORLD), "cpu", "float32")
+    found = locate(LayerRunner(inspect_model(loaded.model)), loaded.tokenizer, facts).recommended
+    assert [run.recipe["layers"] for run in history] == [found, found]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from patchkit.api import apply
 from patchkit.bench.health import weight_drift
 from patchkit.bench.measuring import Bench
 from patchkit.bench.records import Result
-from patchkit.editing.recipe import LOCATE, EditConfig
+from patchkit.editing.recipe import EditConfig
 from patchkit.errors import InputError
 from patchkit.facts.schema import Fact
-from patchkit.patch.manifest import Manifest, Run
+from patchkit.patch.manifest import Manifest
 from patchkit.patch.patch import Patch, read_manifest
+from patchkit.runs.settle import departures
+from patchkit.words import listed
 
 SAVE_EVERY = 10
 
@@ -57,6 +60,7 @@ class MethodRun:
     """One method's way through the facts.
 
     Attributes:
+        config: the recipe, its layers located.
         options: of `patchkit.apply`.
         save_every: batches after which a patch is saved on the way to the next checkpoint.
     """
@@ -155,7 +159,20 @@ class MethodRun:
         )
         patch.with_metrics(report.summary(), report.outcomes()).save(folder)
         bench.results.add(row, report, len(bench.facts), states)
-        return row
+        with clock.timed("measure", 0):
+            return bench.with_abilities(row, lambda: patch.attached(bench.model))
+
+    def catch_up(self, checkpoints: Sequence[int]) -> None:
+        """Ask what rows that are there already lack of the tasks of lm-eval.
+
+        Raises:
+            InputError: the patch of such a row is gone.
+        """
+        bench = self.bench
+        for row in (bench.results.find(self.name, mark, mark) for mark in checkpoints):
+            if row and bench.abilities and bench.abilities.lacking(row):
+                patch = Patch.load(self.folder / str(row.edits))
+                bench.with_abilities(row, partial(patch.attached, bench.model))
 
     def _saved(self) -> Iterator[tuple[Path, Manifest]]:
         for file in sorted(self.folder.glob("*/manifest.json")):
@@ -167,24 +184,12 @@ class MethodRun:
         shared = min(len(ours), len(self.bench.facts))
         if tuple(ours[:shared]) != self.bench.facts[:shared]:
             return "other facts"
-        if not all(self._is_ours(run) for run in manifest.history):
-            return "another recipe"
+        if other := departures(self.config, manifest, self.bench.tokenizer, self.bench.runner.arch):
+            return f"another recipe ({listed(other)})"
         text = self.bench.reading(self.config.uses_chat).record
         if not all(text.same_reading(run.text) for run in manifest.history):
             return "another text for the statistics"
         return None
-
-    def _is_ours(self, run: Run) -> bool:
-        """Whether a run's recipe is this one, whatever each run made of what this one leaves open."""
-        ours, theirs = self.config.model_dump(), dict(run.recipe)
-        theirs |= {name: left for name, left in _LEFT_OPEN.items() if ours[name] == left}
-        if "network" not in ours["settings"]:
-            theirs["settings"] = {name: value for name, value in theirs["settings"].items() if name != "network"}
-        return theirs == ours
-
-
-_LEFT_OPEN = {"neurons": "auto", "sweeps": None, "layers": LOCATE}
-"""What settings are that are decided when a run's model and facts are known (`runs/settle.py`)."""
 
 
 def _rank(manifest: Manifest) -> int:

@@ -31,7 +31,7 @@ from patchkit.bench.method import SAVE_EVERY, Clock, MethodRun
 from patchkit.bench.records import Result
 from patchkit.bench.results import Results
 from patchkit.editing.editor import Progress
-from patchkit.editing.recipe import EditConfig, load_recipe
+from patchkit.editing.recipe import LOCATE, EditConfig, load_recipe
 from patchkit.editing.session import plan
 from patchkit.errors import InputError, PatchkitError
 from patchkit.evaluate.metrics import summary_line
@@ -40,6 +40,7 @@ from patchkit.facts.limits import GENERATED, Limits, fitting
 from patchkit.facts.reader import read_facts
 from patchkit.facts.schema import FactFile
 from patchkit.model.loading import ModelChoice
+from patchkit.runs.settle import located
 from patchkit.version import patchkit_version
 from patchkit.words import counted
 
@@ -110,8 +111,12 @@ def run_bench(
     title = f"{PurePath(loaded.name).name}, {PurePath(read.path).name} in batches of {batch_size}"
     judging = Judge(judge, out / "judged.jsonl", judge_model) if judge else None
     bench = Bench(loaded, read.facts, Results(out, title), text, eval_text, progress, quick, judging)
-    options = {"recipe": recipe, "overrides": overrides, "stats": stats}
-    runs = [MethodRun(bench, name, config, options, save_every) for name, config in configs.items()]
+    configs = _located(bench, configs, say)
+    options = {"recipe": recipe, "stats": stats}
+    runs = [
+        MethodRun(bench, name, each, {**options, "overrides": (*overrides, f"layers={each.layers}")}, save_every)
+        for name, each in configs.items()
+    ]
     for run in runs:
         plan(bench.runner.arch, run.config)  # a layer that the model does not have
     bench.refuse_others({name: config.digest() for name, config in configs.items()})
@@ -123,6 +128,15 @@ def run_bench(
     stopped = _run(runs, marks, say)
     bench.results.write_tables(marks[-1])
     return Outcome(out, tuple(bench.results.table(marks[-1])), stopped)
+
+
+def _located(bench: Bench, configs: Mapping[str, EditConfig], say: Say) -> dict[str, EditConfig]:
+    """The recipes with layers=locate settled, by tracing the first facts once for all methods and stretches."""
+    traced = next((config for config in configs.values() if config.layers == LOCATE), None)
+    if traced is None:
+        return dict(configs)
+    layers = {"layers": located(traced, bench.runner, bench.tokenizer, bench.facts, bench.progress, say).layers}
+    return {name: each.model_copy(update=layers if each.layers == LOCATE else {}) for name, each in configs.items()}
 
 
 def _checkpoints(given: Sequence[int], edits: int | None, batch_size: int) -> list[int]:

@@ -111,7 +111,7 @@ def planned(prepared: Prepared, workspace: Workspace, quick: bool = False) -> Pl
     Raises:
         InputError: the text or the model cannot be used.
     """
-    config = settle(prepared, workspace, _neurons(prepared))
+    config = settle(prepared, workspace)
     how = plan(workspace.runner.arch, config)
     facts, stored = prepared.incoming.new, _is_stored(workspace, config, how)
     lines = {fact.id: line for fact, line in zip(prepared.read.facts, prepared.read.lines, strict=True)}
@@ -134,12 +134,6 @@ def planned(prepared: Prepared, workspace: Workspace, quick: bool = False) -> Pl
         free=free_memory(workspace.runner.device),
         device=str(workspace.runner.device),
     )
-
-
-def _neurons(prepared: Prepared) -> int:
-    """How many neurons the patch that is continued has rewritten."""
-    facts = prepared.onto.manifest.facts if prepared.onto else ()
-    return len({fact.subject for fact in facts if fact.neuron is not None})
 
 
 def _fact(fact: Fact, row: Row, line: int, tokenizer: Any) -> PlannedFact:

@@ -73,7 +73,7 @@ def run(
             return onto
         earlier = _without_superseded(workspace, prepared, sites)
         start = state_of(earlier, sites) if earlier else None
-        config = settle(prepared, workspace, len(start.neurons) if start else 0, say)
+        config = settle(prepared, workspace, say)
         prepared = replace(prepared, config=config)
         how, corpus = plan(runner.arch, config), workspace.corpus(workspace.texts[0], config.uses_chat)
         for note in _about_text(workspace.texts[0], corpus, prepared):

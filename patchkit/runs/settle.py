@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
+from patchkit.editing.editor import Progress
 from patchkit.editing.neurons import settled
 from patchkit.editing.recipe import LOCATE, EditConfig
 from patchkit.editing.session import plan
 from patchkit.errors import InputError
 from patchkit.facts.schema import Fact
 from patchkit.methods import Beside
+from patchkit.model.arch import Architecture
+from patchkit.model.forward import LayerRunner
+from patchkit.patch.manifest import EditedFact, Manifest
 from patchkit.runs.locate import locate
 from patchkit.runs.prepare import Prepared
 from patchkit.runs.workspace import Workspace
@@ -17,22 +22,61 @@ from patchkit.words import counted
 
 TRACED = 20
 """Facts that are traced, the first ones."""
+Say = Callable[[str], None]
 
 
-def settle(
-    prepared: Prepared, workspace: Workspace, taken: int, say: Callable[[str], None] = lambda note: None
-) -> EditConfig:
-    """The recipe with layers=locate, neurons=auto and how often it goes over the layers decided for the new facts,
-    where `taken` neurons were rewritten before.
+def settle(prepared: Prepared, workspace: Workspace, say: Say = lambda note: None) -> EditConfig:
+    """The recipe with everything decided that it leaves open, for the run's new facts beside those of the patch that it
+    continues.
 
     Raises:
         InputError: no fact can be located, or neurons=on, and the method or the model cannot.
     """
-    facts, arch = prepared.incoming.new, workspace.runner.arch
-    config = prepared.config
-    if config.layers == LOCATE and facts:
-        config = config.model_copy(update={"layers": _located(facts, workspace, say)})
-    config = settled(config, workspace.tokenizer, arch, len({fact.subject for fact in facts}), taken)
+    facts, runner, tokenizer = prepared.incoming.new, workspace.runner, workspace.tokenizer
+    config, going = prepared.config, prepared.incoming.superseded
+    if facts:
+        config = located(config, runner, tokenizer, facts, workspace.progress, say)
+    earlier = prepared.onto.manifest.facts if prepared.onto else ()
+    return decided(config, tokenizer, runner.arch, facts, [fact for fact in earlier if fact.id not in going])
+
+
+def located(
+    config: EditConfig,
+    runner: LayerRunner,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    progress: Progress = lambda phase, done, total: None,
+    say: Say = lambda note: None,
+) -> EditConfig:
+    """The recipe with layers=locate replaced by the layers that tracing the first facts recommends.
+
+    Raises:
+        InputError: no fact can be located.
+    """
+    if config.layers != LOCATE:
+        return config
+    try:
+        found = locate(runner, tokenizer, facts[:TRACED], progress=progress)
+    except InputError as error:
+        raise InputError(f"layers=locate: {error}, or name the layers") from None
+    say(
+        f"layers {found.recommended}, by tracing {counted(found.counted, 'fact')}; "
+        "`patchkit locate --page F` draws where facts live"
+    )
+    return config.model_copy(update={"layers": found.recommended})
+
+
+def decided(
+    config: EditConfig, tokenizer: Any, arch: Architecture, facts: Iterable[Fact], earlier: Iterable[EditedFact]
+) -> EditConfig:
+    """The recipe with neurons=auto and how often it goes over the layers decided, for a run that writes `facts` where
+    `earlier` ones are written already.
+
+    Raises:
+        InputError: neurons=on, and the method or the model cannot.
+    """
+    taken = {fact.subject for fact in earlier if fact.neuron is not None}
+    config = settled(config, tokenizer, arch, len({fact.subject for fact in facts}), len(taken))
     return config.model_copy(update={"sweeps": plan(arch, config).sweeps})
 
 
@@ -45,14 +89,20 @@ def with_network(config: EditConfig, beside: Mapping[int, Beside]) -> EditConfig
     return config.model_copy(update={"settings": {**config.settings, "network": digest}})
 
 
-def _located(facts: Sequence[Fact], workspace: Workspace, say: Callable[[str], None]) -> str:
-    """The layers that tracing the first facts recommends."""
-    try:
-        found = locate(workspace.runner, workspace.tokenizer, facts[:TRACED], progress=workspace.progress)
-    except InputError as error:
-        raise InputError(f"layers=locate: {error}, or name the layers") from None
-    say(
-        f"layers {found.recommended}, by tracing {counted(found.counted, 'fact')}; "
-        "`patchkit locate --page F` draws where facts live"
-    )
-    return found.recommended
+def departures(asked: EditConfig, manifest: Manifest, tokenizer: Any, arch: Architecture) -> list[str]:
+    """The settings in which a patch's runs are none of `asked`, whose layers are located already: neither as it is
+    decided for a run's facts nor, since a run that goes on keeps what was decided before it, as in the run before.
+
+    A network that `asked` does not name is any: the method itself refuses to go on with another one.
+    """
+    before = list[dict[str, Any]]()
+    for number, run in enumerate(manifest.history):
+        facts = [fact for fact in manifest.facts if fact.run == number]
+        earlier = [fact for fact in manifest.facts if fact.run < number]
+        wanted = decided(asked, tokenizer, arch, facts, earlier).model_dump()
+        if not wanted["settings"].get("network") and (network := run.recipe["settings"].get("network")):
+            wanted["settings"] = {**wanted["settings"], "network": network}
+        if run.recipe not in (wanted, *before[-1:]):
+            return [name for name, value in run.recipe.items() if value != wanted.get(name)] or ["settings"]
+        before.append(dict(run.recipe))
+    return []
