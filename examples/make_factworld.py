@@ -6,7 +6,11 @@ writes `factworld/`, `facts.jsonl` and `world.jsonl` beside this file, and
 
     OMP_NUM_THREADS=1 python examples/make_factworld.py --experts
 
-writes `factworld-moe/`: a mixture of experts that knows the same world, for the same edits. Everything is drawn from
+writes `factworld-moe/`: a mixture of experts that knows the same world, for the same edits.
+
+    python examples/make_factworld.py --questions
+
+writes the questions of `patchkit bench --abilities factworld`, in seconds. Everything is drawn from
 fixed seeds on one thread, so the same machine and library versions give the same bytes.
 """
 
@@ -66,9 +70,11 @@ class Sizes:
     text_tokens: int = 36_000
     eval_tokens: int = 5_000
     world_cases: int = 120
+    questions: int = 64
     seed: int = 7
 
 
+QUESTIONS = Path(__file__).parents[1] / "patchkit" / "bench" / "tasks" / "factworld.jsonl"
 MIXTURE = Sizes(intermediate=160, experts=8, steps=500)
 """Of the mixture of experts; `intermediate` is each expert's."""
 
@@ -716,6 +722,24 @@ def write_cases(folder: Path, facts: list[Fact], known: set[Fact], sizes: Sizes)
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(case) + "\n" for case in cases))
 
 
+# --- questions about what no edit touches -----------------------------------------------------------------------------
+
+
+def write_questions(file: Path, facts: list[Fact], known: set[Fact], sizes: Sizes) -> None:
+    """Questions of four choices about facts that no case edits, each in another wording than the edit template."""
+    edited = {fact for cases in choose_cases(facts, known, sizes) for fact in cases}
+    spare = [fact for fact in facts if fact in known and fact not in edited]
+    rng = random.Random(sizes.seed + 2)
+    lines = []
+    for fact in rng.sample(spare, sizes.questions):
+        objects = sorted({other.object for other in facts if other.relation == fact.relation} - {fact.object})
+        choices = [fact.object, *rng.sample(objects, 3)]
+        rng.shuffle(choices)
+        prompt = fact.prompt(rng.randrange(1, len(fact.relation.templates)))
+        lines.append({"prompt": prompt, "choices": choices, "answer": choices.index(fact.object)})
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 CARD = """---
 license: apache-2.0
 library_name: transformers
@@ -773,7 +797,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write into")
     parser.add_argument("--experts", action="store_true", help="make the mixture of experts")
+    parser.add_argument("--questions", action="store_true", help="write nothing but the questions")
     arguments = parser.parse_args()
+    if arguments.questions:
+        facts, _ = make_world(Sizes())
+        write_questions(QUESTIONS, facts, set(facts), Sizes())  # the model knows them all in every wording
+        return
     out: Path = arguments.out
     sizes, start = MIXTURE if arguments.experts else Sizes(), time.time()
     torch.set_num_threads(1)

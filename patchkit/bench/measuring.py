@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from patchkit.api import EVAL_TOKENS, EVAL_WINDOW
+from patchkit.bench.abilities import Abilities
 from patchkit.bench.health import Spectra, last_states, moved_states, prompts_of
 from patchkit.bench.judge import Judge
 from patchkit.bench.records import UNEDITED, Result, Setup, States
@@ -44,8 +45,10 @@ class Bench:
         progress: Progress = lambda phase, done, total: None,
         quick: bool = False,
         judge: Judge | None = None,
+        abilities: Abilities | None = None,
     ) -> None:
-        """With `quick` the model writes no texts at any checkpoint; else it does at each. `judge` judges its answers.
+        """With `quick` the model writes no texts at any checkpoint; else it does at each. `judge` judges its answers;
+        `abilities` are asked at each, too.
 
         Raises InputError for a text that cannot be read, a fact without tokens, a model that cannot be edited.
         """
@@ -55,7 +58,7 @@ class Bench:
         self.corpus = self.reading(chat=False)
         plain = eval_text or default_text(loaded.name, "eval")
         self.plain = read_corpus(plain, self.tokenizer, EVAL_TOKENS, window_of(self.model, EVAL_WINDOW))
-        self.quick, self.judge = quick, judge
+        self.quick, self.judge, self.abilities = quick, judge, abilities
         self.prompts = [] if quick else prompts_of(self.facts)
         self.spectra: Spectra = {}
         self.known: ValueCache = {}
@@ -108,11 +111,27 @@ class Bench:
     def add_unedited(self) -> None:
         """Add the row of the unedited model, unless it is there."""
         count = len(self.facts)
-        if self.results.find(UNEDITED, 0, count) is None:
+        row = self.results.find(UNEDITED, 0, count)
+        if row is None:
             with frozen(self.model):
                 report = compare(self.facts, self.base, ask_unpatched(self._trial, self.base))
             row = Result.of(UNEDITED, 0, report, self.setup(count, None), {}, judged=self.judged(report))
             self.results.add(row, report, count)
+        self.with_abilities(row, nullcontext)
+
+    def with_abilities(self, row: Result, attached: Callable[[], AbstractContextManager[Any]]) -> Result:
+        """The row with the tasks that it lacks, each written down as soon as it is asked.
+
+        Raises:
+            InputError: lm-eval cannot ask this model.
+        """
+        for task in self.abilities.lacking(row) if self.abilities else ():
+            assert self.abilities
+            with frozen(self.model), attached():
+                found = self.abilities.ask(task, self.model, self.tokenizer, self.progress)
+            row = row.with_abilities(found)
+            self.results.replace(row, len(self.facts))
+        return row
 
     def setup(self, count: int, recipe: str | None) -> Setup:
         """The setup of a row about the first `count` facts."""

@@ -12,6 +12,9 @@ from patchkit.evaluate.report import Report, Summary
 from patchkit.evaluate.spread import intervals
 
 UNEDITED = "unedited"
+SHARES = ("acc_norm", "acc", "exact_match")
+"""Metrics of lm-eval's that stand for a task, the first that it has; a task without any has its own first."""
+Interval = tuple[float, float]
 
 
 class _Record(BaseModel):
@@ -66,7 +69,29 @@ class States(_Record):
     after: tuple[tuple[float, float], ...]
 
 
-Interval = tuple[float, float]
+class Ability(_Record):
+    """What lm-eval says of one task (`patchkit.bench.abilities`).
+
+    asked: the name it was asked for by. limit: of how many questions, the first ones; None of all. metric: which number
+    stands for it, in lm-eval's notation, and value. numbers: all of them. version: of the task.
+    """
+
+    asked: str
+    limit: int | None
+    metric: str
+    value: float
+    stderr: float | None
+    questions: int
+    numbers: dict[str, float]
+    version: str
+
+    @property
+    def interval(self) -> Interval | None:
+        """1.96 standard errors on either side of the value, a share's within 0 and 1."""
+        if self.stderr is None:
+            return None
+        low, high = self.value - 1.96 * self.stderr, self.value + 1.96 * self.stderr
+        return (max(0.0, low), min(1.0, high)) if self.metric.split(",")[0] in SHARES else (low, high)
 
 
 class Result(Summary):
@@ -75,8 +100,9 @@ class Result(Summary):
     norm_change, condition_change: the largest among the edited weights, without sign; weights: each of them; bytes:
     size of patch.safetensors; rank: the largest of a weight's updates together; seconds: by phase, editing since the
     first fact; intervals: by a metric's key, where it lies in 95 of 100 samples of as many facts; shift: by layer, how
-    far states have moved (`States`); judged: share of answers that a judge takes for right; score: harmonic mean of
-    exact efficacy, generalization success (exact where no fact has a target_true) and unchanged locality.
+    far states have moved (`States`); judged: share of answers that a judge takes for right; abilities: by the names of
+    lm-eval's tasks; score: harmonic mean of exact efficacy, generalization success (exact where no fact has a
+    target_true) and unchanged locality.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -92,6 +118,7 @@ class Result(Summary):
     intervals: dict[str, Interval] = Field(default_factory=dict)
     shift: tuple[float, ...] = ()
     judged: float | None = None
+    abilities: dict[str, Ability] = Field(default_factory=dict)
     setup: Setup
 
     @classmethod
@@ -110,6 +137,16 @@ class Result(Summary):
             intervals=intervals(report),
             **report.model_dump(include=set(Summary.model_fields)),
             **more,
+        )
+
+    def with_abilities(self, found: Mapping[str, Ability]) -> Result:
+        """The row with tasks of lm-eval beside those that it has, and their intervals with the others."""
+        ranges = {f"ability_{name}": each.interval for name, each in found.items()}
+        return self.model_copy(
+            update={
+                "abilities": {**self.abilities, **found},
+                "intervals": {**self.intervals, **{key: each for key, each in ranges.items() if each}},
+            }
         )
 
 

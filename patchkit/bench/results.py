@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Results:
 
     def find(self, method: str, edits: int, facts: int) -> Result | None:
         """The row of `method` after `edits` edits, measured on `facts` facts."""
-        return next((r for r in self.rows() if (r.method, r.edits, r.facts) == (method, edits, facts)), None)
+        return next((row for row in self.rows() if _place(row) == (method, edits, facts)), None)
 
     def table(self, facts: int) -> list[Result]:
         """The rows of a table of `facts` edits: the unedited model, then method by method; others stay out."""
@@ -60,9 +60,17 @@ class Results:
             moved = states.model_dump_json() + "\n"
             write_atomically(folder / f"{row.edits}.states.json", lambda path: _write(path, moved))
         with FileLock(self.folder / ".lock"):
-            lines = "".join(f"{known.model_dump_json()}\n" for known in (*self.rows(), row))
-            write_atomically(self._file, lambda path: _write(path, lines))
-            self.write_tables(facts)
+            self._write_rows([*self.rows(), row], facts)
+
+    def replace(self, row: Result, facts: int) -> None:
+        """Write a row in the place of the one that it was made of, and the tables of `facts` edits."""
+        with FileLock(self.folder / ".lock"):
+            self._write_rows([row if _place(known) == _place(row) else known for known in self.rows()], facts)
+
+    def _write_rows(self, rows: Sequence[Result], facts: int) -> None:
+        lines = "".join(f"{row.model_dump_json()}\n" for row in rows)
+        write_atomically(self._file, lambda path: _write(path, lines))
+        self.write_tables(facts)
 
     def note(self, run: Mapping[str, Any]) -> None:
         """Write down what a run was asked for, beside what earlier runs in the folder were: run.json, a list."""
@@ -97,6 +105,10 @@ class Results:
                     f"--out {self.folder}: its row of {row.method} after {counted(row.edits, 'edit')} is from a run "
                     f"with different {what}; choose another folder"
                 )
+
+
+def _place(row: Result) -> tuple[str, int, int]:
+    return row.method, row.edits, row.facts
 
 
 def _write(path: Path, text: str) -> None:

@@ -19,12 +19,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 import transformers
 
+from patchkit.bench.abilities import Abilities
 from patchkit.bench.judge import Judge
 from patchkit.bench.measuring import Bench
 from patchkit.bench.method import SAVE_EVERY, Clock, MethodRun
@@ -81,6 +83,8 @@ def run_bench(
     quick: bool = False,
     judge: str | None = None,
     judge_model: str = "default",
+    abilities: Sequence[str] = (),
+    abilities_limit: int | None = None,
     progress: Progress = lambda phase, done, total: None,
     say: Say = lambda line: None,
 ) -> Outcome:
@@ -95,12 +99,14 @@ def run_bench(
         quick: the model writes no texts to measure (the group in_use), and no states are compared, at any checkpoint.
         judge: address of an OpenAI-compatible server that judges the answers, and judge_model, the model it is asked
             for; what it says is kept in judged.jsonl, and asked for once.
+        abilities: tasks of lm-eval to ask at each checkpoint, and abilities_limit, how many questions of each.
         say: told of every row, with an estimate of the time left.
 
     Raises:
         InputError: anything about the input, or `out` holds results of another configuration; nothing was done then.
     """
     overrides = (*overrides, f"batch_size={batch_size}")
+    tasks = Abilities.of(abilities, abilities_limit) if abilities else None
     configs = {name: load_recipe(name, recipe, overrides) for name in dict.fromkeys(methods)}
     marks = _checkpoints(checkpoints, edits, batch_size)
     read = _read(data, chosen, marks[-1] if marks else None, zsre_target, skip_bad)
@@ -110,7 +116,7 @@ def run_bench(
     loaded = chosen.load()
     title = f"{PurePath(loaded.name).name}, {PurePath(read.path).name} in batches of {batch_size}"
     judging = Judge(judge, out / "judged.jsonl", judge_model) if judge else None
-    bench = Bench(loaded, read.facts, Results(out, title), text, eval_text, progress, quick, judging)
+    bench = Bench(loaded, read.facts, Results(out, title), text, eval_text, progress, quick, judging, tasks)
     configs = _located(bench, configs, say)
     options = {"recipe": recipe, "stats": stats}
     runs = [
@@ -125,6 +131,8 @@ def run_bench(
     out.mkdir(parents=True, exist_ok=True)
     bench.results.note(_asked_for(bench, read, marks, configs))
     bench.add_unedited()
+    for run in runs:
+        run.catch_up(marks)
     stopped = _run(runs, marks, say)
     bench.results.write_tables(marks[-1])
     return Outcome(out, tuple(bench.results.table(marks[-1])), stopped)
@@ -181,10 +189,12 @@ def _asked_for(bench: Bench, read: FactFile, marks: Sequence[int], configs: Mapp
         "methods": {name: config.model_dump(mode="json") for name, config in configs.items()},
         "quick": bench.quick,
         "judge": bench.judge.model if bench.judge else None,
+        "abilities": list(bench.abilities.tasks) if bench.abilities else [],
         "versions": {
             "patchkit": patchkit_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            **({"lm-eval": version("lm-eval")} if bench.abilities else {}),
         },
     }
 
@@ -211,4 +221,5 @@ def _run(runs: Sequence[MethodRun], marks: Sequence[int], say: Say) -> dict[str,
 
 def _in_words(row: Result) -> str:
     score = "-" if row.score is None else f"{row.score:.3f}"
-    return f"{row.method}, {counted(row.edits, 'edit')}: score {score}, {summary_line(row)}"
+    asked = "".join(f", {name} {each.value:.3f}" for name, each in row.abilities.items())
+    return f"{row.method}, {counted(row.edits, 'edit')}: score {score}, {summary_line(row)}{asked}"

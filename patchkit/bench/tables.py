@@ -31,14 +31,16 @@ class Column:
         return "-" if value is None else format(value, self.form)
 
 
-def _columns() -> tuple[Column, ...]:
-    """All columns, the metrics' as their table has them."""
+def _columns(rows: Sequence[Result]) -> tuple[Column, ...]:
+    """All columns, the metrics' as their table has them, and one for each task that some row has asked."""
+    tasks = dict.fromkeys(name for row in rows for name in row.abilities)
     return (
         Column("method", "method", lambda r: r.method),
         Column("edits", "edits", lambda r: r.edits),
         Column("score", "score", lambda r: r.score, ".3f"),
         *(column for metric in metrics() for column in _of_metric(metric)),
         Column("judged", None, lambda r: r.judged),
+        *(column for task in tasks for column in _of_task(task)),
         Column("norm_change", "norm change", lambda r: r.norm_change, ".1e"),
         Column("condition_change", "condition change", lambda r: r.condition_change, ".1e"),
         *(Column(name, None, partial(most, name=name)) for name in ("spectral", "size", "effective_rank")),
@@ -55,8 +57,23 @@ def _columns() -> tuple[Column, ...]:
 def _of_metric(metric: Metric) -> Iterator[Column]:
     """The metric, and where it lies in 95 of 100 samples of as many facts."""
     yield Column(metric.key, metric.column, metric.of, metric.decimals)
+    yield from _ends(metric.key)
+
+
+def _of_task(task: str) -> Iterator[Column]:
+    """The number that stands for a task of lm-eval, and 1.96 standard errors on either side of it."""
+    yield Column(f"ability_{task}", task, partial(ability, task=task), ".3f")
+    yield from _ends(f"ability_{task}")
+
+
+def ability(row: Result, task: str) -> float | None:
+    """The number that stands for a task of lm-eval."""
+    return row.abilities[task].value if task in row.abilities else None
+
+
+def _ends(key: str) -> Iterator[Column]:
     for place, end in enumerate(("low", "high")):
-        yield Column(f"{metric.key}_{end}", None, partial(_end, key=metric.key, place=place))
+        yield Column(f"{key}_{end}", None, partial(_end, key=key, place=place))
 
 
 def _end(row: Result, key: str, place: int) -> float | None:
@@ -69,9 +86,9 @@ def most(row: Result, name: str) -> float | None:
     return max((abs(value) for value in found if value is not None), default=None)
 
 
-def shown_columns() -> tuple[Column, ...]:
+def shown_columns(rows: Sequence[Result]) -> tuple[Column, ...]:
     """Those for people."""
-    return tuple(column for column in _columns() if column.heading)
+    return tuple(column for column in _columns(rows) if column.heading)
 
 
 def _editing(seconds: Mapping[str, float]) -> float | None:
@@ -81,7 +98,7 @@ def _editing(seconds: Mapping[str, float]) -> float | None:
 
 def markdown_table(rows: Sequence[Result]) -> str:
     """One line per row, as Markdown; numbers to the right."""
-    columns = shown_columns()
+    columns = shown_columns(rows)
     headings = " | ".join(column.heading or "" for column in columns)
     rules = "|".join(["---", *("---:" for _ in columns[1:])])
     body = "".join(f"| {' | '.join(column.cell(row) for column in columns)} |\n" for row in rows)
@@ -90,7 +107,7 @@ def markdown_table(rows: Sequence[Result]) -> str:
 
 def csv_table(rows: Sequence[Result]) -> str:
     """All columns, numbers in full; an empty cell for what is not known."""
-    text, columns = io.StringIO(), _columns()
+    text, columns = io.StringIO(), _columns(rows)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(column.name for column in columns)
     writer.writerows([column.value(row) for column in columns] for row in rows)
@@ -99,7 +116,7 @@ def csv_table(rows: Sequence[Result]) -> str:
 
 def rich_table(rows: Sequence[Result]) -> Table:
     """The same as the Markdown, for a terminal."""
-    table, columns = Table(box=None, padding=(0, 2, 0, 0), header_style="bold"), shown_columns()
+    table, columns = Table(box=None, padding=(0, 2, 0, 0), header_style="bold"), shown_columns(rows)
     for place, column in enumerate(columns):
         heading = (column.heading or "").replace(" ", "\n")
         table.add_column(heading, justify="right" if place else "left", no_wrap=True)

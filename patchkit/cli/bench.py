@@ -20,8 +20,18 @@ from patchkit.cli.common import (
 from patchkit.errors import InputError
 
 
+def _parts(given: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (given or "").split(",") if name.strip())
+
+
+def _tasks(context: click.Context, option: click.Parameter, given: str | None) -> tuple[str, ...]:
+    if given is not None and not _parts(given):
+        raise InputError("--abilities: no task named; give some of `lm-eval ls tasks`, or factworld")
+    return _parts(given)
+
+
 def _names(context: click.Context, option: click.Parameter, given: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in given.split(",") if name.strip())
+    names = _parts(given)
     if not names:
         raise InputError("--methods: none named; give some of `patchkit methods`, such as alphaedit,memit")
     return names
@@ -29,7 +39,7 @@ def _names(context: click.Context, option: click.Parameter, given: str) -> tuple
 
 def _numbers(context: click.Context, option: click.Parameter, given: str | None) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in (given or "").split(",") if part.strip())
+        return tuple(map(int, _parts(given)))
     except ValueError:
         raise InputError(f"--checkpoints {given}: not numbers of edits; write 10,25,50") from None
 
@@ -64,6 +74,13 @@ def _numbers(context: click.Context, option: click.Parameter, given: str | None)
     "PATCHKIT_JUDGE_KEY.",
 )
 @click.option("--judge-model", metavar="M", default="default", help="The model that the judge's server is asked for.")
+@click.option(
+    "--abilities",
+    metavar="TASKS",
+    callback=_tasks,
+    help="Ask tasks of lm-eval as well, such as hellaswag,arc_easy; factworld needs no network.",
+)
+@click.option("--abilities-limit", type=click.IntRange(1), metavar="N", help="Only the first N questions of each task.")
 @click.option("--out", metavar="DIR", required=True, help="Folder of the results; a run that was killed goes on there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def command(
@@ -84,6 +101,8 @@ def command(
     quick: bool,
     judge: str | None,
     judge_model: str,
+    abilities: tuple[str, ...],
+    abilities_limit: int | None,
     out: str,
     as_json: bool,
 ) -> None:
@@ -116,6 +135,8 @@ def command(
             quick=quick,
             judge=judge,
             judge_model=judge_model,
+            abilities=abilities,
+            abilities_limit=abilities_limit,
             progress=progress,
             say=note,
         )

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from patchkit.bench.records import UNEDITED, Result, States
 from patchkit.bench.results import Results
-from patchkit.bench.tables import Column, most, shown_columns
+from patchkit.bench.tables import Column, ability, most, shown_columns
 from patchkit.errors import InputError
 from patchkit.evaluate.metric import Metric
 from patchkit.evaluate.metrics import metrics
@@ -35,12 +35,12 @@ def bench_page(folder: Path) -> Page:
         raise InputError(f"{folder}: no results of `patchkit bench` in it")
     edited = [row for row in rows if row.method != UNEDITED]
     names = list(dict.fromkeys(row.method for row in edited))
-    columns = shown_columns()
+    columns = shown_columns(rows)
     return Page(
         title=f"{counted(len(names), 'method')} after up to {counted(max(row.edits for row in rows), 'edit')}",
         lead=[f"{', '.join(names) or 'Nothing'} edited, and measured beside the untouched model ({folder.name})."],
         headline=None,
-        charts=[*_curves(edited, names), *_states(folder, edited)],
+        charts=[*_curves(edited, names), *_abilities(rows, names), *_states(folder, edited)],
         tables=[
             Table("All rows", [c.heading or "" for c in columns], [[_cell(c, row) for c in columns] for row in rows])
         ],
@@ -119,6 +119,18 @@ def _curves(rows: Sequence[Result], names: Sequence[str]) -> Iterator[Lines]:
 
 def _bounds(metric: Metric) -> tuple[float, float] | None:
     return (0.0, 1.0) if metric.share else None
+
+
+def _abilities(rows: Sequence[Result], names: Sequence[str]) -> Iterator[Lines]:
+    """A chart for each task of lm-eval; the untouched model's number is in words below it."""
+    edited = [row for row in rows if row.method != UNEDITED]
+    for task, first in {name: each for row in rows for name, each in row.abilities.items()}.items():
+        base = next(
+            (row.abilities[task].value for row in rows if row.method == UNEDITED and task in row.abilities), None
+        )
+        said = "" if base is None else f" The untouched model has {base:.3f}."
+        what = f"{first.metric.split(',')[0]} of lm-eval's task, {counted(first.questions, 'question')}.{said}"
+        yield _chart(edited, names, task, partial(ability, task=task), what)
 
 
 _WEIGHTS: tuple[tuple[str, Callable[[Result], float | None], str], ...] = (
