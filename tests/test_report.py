@@ -276,6 +276,29 @@ def test_values_far_apart_are_drawn_on_a_logarithmic_axis() -> None:
     assert heights == [206.0, 109.0, 12.0]
 
 
+def test_more_lines_than_colors_are_told_apart() -> None:
+    drawn = Lines("t", "edits", [Series(f"m{number}", [(0, 0.0), (1, number)]) for number in range(17)]).markup()
+    kinds = [part.split('"')[0] for part in drawn.split('<path class="line ')[1:]]
+    assert kinds == [f"s{n % 8}{('', ' dashed', ' dotted')[n // 8]}" for n in range(17)]
+    assert re.findall(r'<li class="k([^"]*)"', drawn) == [kind.removeprefix("s") for kind in kinds]
+
+
+@pytest.mark.parametrize(
+    ("points", "across", "up"),
+    [
+        ([(1, 0.016), (2, 0.099)], ["1", "2"], ["0.02", "0.04", "0.06", "0.08"]),
+        ([(10, 0.0), (50, 1.0)], ["10", "20", "30", "40", "50"], ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+        ([(0, 3.0), (4, 3.0)], ["0", "1", "2", "3", "4"], ["2.6", "2.8", "3", "3.2", "3.4"]),
+    ],
+)
+def test_axes_have_a_few_round_numbers_and_counts_whole_ones(
+    points: list[tuple[float, float]], across: list[str], up: list[str]
+) -> None:
+    drawn = Lines("t", "edits", [Series("a", points)]).markup()
+    assert re.findall(r'text-anchor="middle">([^<]*)<', drawn) == across
+    assert re.findall(r'text-anchor="end">([^<]*)<', drawn) == up
+
+
 # --- a benchmark ------------------------------------------------------------------------------------------------------
 
 
@@ -298,6 +321,7 @@ def test_a_benchmarks_page_has_a_line_for_each_method_and_its_facts(tmp_path: Pa
     assert [len(each["facts"]) for each in data["sets"]] == [4, 4]
     for said in ("asked", "perplexity ratio", "seconds of editing", "alphaedit", "memit"):
         assert said in page.text
+    assert page.text.index("seconds of editing") < page.text.index("Facts, before and after")
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from patchkit.words import in_html
 
 WIDTH, HEIGHT = 480, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 44
 COLORS = 8
-"""Classes c0 to c7 of the style sheet."""
+"""Classes c0 to c7 of the style sheet; of more lines in one chart, the next as many are dashed, then dotted."""
+DASHES = ("", " dashed", " dotted")
+_TICKS = 6
+"""At most so many on an axis."""
 LOG_FROM = 100
 """Values that far apart are drawn on a logarithmic axis."""
 
@@ -45,10 +48,9 @@ class Lines:
         if not points:
             return ""
         across = _Axis.of([x for x, _ in points], None, (_LEFT, WIDTH - _RIGHT))
+        across = replace(across, whole=all(float(x).is_integer() for x, _ in points))  # edits, layers, runs
         up = _Axis.of([y for _, y in points], self.bounds, (HEIGHT - _BOTTOM, _TOP))
-        drawn = "".join(
-            _line(each.drawn, across, up, number % COLORS, each.name) for number, each in enumerate(self.series)
-        )
+        drawn = "".join(_line(each.drawn, across, up, number, each.name) for number, each in enumerate(self.series))
         grid = "".join(_grid(across, up))
         named = f'<text class="name" x="{(_LEFT + WIDTH - _RIGHT) / 2:g}" y="{HEIGHT - 6}">{in_html(self.x)}</text>'
         return _figure(self.title, self.caption, _svg(self.title, HEIGHT, grid + named + drawn), _legend(self.series))
@@ -164,6 +166,7 @@ class _Axis:
     high: float
     ends: tuple[float, float]
     logarithmic: bool
+    whole: bool = False
 
     @classmethod
     def of(cls, values: Sequence[float], bounds: tuple[float, float] | None, ends: tuple[float, float]) -> _Axis:
@@ -180,16 +183,19 @@ class _Axis:
         return self.ends[0] + (self.ends[1] - self.ends[0]) * (value - low) / (high - low)
 
     def ticks(self) -> list[float]:
-        """Round values, about five."""
+        """Round values, at most six; of counts whole ones."""
         if self.logarithmic:
             first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
             step = max(1, (last - first) // 5 + 1)
             return [10.0**power for power in range(first, last + 1, step)]
-        rough = (self.high - self.low) / 4
-        power = 10 ** math.floor(math.log10(rough))
-        step = next(power * each for each in (1, 2, 5, 10) if power * each >= rough * 0.999)
-        first = math.ceil(self.low / step - 1e-9)
-        return [step * number for number in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        power = 10.0 ** math.floor(math.log10((self.high - self.low) / _TICKS))
+        steps = (power * each for each in (1, 2, 5, 10, 20) if not self.whole or power * each >= 1)
+        places = (self._multiples(step) for step in steps)
+        return next(found for found in places if len(found) <= _TICKS)
+
+    def _multiples(self, step: float) -> list[float]:
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [step * number for number in range(first, last + 1)]
 
     def _scaled(self, value: float) -> float:
         return math.log10(value) if self.logarithmic else value
@@ -209,7 +215,8 @@ def _number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1e-3 or abs(value) >= 1e5 else f"{value:,.5g}"
 
 
-def _line(points: Sequence[tuple[float, float]], across: _Axis, up: _Axis, color: int, name: str) -> str:
+def _line(points: Sequence[tuple[float, float]], across: _Axis, up: _Axis, number: int, name: str) -> str:
+    color, dashes = number % COLORS, DASHES[number // COLORS % len(DASHES)]
     places = [(across.at(x), up.at(y), x, y) for x, y in points]
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y, *_ in places)
     dots = "".join(
@@ -217,7 +224,7 @@ def _line(points: Sequence[tuple[float, float]], across: _Axis, up: _Axis, color
         f"<title>{in_html(name)}, {_number(at)}: {value:.4g}</title></circle>"
         for x, y, at, value in places
     )
-    return f'<path class="line s{color}" d="M{path}"/>{dots}' if places else ""
+    return f'<path class="line s{color}{dashes}" d="M{path}"/>{dots}' if places else ""
 
 
 # --- around them ------------------------------------------------------------------------------------------------------
@@ -230,7 +237,10 @@ def _svg(title: str, height: float, content: str) -> str:
 def _legend(series: Sequence[Series]) -> str:
     if len(series) < 2:
         return ""
-    items = "".join(f'<li class="k{number % COLORS}">{in_html(each.name)}</li>' for number, each in enumerate(series))
+    items = "".join(
+        f'<li class="k{number % COLORS}{DASHES[number // COLORS % len(DASHES)]}">{in_html(each.name)}</li>'
+        for number, each in enumerate(series)
+    )
     return f'<ul class="legend">{items}</ul>'
 
 

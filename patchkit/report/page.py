@@ -53,7 +53,8 @@ class Page:
 
     Attributes:
         lead: sentences below the title.
-        headline: the one report whose few numbers stand at the top, if there is one.
+        headline: the one report whose few numbers stand at the top, if there is one; its facts come next. Without one
+            the curves are the first to be looked at.
         reports: by name, facts before and after; one of several is chosen on the page.
     """
 
@@ -76,14 +77,17 @@ class Page:
         sets = [packed_report(name, report, texts) for name, report in self.reports.items()]
         data = json_in_html({"texts": texts.all(), "sets": sets})
         charts = "".join(chart.markup() for chart in self.charts)
+        numbers = [
+            f'<h2>Curves and weights</h2><div class="charts">{charts}</div>' if charts else "",
+            *(table.markup() for table in self.tables),
+        ]
+        facts = [_facts() if sets else ""]
         body = [
             f"<header><h1>{in_html(self.title)}</h1>",
             *(f"<p>{in_html(sentence)}</p>" for sentence in self.lead),
             "</header><main>",
             _headline(self.headline) if self.headline else "",
-            _facts() if sets else "",
-            f'<h2>Curves and weights</h2><div class="charts">{charts}</div>' if charts else "",
-            *(table.markup() for table in self.tables),
+            *(facts + numbers if self.headline else numbers + facts),
             f"</main><footer><p>Made by patchkit {in_html(patchkit_version())}. This file asks for nothing from "
             "anywhere else.</p></footer>",
         ]

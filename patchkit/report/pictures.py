@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import unicodedata
 import warnings
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 INK, FAINT, RULE, GOOD, BAD = "#1d2733", "#5b6775", "#dde2e8", "#16794a", "#b3261e"
 COLORS = ("#00796b", "#c2570c", "#4254c5", "#a3307f", "#6b7a00", "#0277a8", "#8a4b2a", "#5f6c7b")
+DASHES = ("-", "--", ":")
+_INSIDE, _IN_ROW = 6, 5
+"""Names that a chart has room for, and how many go into a row below it where there are more."""
 """Those of the page's style sheet, in light."""
 FACTS = 8
 """Facts in a picture; the page has all."""
@@ -187,7 +191,7 @@ def _chart_picture(chart: Lines | Bars | Cloud | Heat, taken: dict[str, int]) ->
     """A chart with its title above and its caption below; None where there is nothing to draw."""
     if not chart.markup():
         return None
-    height = 0.9 + 0.3 * len(chart.rows) if isinstance(chart, Bars | Heat) else 3.6
+    height = 0.9 + 0.3 * len(chart.rows) if isinstance(chart, Bars | Heat) else 3.6 + _below(chart)
     figure = _figure(6.4, height)
     axes = figure.add_subplot()
     _DRAW[type(chart)](axes, chart)
@@ -205,7 +209,8 @@ def _lines(axes: Axes, chart: Lines) -> None:
     for number, series in enumerate(chart.series):
         if series.drawn:
             x, y = zip(*series.drawn, strict=True)
-            axes.plot(x, y, color=COLORS[number % len(COLORS)], label=_cut(series.name, 30), marker="o", ms=4, lw=1.8)
+            color, line = COLORS[number % len(COLORS)], DASHES[number // len(COLORS) % len(DASHES)]
+            axes.plot(x, y, line, color=color, label=_cut(series.name, 30), marker="o", ms=4, lw=1.8)
     values = [y for series in chart.series for _, y in series.drawn]
     if chart.bounds:
         low, high = min(*values, *chart.bounds), max(*values, *chart.bounds)
@@ -252,6 +257,12 @@ def _heat(axes: Axes, chart: Heat) -> None:
 _DRAW: Mapping[type, Callable[[Any, Any], None]] = {Lines: _lines, Cloud: _cloud, Bars: _bars, Heat: _heat}
 
 
+def _below(chart: Lines | Cloud) -> float:
+    """Inches for the names of more series than fit inside the chart."""
+    count = len(chart.series)
+    return 0.2 * math.ceil(count / _IN_ROW) if count > _INSIDE else 0.0
+
+
 # --- around them ------------------------------------------------------------------------------------------------------
 
 
@@ -272,7 +283,18 @@ def _frame(axes: Axes, series: int) -> None:
     for name, spine in axes.spines.items():
         spine.set_visible(name in ("left", "bottom"))
         spine.set_color(RULE)
-    if series > 1:
+    if series > _INSIDE:
+        below = (0.5, -0.16)
+        axes.legend(
+            loc="upper center",
+            bbox_to_anchor=below,
+            ncols=_IN_ROW,
+            handlelength=3.5,  # a dashed line is seen to be one
+            frameon=False,
+            fontsize=8,
+            labelcolor=FAINT,
+        )
+    elif series > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=FAINT, ncols=2)
 
 
