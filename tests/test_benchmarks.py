@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from patchkit.bench.records import Drift, Result, Setup
+from patchkit.evaluate.report import LocalityRates, Rates, Report
 from patchkit.statistics.corpus import WINDOW
 from tests.benchmarks import (
     adaedit,
@@ -163,4 +165,28 @@ def test_results(options: list[str], monkeypatch: pytest.MonkeyPatch, text: str,
     rows = [line.split(" | ")[:2] for line in page.splitlines() if line.startswith(("| memit", "| encore"))]
     assert rows == [["| memit", "1"], ["| memit", "2"], ["| encore", "1"], ["| encore", "2"]]
     assert f"2 facts of in-batches.jsonl ({FACTS[1].id} to {FACTS[2].id})" in page
-    assert "memit" in (tmp_path / "out" / "in-batches.html").read_text(encoding="utf-8")
+    whole, small = (tmp_path / folder / "in-batches.html" for folder in ("out", "pages"))
+    assert FACTS[1].prompt in whole.read_text(encoding="utf-8")
+    assert FACTS[1].prompt not in small.read_text(encoding="utf-8")
+    assert "condition change" in small.read_text(encoding="utf-8")
+
+
+def row_of(method: str, edits: int, efficacy: float, norm: float) -> Result:
+    setup = Setup(model="0", dtype="float32", facts="0", text="0", eval_text="0", recipe=None)
+    rates = Rates(success=efficacy, exact=efficacy, generated=efficacy)
+    near = LocalityRates(success=1.0, unchanged=1.0)
+    report = Report(facts=edits, efficacy=rates, generalization=rates, locality=near, perplexity=None, per_fact=())
+    return Result.of(method, edits, report, setup, {"w": Drift(norm=norm, condition=-2 * norm)})
+
+
+def test_findings_have_each_methods_course_and_say_who_fell() -> None:
+    """Of ROME, which falls, of MEMIT, which does not and grows, and of MOSE, which stays as it was."""
+    rows = [row_of("rome", 10, 1.0, 0.1), row_of("rome", 50, 0.4, 0.5)]
+    rows += [row_of("memit", 10, 1.0, 0.1), row_of("memit", 50, 0.95, 0.4)]
+    rows += [row_of("mose", 10, 1.0, 0.0), row_of("mose", 50, 0.95, 1e-16)]
+    fell, norms, conditions = results.findings(rows)
+    assert "1 of 1 methods that know nothing of earlier edits: rome 1.00, 0.50" in fell
+    assert "Of the others, 2 of 2 keep it: memit 1.00, 0.97; mose 1.00, 0.97" in fell
+    assert "memit 1.0e-01, 4.0e-01; mose 0.0e+00, 1.0e-16" in norms
+    assert "memit 2.0e-01, 8.0e-01" in conditions
+    assert list(results.findings([row_of("encore", 1, 1.0, 0.1)])) == []

@@ -23,8 +23,8 @@ from patchkit.words import counted
 _Kind = TypeVar("_Kind", bound=BaseModel)
 
 
-def bench_page(folder: Path) -> Page:
-    """What a benchmark has found so far.
+def bench_page(folder: Path, facts: bool = True) -> Page:
+    """What a benchmark has found so far; without `facts` the numbers alone, in a small page.
 
     Raises:
         InputError: no results there, or not of this version.
@@ -44,7 +44,7 @@ def bench_page(folder: Path) -> Page:
         tables=[
             Table("All rows", [c.heading or "" for c in columns], [[_cell(c, row) for c in columns] for row in rows])
         ],
-        reports=_reports(folder, edited),
+        reports=_reports(folder, edited) if facts else {},
     )
 
 

@@ -1,19 +1,21 @@
-"""The tables and the report of docs/results: methods one by one and in batches, on all measures.
+"""The tables and the reports of docs/results: methods one by one and in batches, on all measures.
 
     python -m tests.benchmarks.results --facts F --text T --eval-text E [--model M] [--skip N] [--set KEY=VALUE]
         [--stage one-by-one|in-batches] [--edits N] [--batch-size B] [--checkpoints K,L] [--methods A,B]
+    python -m tests.benchmarks.results --stage embedded
 
 runs `patchkit bench` into out/results/<stage>, where a run that was killed goes on, and writes docs/results/<stage>.md
-from its rows and out/results/<stage>.html, the report. `make results` runs both stages as they stand in STAGES: 100
-facts one by one for all methods of the four papers and their baselines, 1,000 in batches of 100 for six.
+from its rows, docs/results/<stage>.html, the report without facts, and out/results/<stage>.html, all of it. `make
+results` runs two stages as they stand in STAGES: 100 facts one by one for all methods of the four papers and their
+baselines, 1,000 in batches of 100 for six. `make results-embedded` runs the third, on the embedded model: half an hour.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from patchkit.bench.records import UNEDITED, Result
@@ -27,6 +29,7 @@ from patchkit.report.page import write_page
 from tests.benchmarks.common import parser
 
 ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 PAPERS = (
     *("ft", "rome", "r-rome", "memit", "pmet", "memit+prune", "memit+rect", "emmet", "wilke"),
     *("alphaedit", "adaedit", "oedit", "oedit+", "mose", "mose-right"),
@@ -46,12 +49,19 @@ class Stage:
     edits: int
     batch_size: int
     checkpoints: Sequence[int]
+    settings: Sequence[str] = ()
+    embedded: bool = False
 
 
 STAGES = {
     "one-by-one": Stage(PAPERS, 100, 1, (10, 50)),
     "in-batches": Stage(BEST, 1000, 100, (100, 500)),
+    # As published: no neurons of subjects' own, which keep even ROME's edits apart.
+    "embedded": Stage(PAPERS, 50, 1, (10, 25), ("prompts=contexts",), embedded=True),
 }
+UNPROTECTED = ("ft", "rome", "r-rome")
+"""What the papers show collapsing: nothing in it knows of earlier edits."""
+FALL = 0.1
 
 
 def options_of() -> argparse.Namespace:
@@ -74,18 +84,18 @@ def options_of() -> argparse.Namespace:
 def main() -> None:
     """Run the stages, and write what they found."""
     options = options_of()
-    for name in options.stage or STAGES:
+    for name in options.stage or [name for name, stage in STAGES.items() if not stage.embedded]:
         stage = asked_for(STAGES[name], options)
         out = options.out / name
         done = run_bench(
-            str(facts_from(options, out)),
-            ModelChoice(options.model, options.device, "auto"),
+            str(EXAMPLES / "world.jsonl" if stage.embedded else facts_from(options, out)),
+            ModelChoice(str(EXAMPLES / "factworld") if stage.embedded else options.model, options.device, "auto"),
             out,
             methods=stage.methods,
             edits=stage.edits,
             batch_size=stage.batch_size,
             checkpoints=stage.checkpoints,
-            overrides=options.set,
+            overrides=(*stage.settings, *options.set),
             text=options.text,
             eval_text=options.eval_text,
             quick=options.quick,
@@ -93,6 +103,7 @@ def main() -> None:
         )
         options.pages.mkdir(parents=True, exist_ok=True)
         (options.pages / f"{name}.md").write_text(page(name, out, done.stopped), encoding="utf-8")
+        write_page(bench_page(out, facts=False), options.pages / f"{name}.html")
         write_page(bench_page(out), options.out / f"{name}.html")
 
 
@@ -100,11 +111,12 @@ def asked_for(stage: Stage, options: argparse.Namespace) -> Stage:
     """The stage as the options have it."""
     edits = options.edits or stage.edits
     given = [int(each) for each in options.checkpoints.split(",")] if options.checkpoints else stage.checkpoints
-    return Stage(
-        tuple(options.methods.split(",")) if options.methods else stage.methods,
-        edits,
-        options.batch_size or stage.batch_size,
-        [each for each in given if each < edits],
+    return replace(
+        stage,
+        methods=tuple(options.methods.split(",")) if options.methods else stage.methods,
+        edits=edits,
+        batch_size=options.batch_size or stage.batch_size,
+        checkpoints=[each for each in given if each < edits],
     )
 
 
@@ -120,22 +132,59 @@ def facts_from(options: argparse.Namespace, out: Path) -> Path:
 
 
 def page(name: str, out: Path, stopped: dict[str, str]) -> str:
-    """The page about a stage: what was run, the table, and who stopped."""
-    rows = Results(out, "").rows()
+    """The page about a stage: what was run, what of the papers' findings it shows, the table, and who stopped."""
+    stage, rows = STAGES[name], Results(out, "").table(max(row.facts for row in Results(out, "").rows()))
     run = json.loads((out / "run.json").read_text(encoding="utf-8"))[-1]
     first, last = run["facts"][0], run["facts"][-1]
+    made = "make results-embedded" if stage.embedded else "make results"
+    settings = f", {', '.join(stage.settings)}" if stage.settings else ""
+    how = "one by one" if stage.batch_size == 1 else "in batches"
     head = (
-        f"# Methods {name.replace('-', ' ')}\n\n{run['model']}, {len(run['facts'])} facts of {run['data']} ({first} to "
-        f"{last}), with torch {run['versions']['torch']}. `make results` makes it. In parentheses: 95 % intervals over "
-        "facts, for unrelated over answers.\n\n"
+        f"# Methods {how} on {run['model']}\n\n{len(run['facts'])} facts of {run['data']} ({first} to {last})"
+        f"{settings}, with torch {run['versions']['torch']}. `{made}` makes this page and "
+        f"[its charts]({name}.html).\n\n"
     )
     ended = "".join(f"\n`{method}` {why}\n" for method, why in stopped.items())
-    return head + "\n".join(table(rows)) + "\n" + ended
+    below = (
+        "\nIn parentheses: 95 % intervals over facts, for unrelated over answers. Score is the harmonic mean of exact "
+        "efficacy, generalization success and unchanged locality.\n"
+    )
+    return head + "".join(findings(rows)) + "\n".join(table(rows)) + "\n" + below + ended
+
+
+def findings(rows: Sequence[Result]) -> Iterator[str]:
+    """What the papers found of sequences of edits, with this run's numbers and whether they agree."""
+    of = {name: [row for row in rows if row.method == name] for name in dict.fromkeys(row.method for row in rows)}
+    bare = {name: of[name] for name in UNPROTECTED if name in of}
+    if bare:
+        fell = [name for name, each in bare.items() if (each[-1].score or 0) < (each[0].score or 0) - FALL]
+        others = {name: each for name, each in of.items() if name not in (*UNPROTECTED, UNEDITED)}
+        kept = [name for name, each in others.items() if (each[-1].score or 0) >= (each[0].score or 0) - FALL]
+        yield (
+            f"**Collapse without protection** (the score falls by over {FALL}): {len(fell)} of {len(bare)} methods "
+            f"that know nothing of earlier edits: {_course(bare, 'score', '.2f')}. Of the others, {len(kept)} of "
+            f"{len(others)} keep it: {_course(others, 'score', '.2f')}.\n\n"
+        )
+    for title, names, field in (
+        ("**Norms grow with MEMIT and stay with MOSE**", ("memit", "mose", "mose-right"), "norm_change"),
+        ("**So do condition numbers**", ("memit", "mose", "mose-right"), "condition_change"),
+    ):
+        some = {name: of[name] for name in names if name in of}
+        if "memit" in some and len(some) > 1:
+            yield f"{title}: {_course(some, field, '.1e')}.\n\n"
+
+
+def _course(some: Mapping[str, Sequence[Result]], field: str, form: str) -> str:
+    """Each method's numbers at its checkpoints."""
+    return "; ".join(
+        f"{name} {', '.join('-' if (v := getattr(row, field)) is None else format(v, form) for row in each)}"
+        for name, each in some.items()
+    )
 
 
 def table(rows: Sequence[Result]) -> Iterator[str]:
     """The rows as Markdown, the unedited model first."""
-    headings = ("method", "edits", *(key.replace("in_use_", "").replace("_", " ") for key in COLUMNS))
+    headings = ("method", "edits", "score", *(key.replace("in_use_", "").replace("_", " ") for key in COLUMNS))
     more = ("norm change", "condition change", "shift of states", "s an edit")
     yield f"| {' | '.join((*headings, *more))} |"
     yield "|---|" + "---:|" * (len(headings) + len(more) - 1)
@@ -149,6 +198,7 @@ def cells(row: Result) -> Iterator[str]:
     """One row's cells."""
     yield row.method
     yield f"{row.edits}"
+    yield "-" if row.score is None else f"{row.score:.3f}"
     for key in COLUMNS:
         group = next(group.name for group in GROUPS if key.startswith(group.name))
         value, (low, high) = row.value(group, key.removeprefix(f"{group}_")), row.intervals.get(key, (None, None))
