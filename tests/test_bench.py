@@ -16,7 +16,9 @@ import torch
 
 import patchkit
 from patchkit import methods
+from patchkit.api import EVAL_TOKENS, EVAL_WINDOW
 from patchkit.bench.health import weight_drift
+from patchkit.bench.measuring import TEXT_TOKENS
 from patchkit.bench.records import Result, States, score
 from patchkit.bench.run import Outcome, run_bench
 from patchkit.errors import InputError
@@ -27,6 +29,7 @@ from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import LoadedModel, ModelChoice, load_model
 from patchkit.model.weights import read_weight, write_weight
 from patchkit.runs.locate import locate
+from patchkit.statistics.corpus import read_corpus, window_of
 from tests import zoo
 from tests.benchmarks import sequential_oracle
 from tests.helpers import Command, tree
@@ -148,6 +151,25 @@ def test_rows_say_what_apply_and_measure_say(bench: Bench, loaded: LoadedModel, 
         whole = Report.model_validate_json((outcome.folder / row.method / f"{row.edits}.json").read_bytes())
         assert [fact.id for fact in whole.per_fact] == [fact.id for fact in facts[: row.edits]]
     assert outcome.rows[2].score != outcome.rows[0].score == 0.0
+
+
+@torch.no_grad()
+def test_text_kl_is_that_of_the_whole_distributions(bench: Bench, loaded: LoadedModel, eval_text: Path) -> None:
+    outcome = bench("memit", edits=1, checkpoints=())
+    unedited, row = outcome.rows
+    assert unedited.text_kl == 0.0
+    windows = read_corpus(eval_text, loaded.tokenizer, EVAL_TOKENS, window_of(loaded.model, EVAL_WINDOW)).windows
+    ids = [torch.tensor([list(window)]) for window in windows[: TEXT_TOKENS // len(windows[0])]]
+
+    def said() -> list[torch.Tensor]:
+        return [loaded.model(input_ids=each).logits[0, :-1].double().log_softmax(-1) for each in ids]
+
+    before = said()
+    with patchkit.Patch.load(outcome.folder / "memit" / "1").attached(loaded.model):
+        after = said()
+    by_window = [float((p.exp() * (p - q)).sum(-1).mean()) for p, q in zip(before, after, strict=True)]
+    assert row.text_kl == pytest.approx(sum(by_window) / len(by_window), rel=0.02)  # of a very small one, in float32
+    assert row.text_kl > 1e-7
 
 
 def test_the_unedited_model_is_measured_as_it_is(bench: Bench) -> None:

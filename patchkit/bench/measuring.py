@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,8 @@ from patchkit.bench.records import UNEDITED, Result, Setup, States
 from patchkit.bench.results import Results
 from patchkit.editing.editor import Progress, frozen
 from patchkit.editing.session import ValueCache
+from patchkit.evaluate.answers import Ask, Said
+from patchkit.evaluate.divergence import as_said, divergences
 from patchkit.evaluate.report import Report
 from patchkit.evaluate.trial import Trial
 from patchkit.evaluate.verify import Answers, ask_base, ask_unpatched, compare, verify
@@ -30,6 +33,9 @@ from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import LoadedModel
 from patchkit.model.weights import stored_parameters
 from patchkit.statistics.corpus import Corpus, default_text, read_corpus, window_of
+
+TEXT_TOKENS = 1024
+"""Tokens of the plain text that distributions are compared on; the perplexity reads more."""
 
 
 class Bench:
@@ -108,6 +114,18 @@ class Bench:
             with attached():
                 return moved_states(before, last_states(self.runner, self.tokenizer, self.prompts))
 
+    @cached_property
+    def _base_text(self) -> Mapping[Ask, Said]:
+        windows = self.plain.windows
+        with frozen(self.model):
+            return as_said(self.runner, windows[: max(1, TEXT_TOKENS // max(map(len, windows)))])
+
+    def text_kl(self, attached: Callable[[], AbstractContextManager[Any]]) -> float:
+        """KL(base ‖ patched) on plain text, nats per token: mean over windows."""
+        before = self._base_text
+        with frozen(self.model), attached():
+            return fmean(divergences(self.runner, before).values())
+
     def add_unedited(self) -> None:
         """Add the row of the unedited model, unless it is there."""
         count = len(self.facts)
@@ -115,7 +133,7 @@ class Bench:
         if row is None:
             with frozen(self.model):
                 report = compare(self.facts, self.base, ask_unpatched(self._trial, self.base))
-            row = Result.of(UNEDITED, 0, report, self.setup(count, None), {}, judged=self.judged(report))
+            row = Result.of(UNEDITED, 0, report, self.setup(count, None), {}, judged=self.judged(report), text_kl=0.0)
             self.results.add(row, report, count)
         self.with_abilities(row, nullcontext)
 

@@ -145,6 +145,7 @@ class MethodRun:
             report = bench.measure(mark, lambda: patch.attached(bench.model))
             drifts = weight_drift(bench.model, patch, bench.spectra)
             states = bench.states(lambda: patch.attached(bench.model))
+            moved = bench.text_kl(lambda: patch.attached(bench.model))
         row = Result.of(
             self.name,
             mark,
@@ -155,6 +156,7 @@ class MethodRun:
             rank=_rank(patch.manifest),
             shift=states.shift if states else (),
             judged=bench.judged(report),
+            text_kl=moved,
             seconds={**_phases(patch.manifest), "measuring": round(time.perf_counter() - began, 3)},
         )
         patch.with_metrics(report.summary(), report.outcomes()).save(folder)

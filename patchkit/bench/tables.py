@@ -39,6 +39,7 @@ def _columns(rows: Sequence[Result]) -> tuple[Column, ...]:
         Column("edits", "edits", lambda r: r.edits),
         Column("score", "score", lambda r: r.score, ".3f"),
         *(column for metric in metrics() for column in _of_metric(metric)),
+        Column("text_kl", "text KL", lambda r: r.text_kl, ".3f"),
         Column("judged", None, lambda r: r.judged),
         *(column for task in tasks for column in _of_task(task)),
         Column("norm_change", "norm change", lambda r: r.norm_change, ".1e"),

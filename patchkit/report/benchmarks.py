@@ -134,6 +134,7 @@ def _abilities(rows: Sequence[Result], names: Sequence[str]) -> Iterator[Lines]:
 
 
 _WEIGHTS: tuple[tuple[str, Callable[[Result], float | None], str], ...] = (
+    ("text KL", lambda row: row.text_kl, "KL(base ‖ patched) on plain text, nats per token."),
     ("norm change", lambda row: row.norm_change, "Largest relative change of an edited weight's Frobenius norm."),
     ("condition change", lambda row: row.condition_change, "The same of its condition number."),
     ("rank", lambda row: row.rank, "Largest rank of the change of one weight."),
