@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Phi3Config, Phi3ForCausalLM
 
 import patchkit
 from patchkit.editing.editor import frozen
@@ -25,7 +26,7 @@ from patchkit.methods import available
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import LoadedModel, load_model
-from patchkit.model.openers import openers, opening_sites
+from patchkit.model.openers import openers
 from patchkit.patch.patch import Patch
 from patchkit.statistics.corpus import read_corpus
 from patchkit.statistics.moments import statistics
@@ -165,18 +166,56 @@ def test_a_merged_checkpoint_of_16_bits_says_what_the_patch_does(
 def test_what_opens_a_feed_forward_is_found_by_trying(name: str) -> None:
     arch = inspect_model(FAMILIES[name]())
     found = openers(arch, arch.sites[1])
-    gate, amount = found.gate.module_name.rpartition(".")[2], found.amount and found.amount.module_name
+    gate, amount = found.gate.site.module_name.rpartition(".")[2], found.amount and found.amount.site.module_name
     assert gate in ("gate_proj", "c_fc", "fc1")
     assert amount is None or amount.endswith("up_proj")
     assert (amount is None) == (name in ("gpt2", "opt"))
 
 
-def test_a_fused_opener_is_left_alone() -> None:
+def fused(world: LoadedModel) -> LoadedModel:
+    """The same model with its gate and the other opener in one weight, as Phi-3 has them."""
+    known = world.model.config.to_dict()
+    kept = {name: known[name] for name in known if name not in ("architectures", "model_type", "torch_dtype")}
+    model = Phi3ForCausalLM(Phi3Config(**kept)).eval()
+    weights = dict(world.model.state_dict())
+    for layer in range(world.model.config.num_hidden_layers):
+        for whole, parts in (("self_attn.qkv", "qkv"), ("mlp.gate_up", ("gate", "up"))):
+            block, _, _ = whole.partition(".")
+            own = [weights.pop(f"model.layers.{layer}.{block}.{part}_proj.weight") for part in parts]
+            weights[f"model.layers.{layer}.{whole}_proj.weight"] = torch.cat(own)
+    model.load_state_dict(weights)
+    return replace(world, model=model)
+
+
+def test_one_weight_that_opens_the_feed_forward_twice_is_rewritten_as_two_are(
+    world: LoadedModel, facts: list[patchkit.Fact], patch: Patch, tmp_path: Path
+) -> None:
+    phi = fused(world)
+    assert apart(logits(phi, "Pine Kelmel was"), logits(world, "Pine Kelmel was")) < 1e-5
+    made = patchkit.apply(phi.model, phi.tokenizer, facts, "alphaedit", overrides=FAST)
+    assert own_places(made) == own_places(patch)
+    both = torch.cat([named(patch, part).dense() for part in ("gate_proj", "up_proj")])
+    assert apart(named(made, "gate_up_proj").dense(), both) < 1e-3
+    made.save(tmp_path / "p")
+    more = patchkit.read_facts(EXAMPLES / "facts.jsonl").facts[3:4]
+    longer = patchkit.apply(phi.model, phi.tokenizer, more, onto=Patch.load(tmp_path / "p"))
+    assert all(says(phi, fact, longer).startswith(fact.target_new) for fact in (*facts, *more))
+    less = patchkit.revert(phi.model, phi.tokenizer, longer, facts=[fact.id for fact in facts])
+    assert named(less, "gate_up_proj").rank == 2
+    assert own_places(less) == own_places(longer)[3:]
+
+
+def test_rows_of_a_fused_weight_that_take_turns_are_left_alone() -> None:
     arch = inspect_model(FAMILIES["phi3"]())
-    assert opening_sites(arch, arch.sites[0]) == ()
-    with pytest.raises(InputError, match="neurons=on: looked for one or two weights"):
+    mlp = arch.model.get_submodule(arch.sites[0].module_name.rpartition(".")[0])
+    mlp.forward = (
+        lambda x: mlp.down_proj(  # type: ignore[method-assign, operator, union-attr]
+            mlp.gate_up_proj(x)[..., ::2].sigmoid() * mlp.gate_up_proj(x)[..., 1::2]  # type: ignore[operator, union-attr]
+        )
+    )
+    with pytest.raises(InputError, match=r"neurons=on: looked for one or two weights .* found gate_up_proj"):
         openers(arch, arch.sites[0])
-    config = load_recipe("alphaedit", None, ["prompts=in-use"])
+    config = load_recipe("alphaedit", None, ["prompts=in-use", "layers=0"])
     assert settled(config, chatting(), arch).neurons == "off"
 
 

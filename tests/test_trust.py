@@ -337,6 +337,23 @@ def test_a_signature_tells_a_change_that_digests_do_not(run: Command, patch: Pat
     assert "its signature does not hold" in ended.err
 
 
+def test_by_oidc_the_network_is_needed_and_that_is_one_line(
+    run: Command, patch: Path, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("sign", patch, "--key", keys[0]).status == 0
+
+    def unreachable() -> None:
+        raise ConnectionError("tuf-repo.example.org cannot be reached\nTraceback")
+
+    monkeypatch.setattr("sigstore.models.ClientTrustConfig.production", unreachable)
+    who = ("--identity", "ada@example.org", "--issuer", "https://issuer.example.org")
+    for command in (("sign", patch), ("verify", patch, "--quick", "--signature", *who)):
+        ended = run(*command)
+        assert ended.status == 1
+        assert ended.err.strip().splitlines()[-1].count("tuf-repo.example.org cannot be reached") == 1
+        assert "Traceback" not in ended.err
+
+
 def test_changing_a_patch_takes_its_signature_away(run: Command, patch: Path, keys: tuple[Path, Path]) -> None:
     assert run("sign", patch, "--key", keys[0]).status == 0
     refused(run("push", patch, "ada/facts", "--base", "ada/llama", "--dry-run"), "the patch is signed")

@@ -42,7 +42,7 @@ from patchkit.model.arch import Architecture
 from patchkit.model.devices import solve_device
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import LiveDelta
-from patchkit.model.openers import Openers, openers
+from patchkit.model.openers import Opener, Openers, openers
 from patchkit.model.weights import Site, read_weight
 
 SHARPNESS, THRESHOLD = 20.0, 0.4
@@ -256,29 +256,33 @@ class LayerNeurons:
 
     # --- rewriting ----------------------------------------------------------------------------------------------------
 
-    def _rewrite(self, places: Sequence[int], rows: Mapping[Site, Tensor]) -> list[Neuron]:
+    def _rewrite(self, places: Sequence[int], rows: Mapping[Opener, Tensor]) -> list[Neuron]:
         """The neurons at `places`, whose openers' rows become `rows` (n, hidden), less what their biases add."""
-        before = {site: read_weight(site)[list(places)].double() for site in rows}
-        changes = {
-            site: storable((rows[site] - self._biases(site, places) - old).cpu()) for site, old in before.items()
-        }
+        changes = dict[str, list[Tensor]]()
+        for opener in self.openers.all:
+            if opener in rows:
+                where = [opener.first + place for place in places]
+                wanted = rows[opener] - self._biases(opener.site, where)
+                change = storable((wanted - read_weight(opener.site)[where].double()).cpu())  # (n, hidden)
+                changes.setdefault(opener.site.module_name, []).append(change)
+        listening = {name: torch.stack(parts, 1) for name, parts in changes.items()}  # (n, rows of one, hidden)
         lost = storable(-self._weight[:, list(places)])
         return [
             Neuron(
                 self.site.layer,
                 place,
-                {site.module_name: change[i] for site, change in changes.items()},
+                {name: each[i] for name, each in listening.items()},
                 lost[:, i],
                 storable(self.room.instead[self.room.places.index(place)]),
             )
             for i, place in enumerate(places)
         ]
 
-    def _biases(self, site: Site, places: Sequence[int]) -> Tensor:
+    def _biases(self, site: Site, rows: Sequence[int]) -> Tensor:
         bias = getattr(site.module, "bias", None)
         if bias is None:
-            return torch.zeros(len(places), 1, dtype=torch.double, device=self._constant.device)
-        own: Tensor = bias.detach().double()[list(places)].unsqueeze(1)
+            return torch.zeros(len(rows), 1, dtype=torch.double, device=self._constant.device)
+        own: Tensor = bias.detach().double()[list(rows)].unsqueeze(1)
         return own * self._constant
 
     def _act(self) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 from zlib import crc32
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from patchkit.editing.contexts import STARTERS, sample
@@ -270,14 +270,14 @@ def _heard(
     runner: LayerRunner, opened: Mapping[int, Openers], text: Sequence[Sequence[int]]
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """By layer, moments and mean as in `Room` of what feed-forward layers opened so read in the text's windows."""
-    wanted = max(SAMPLE, *(4 * each.gate.d_in for each in opened.values()))
+    wanted = max(SAMPLE, *(4 * each.gate.site.d_in for each in opened.values()))
     some = text[:: max(1, sum(map(len, text)) // wanted)]
     found: dict[int, list[Tensor]] = {layer: [] for layer in opened}
     for first in range(0, len(some), ROWS):
         read, mask = reading(runner, opened, some[first : first + ROWS])
         for layer, states in read.items():
             found[layer].append(states[mask.to(states.device).bool()])
-    whole = {layer: exact(torch.cat(parts), solve_device(opened[layer].gate.module)) for layer, parts in found.items()}
+    whole = {layer: exact(torch.cat(parts), solve_device(_reader(opened[layer]))) for layer, parts in found.items()}
     return {layer: (states.T @ states / len(states), states.mean(0)) for layer, states in whole.items()}
 
 
@@ -295,6 +295,11 @@ def reading(
     ids, mask = pad(texts, runner.device)
     with ExitStack() as stack:
         for layer, each in opened.items():
-            stack.enter_context(watching(each.gate.module, len(texts), partial(note, layer)))
+            stack.enter_context(watching(_reader(each), len(texts), partial(note, layer)))
         runner.run({"input_ids": ids, "attention_mask": mask, "use_cache": False}, stop=max(opened) + 1)
     return seen, mask
+
+
+def _reader(opened: Openers) -> nn.Module:
+    """The module that reads the stream."""
+    return opened.gate.site.module

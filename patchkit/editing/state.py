@@ -160,7 +160,8 @@ class Neuron:
     Attributes:
         layer: of the feed-forward it is in.
         place: its number there.
-        rows: by the module name of each weight that opens the feed-forward, the change of its row there, (hidden,).
+        rows: by the module name of each weight that opens the feed-forward, the change of its rows there, (1, hidden),
+            or (2, hidden) of a fused one.
         lost: what the text hears no more from it: less its column of the output projection, (d_out,).
         instead: how much of that each neuron (d_in,) is to make up for, itself 1.
     """
@@ -174,9 +175,11 @@ class Neuron:
 
 def rewritten(neurons: Sequence[Neuron], module: str, width: int) -> Delta:
     """The change of a weight (width, hidden) that opens a feed-forward, by its module name."""
-    rows = torch.stack([neuron.rows[module] for neuron in neurons])  # (n, hidden)
-    places = torch.tensor([neuron.place for neuron in neurons])
-    return Delta(torch.eye(width, dtype=rows.dtype)[:, places], rows)
+    rows = torch.stack([neuron.rows[module] for neuron in neurons])  # (n, 1 or 2, hidden)
+    each = rows.shape[1]
+    first = torch.tensor([neuron.place for neuron in neurons]).unsqueeze(1)
+    places = (first + width // each * torch.arange(each)).flatten()
+    return Delta(torch.eye(width, dtype=rows.dtype)[:, places], rows.flatten(0, 1))
 
 
 def made_up_for(neurons: Sequence[Neuron]) -> Delta:

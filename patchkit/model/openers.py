@@ -20,28 +20,44 @@ from patchkit.model.weights import Site, is_linear, is_quantized, shape_of, weig
 
 
 @dataclass(frozen=True)
-class Openers:
-    """What opens a feed-forward: the weight that decides whether a neuron fires, and the one that says how much, if
-    they are two."""
+class Opener:
+    """Rows of a weight that neurons listen with, one for each, from row `first` on. A fused weight (Phi-3's) has two
+    openers, one after the other."""
 
-    gate: Site
-    amount: Site | None
+    site: Site
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Openers:
+    """What opens a feed-forward: the rows that decide whether a neuron fires, and those that say how much, if there are
+    two for each."""
+
+    gate: Opener
+    amount: Opener | None
+
+    @property
+    def all(self) -> tuple[Opener, ...]:
+        """Both, or the one; of a fused weight in the order of its rows."""
+        found = (self.gate,) if self.amount is None else (self.gate, self.amount)
+        return tuple(sorted(found, key=lambda opener: opener.first))
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """All of them."""
-        return (self.gate,) if self.amount is None else (self.gate, self.amount)
+        """The weights that they are in."""
+        return tuple({opener.site.module_name: opener.site for opener in self.all}.values())
 
 
 def opening_sites(arch: Architecture, site: Site) -> tuple[Site, ...]:
-    """The linear layers beside the output projection `site` that lead from the stream to its inner width."""
+    """The linear layers beside the output projection `site` that lead from the stream to its inner width, or twice."""
     prefix = site.module_name.rpartition(".")[0]
-    shape, found = (site.d_in, arch.hidden_size), arch.model.get_submodule(prefix).named_children()
+    found = arch.model.get_submodule(prefix).named_children()
     names = [(f"{prefix}.{name}", module) for name, module in found if is_linear(module) and not is_quantized(module)]
+    shapes = [(name, module, shape_of(module) or (0, 0)) for name, module in names]
     return tuple(
-        Site(site.layer, f"{name}.weight", name, module, arch.hidden_size, site.d_in, direct=False, opens=True)
-        for name, module in names
-        if shape_of(module) == shape
+        Site(site.layer, f"{name}.weight", name, module, d_in, d_out, direct=False, opens=True)
+        for name, module, (d_out, d_in) in shapes
+        if d_in == arch.hidden_size and d_out in (site.d_in, 2 * site.d_in)
     )
 
 
@@ -58,14 +74,15 @@ def openers(arch: Architecture, site: Site) -> Openers:
     """What opens the feed-forward of `site`. The model is left as it is.
 
     Raises:
-        InputError: the feed-forward is opened otherwise, by a fused weight for example.
+        InputError: the feed-forward is opened otherwise, by rows of a fused weight that take turns for example.
     """
-    found = opening_sites(arch, site)
+    weights = opening_sites(arch, site)
+    found = [Opener(weight, first) for weight in weights for first in range(0, weight.d_out, site.d_in)]
     if len(found) == 1:
         return Openers(found[0], None)
     scaling = [_scales(arch, site, each) for each in found] if len(found) == 2 else []
     if sorted(scaling) != [False, True]:
-        names = ", ".join(each.module_name.rpartition(".")[2] for each in found) or "none"
+        names = ", ".join(each.module_name.rpartition(".")[2] for each in weights) or "none"
         raise InputError(
             f"neurons=on: looked for one or two weights that open the feed-forward of layer {site.layer}, found "
             f"{names}; use neurons=off"
@@ -74,21 +91,22 @@ def openers(arch: Architecture, site: Site) -> Openers:
     return Openers(gate, amount)
 
 
-def _scales(arch: Architecture, site: Site, opener: Site) -> bool:
+def _scales(arch: Architecture, site: Site, opener: Opener) -> bool:
     """Whether neurons fire twice as much where the opener says twice as much: then no activation comes after it."""
     block = arch.model.get_submodule(site.module_name.rpartition(".")[0])
-    weight, before, after = weight_of(opener.module), list[Tensor](), list[Tensor]()
+    module, first, last = opener.site.module, opener.first, opener.first + site.d_in
+    weight, before, after = weight_of(module), list[Tensor](), list[Tensor]()
     numbers = torch.randn(1, 4, arch.hidden_size, generator=torch.Generator().manual_seed(0))
     x = numbers.to(weight.device, weight.dtype)
 
-    def double(module: nn.Module, args: object, output: Tensor) -> Tensor:
-        return 2 * output
+    def double(_module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return torch.cat([output[..., :first], 2 * output[..., first:last], output[..., last:]], -1)
 
     for seen, hooks in ((before, ()), (after, (double,))):
         note = in_this_thread(lambda module, args, seen=seen: seen.append(args[0]))
         with torch.no_grad(), ExitStack() as stack:
             stack.enter_context(site.module.register_forward_pre_hook(note))
             for hook in hooks:
-                stack.enter_context(opener.module.register_forward_hook(in_this_thread(hook)))
+                stack.enter_context(module.register_forward_hook(in_this_thread(hook)))
             block(x)
     return bool(torch.allclose(after[0].float(), 2 * before[0].float(), rtol=1e-2, atol=1e-6))

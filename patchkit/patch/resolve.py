@@ -107,11 +107,15 @@ def _neurons(patch: Patch, sites: Sites) -> list[Neuron]:
         elif isinstance(chain[0], Delta):
             rows.setdefault(site.layer, {})[site.module_name] = chain[0]
     for layer, here in rows.items():
-        others, first = made_up.get(layer), next(iter(here.values()))
-        if not isinstance(others, Delta) or {each.rank for each in here.values()} != {others.rank}:
+        others = made_up.get(layer)
+        inner = others.right.shape[1] if isinstance(others, Delta) else 1
+        each = {name: delta.left.shape[0] // inner for name, delta in here.items()}  # rows of one neuron in the weight
+        if not isinstance(others, Delta) or any(here[name].rank != each[name] * others.rank for name in here):
             raise InputError("patch.safetensors: the rows of neurons do not belong together; get the patch again")
-        for number, place in enumerate(first.left.argmax(0).tolist()):
-            listens = {name: storable(each.right[number]) for name, each in here.items()}
+        listening = {name: storable(delta.right.unflatten(0, (-1, each[name]))) for name, delta in here.items()}
+        name, first = next(iter(here.items()))
+        for number, place in enumerate(first.left.argmax(0)[:: each[name]].tolist()):
+            listens = {name: rows_of[number] for name, rows_of in listening.items()}
             lost, instead = storable(others.left[:, number]), storable(others.right[number])
             found.append(Neuron(layer, place, listens, lost, instead))
     return found

@@ -58,16 +58,17 @@ def sign(folder: Path, signer: Signer) -> Path:
         PatchkitError: signing failed; with OIDC that may be the network.
     """
     Patch.load(folder)
-    signing = _library("signing")
-    config = signing.Config()
+    config = _library("signing").Config()
     if signer.key is not None:
         _check_key(signer.key)
-        config = config.use_elliptic_key_signer(private_key=Path(signer.key), password=signer.password)
-    else:
-        config = config.use_sigstore_signer(identity_token=signer.token, oidc_issuer=signer.issuer)
     with _alone(folder) as alone:
         made = alone.parent / SIGNATURE
         try:
+            if signer.key is not None:
+                config.use_elliptic_key_signer(private_key=Path(signer.key), password=signer.password)
+            else:  # a token that is given, else that of the machine's own workflow, else one by the browser
+                own = {"identity_token": signer.token, "oidc_issuer": signer.issuer}
+                config.use_sigstore_signer(use_ambient_credentials=True, **own)
             config.sign(alone, made)
         except Exception as error:  # whatever the library, its cryptography and the network raise
             raise PatchkitError(f"{folder}: not signed: {_line(error)}") from None
@@ -88,13 +89,14 @@ def check_signature(folder: Path, expected: Expected) -> None:
     config = _library("verifying").Config()
     if expected.key is not None:
         _check_key(expected.key)
-        config = config.use_elliptic_key_verifier(public_key=Path(expected.key))
-    elif expected.identity and expected.issuer:
-        config = config.use_sigstore_verifier(identity=expected.identity, oidc_issuer=expected.issuer)
-    else:
+    elif not (expected.identity and expected.issuer):
         raise InputError("--signature: say who should have signed: --public-key FILE, or --identity and --issuer")
     with _alone(folder) as alone:
         try:
+            if expected.key is not None:
+                config.use_elliptic_key_verifier(public_key=Path(expected.key))
+            else:
+                config.use_sigstore_verifier(identity=expected.identity, oidc_issuer=expected.issuer)
             config.verify(alone, file)
         except Exception as error:  # as above
             raise PatchkitError(f"{folder}: its signature does not hold: {_line(error)}; do not use it") from None
