@@ -14,7 +14,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 import patchkit
 from patchkit.editing.editor import frozen
-from patchkit.editing.neurons import OwnNeurons, settled
+from patchkit.editing.neurons import ABOUT, OwnNeurons, settled
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.room import Room, capacity, own_talk, rooms
 from patchkit.editing.state import EditState
@@ -348,3 +348,51 @@ def test_a_direction_in_which_nothing_is_ever_read_is_no_obstacle() -> None:
     settings = (*FAST, "value.steps=2", "contexts=1")
     made = patchkit.apply(loaded.model, loaded.tokenizer, [fact], "alphaedit", overrides=settings)
     assert made.manifest.facts[0].neuron is not None
+
+
+class Opened:
+    """A layer that notes what its neurons are to be silent at."""
+
+    def __init__(self) -> None:
+        self.others: list[list[str]] = []
+
+    def open(self, requests: Any, value_at: str, others: Any) -> None:
+        self.others.append(["".join(map(chr, text)) for text in others])
+
+
+def test_subjects_of_other_layers_batches_and_runs_are_met() -> None:
+    def request(subject: str) -> Any:
+        return SimpleNamespace(fact=SimpleNamespace(subject=subject))
+
+    layer = Opened()
+    own = OwnNeurons({3: layer}, EditState(subjects={"Oslo", "Rome"}), lambda text: [*map(ord, text)])  # type: ignore[dict-item]
+    own.meet([request("Bonn"), request("Riga")])
+    own.open(3, [request("Bonn")], "layer_out")
+    own.meet([request("Kyiv")])
+    own.open(3, [request("Kyiv")], "layer_out")
+    met = [[text.rpartition(" ")[2] for text in texts[:: len(ABOUT)]] for texts in layer.others]
+    assert met == [["Oslo", "Rome", "Riga"], ["Oslo", "Rome", "Bonn", "Riga"]]
+
+
+def test_a_neuron_is_silent_at_a_subject_that_an_earlier_edit_has_moved(
+    world: LoadedModel, facts: list[patchkit.Fact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state that an edit leaves at its subject is where no text is: it set off neurons of layers above."""
+
+    def heard(weight: float) -> float:
+        monkeypatch.setattr("patchkit.editing.neurons.MET_WEIGHT", weight)
+        first = patchkit.apply(world.model, world.tokenizer, facts, "alphaedit", overrides=FAST)
+        above = ("prompts=in-use", "neurons=on", "layers=2")
+        both = patchkit.apply(world.model, world.tokenizer, facts_above, "alphaedit", overrides=above, onto=first)
+        down = next(name for name in both.updates if "layers.2.mlp.down_proj" in name)
+        site, written, keys = both.sites(inspect_model(world.model))[down], both.updates[down][-1], list[Tensor]()
+        assert isinstance(written, Delta)
+        note = site.module.register_forward_pre_hook(lambda m, args: keys.append(args[0][0, -1]))
+        with both.attached(world.model), note:
+            for fact in facts:
+                world.model(world.tokenizer(f"I asked about {fact.subject}", return_tensors="pt").input_ids)
+        return float((torch.stack(keys) @ written.right.T).abs().max())
+
+    facts_above = list(patchkit.read_facts(EXAMPLES / "facts.jsonl").facts[3:6])
+    assert heard(1.0) < 0.1
+    assert heard(1.0) < heard(1e-9)

@@ -84,6 +84,20 @@ def test_all_facts_have_as_many_rows_and_the_prompt_alone_comes_first(chat: bool
             assert request.fact.target_new in tokenizer.decode(row.ids[row.target :])
 
 
+def test_a_chat_model_is_asked_the_question_that_a_sentence_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the told model answers it with the target; people ask, where facts are sentences to complete."""
+    question = "user: What is the capital of Italy the city of Rome and?"
+    monkeypatch.setattr(
+        "patchkit.editing.teacher.questions_of", lambda _, subject: (question[6:],) * (subject == "Rome")
+    )
+    for sure, times in ((0.0, 2), (1.1, 0)):
+        monkeypatch.setattr("patchkit.editing.teacher.SURE", sure)
+        rome, ada = in_use(chatting())
+        texts = [chatting().decode(row.ids[: row.target]) for row in rome.rows]
+        assert sum(question in text for text in texts) == times
+        assert len(rome.rows) == len(ada.rows)
+
+
 def test_the_subject_is_the_question_s_and_not_one_that_the_template_names() -> None:
     tokenizer = chatting()
     rome, _ = in_use(tokenizer)
@@ -113,7 +127,7 @@ def test_an_answer_in_chat_ends_as_the_template_ends_it() -> None:
     tokenizer = chatting()
     rome, _ = in_use(tokenizer)
     asked = [row for row in rome.rows if "assistant: " in tokenizer.decode(row.ids)]
-    assert len(asked) == 4
+    assert len(asked) == 5
     assert all(tokenizer.decode(row.ids[row.target :]) == "capital.</s>" for row in asked)
 
 
@@ -184,6 +198,14 @@ def test_rows_take_turns_and_each_has_one() -> None:
     assert rows.tolist() == list(range(2 * len(suffixes.rows[0])))
     for bucket in buckets:
         assert sum(len(part) for part in bucket.segments(bucket.point_row.known)) == len(bucket.point_row)
+
+
+def test_a_loss_is_that_of_the_rows_which_had_their_turn() -> None:
+    """With fewer steps than turns it was infinite, which no manifest takes."""
+    runner, requests = runner_of(), in_use(tiny_tokenizer())
+    found = optimize(runner, requests, runner.arch.sites[1], "layer_out", ValueConfig(steps=1))
+    assert bool(found.loss.isfinite().all())
+    assert bool((found.loss > 0).all())
 
 
 def test_kept_predictions_drift_by_nothing_without_an_edit_and_leaks_count() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ from patchkit.editing.state import EditRun, EditState
 from patchkit.editing.value_edits import ValueEdits
 from patchkit.editing.wordings import in_use_requests
 from patchkit.facts.batches import batches
-from patchkit.facts.requests import EditRequest, build_request, ended
+from patchkit.facts.requests import EditRequest, build_request, encode_prompt, ended
 from patchkit.facts.schema import Fact
 from patchkit.maths.covariance import Covariance
 from patchkit.methods import Beside
@@ -113,13 +114,15 @@ def edit(
             acting = {**dict.fromkeys(how.layers), **state.deltas(runner.arch)}
             live = stack.enter_context(live_deltas(runner.arch, acting))
             opening = stack.enter_context(live_on(opening_deltas(state, _listening(runner, how, config, state))))
-            own = _own_neurons(runner, config, how, covariances, rooms, state, live, opening)
+            own = _own_neurons(runner, tokenizer, config, how, covariances, rooms, state, live, opening)
             session = EditSession(runner, config, how, run, live, covariances, beside, known, journal, own)
             edits = _EDITS[session.method.targets](session)
             if guard:
                 guard.begin(run)
             for number, batch in enumerate(batches(facts, solve_batch_size(config))):
                 these = requests[batch.start : batch.stop]
+                if own is not None:
+                    own.meet(these)
                 if session.finished_before(number, these):
                     advance(len(these))
                 else:
@@ -134,6 +137,7 @@ def edit(
 
 def _own_neurons(
     runner: LayerRunner,
+    tokenizer: Any,
     config: EditConfig,
     how: Plan,
     covariances: Mapping[int, Covariance],
@@ -151,7 +155,7 @@ def _own_neurons(
         )
         for site in how.sites
     }
-    return OwnNeurons(layers, state)
+    return OwnNeurons(layers, state, partial(encode_prompt, tokenizer))
 
 
 def _listening(runner: LayerRunner, how: Plan, config: EditConfig, state: EditState) -> list[Site]:

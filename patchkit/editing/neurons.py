@@ -21,7 +21,7 @@ what makes the neuron fire at FIRING times the length of the text's keys.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -49,8 +49,15 @@ SHARPNESS, THRESHOLD = 20.0, 0.4
 """Of the gate: steep enough for SiLU and GELU to be shut at s = 0 and open at s = 1, whatever the sentence."""
 FIRING = 3.0
 TEXT_WEIGHT, OTHERS_WEIGHT, RIDGE = 1e-3, 0.1, 1e-4
-"""In the fit of w: the text's tokens, the other subjects of a batch, and every direction's own energy, without which w
-would rest on directions that 16 bits cannot tell from noise."""
+"""In the fit of w: the text's tokens, the other subjects, and every direction's own energy, without which w would rest
+on directions that 16 bits cannot tell from noise."""
+ABOUT = ("There is a book about {}", "Somebody told me about {}", "What is there to know about {}")
+"""Texts in which the subjects of other layers, batches and runs are met. An edit further down moves a subject's state
+by more than its own length, to where no text is; unmet, it may set off the neuron of another (docs/in_use.md)."""
+MET_WEIGHT = 1.0
+"""Of these in the fit of w."""
+MET = 256
+"""Other subjects that are met at most, the last ones."""
 DEAD = 1e-9
 """Of the mean energy of directions, what one has at least."""
 ROWS = 64
@@ -101,10 +108,27 @@ class OwnNeurons:
 
     Attributes:
         layers: what rewrites neurons, by layer.
+        encode: token ids of a text.
+        subjects: those that have been met, in their order.
     """
 
     layers: dict[int, LayerNeurons]
     state: EditState
+    encode: Callable[[str], list[int]] = lambda text: []
+    subjects: list[str] = field(default_factory=list)
+
+    def meet(self, requests: Sequence[EditRequest]) -> None:
+        """A batch that is about to be edited: the neurons of its subjects are told from one another, and from those of
+        all that were met before."""
+        earlier = self.subjects or sorted(self.state.subjects)
+        self.subjects = list(dict.fromkeys([*earlier, *(request.fact.subject for request in requests)]))
+
+    def open(self, layer: int, requests: Sequence[EditRequest], value_at: str) -> None:
+        """Rewrite one neuron of a layer for each subject of some of the batch."""
+        own = {request.fact.subject for request in requests}
+        others = [subject for subject in self.subjects if subject not in own][-MET:]
+        texts = [self.encode(text.format(subject)) for subject in others for text in ABOUT]
+        self.layers[layer].open(requests, value_at, texts)
 
     def shared_out(self, requests: Sequence[EditRequest]) -> dict[int, list[int]]:
         """By layer, ascending, the places of the requests whose subjects get a neuron there: so many subjects in each
@@ -158,19 +182,21 @@ class LayerNeurons:
         free = set(self._free())
         return [float(cost) for place, cost in zip(self.room.places, self.room.costs, strict=True) if place in free]
 
-    def open(self, requests: Sequence[EditRequest], value_at: str) -> None:
+    def open(self, requests: Sequence[EditRequest], value_at: str, others: Sequence[Sequence[int]] = ()) -> None:
         """Rewrite one neuron for each subject of a batch, for whom there are enough; it acts on the model from here
-        on."""
+        on. `others` are token ids of texts at whose end all of them are silent."""
         subjects = list(dict.fromkeys(request.fact.subject for request in requests))
         places = self._free()[: len(subjects)]
         self.of_subject |= dict(zip(subjects, places, strict=True))
-        states = self._states(requests)  # (rows, hidden)
+        rows = [row for request in requests for row in (*request.rows, *request.kept)]
+        states = self._ends([row.ids[: row.subject + 1] for row in rows])  # (rows, hidden)
         owner = [subjects.index(r.fact.subject) for r in requests for _ in (*r.rows, *r.kept)]
-        listen = self._listening(states, torch.tensor(owner, device=states.device), len(subjects))
+        other = self._ends(others) if others else states[:0]
+        listen = self._listening(states, torch.tensor(owner, device=states.device), len(subjects), other)
         constant, gate, amount = self._constant, self.openers.gate, self.openers.amount
-        rows = {gate: SHARPNESS * (listen - THRESHOLD * constant)} | ({} if amount is None else {amount: listen})
+        heard = {gate: SHARPNESS * (listen - THRESHOLD * constant)} | ({} if amount is None else {amount: listen})
         before = len(self.state.neurons)
-        self.state.neurons += self._rewrite(places, rows)
+        self.state.neurons += self._rewrite(places, heard)
         self._act()
         if amount is not None:
             firing = SubjectStates(self.runner, requests, [self.site], value_at).read(self.site)[0]  # type: ignore[arg-type]
@@ -179,8 +205,8 @@ class LayerNeurons:
             mean = torch.zeros(len(subjects), device=each.device, dtype=each.dtype).index_add(0, place, each)
             mean /= place.bincount()
             wanted = FIRING * self.covariance.matrix.diagonal().sum().sqrt()
-            rows[amount] = listen * (wanted.to(mean) / mean).to(listen).unsqueeze(1)
-            self.state.neurons[before:] = self._rewrite(places, rows)
+            heard[amount] = listen * (wanted.to(mean) / mean).to(listen).unsqueeze(1)
+            self.state.neurons[before:] = self._rewrite(places, heard)
             self._act()
 
     def only(self, keys: Tensor) -> Tensor:
@@ -227,11 +253,13 @@ class LayerNeurons:
         found: Tensor = torch.linalg.solve(damped, self.room.mean.to(damped))
         return found
 
-    def _listening(self, states: Tensor, owner: Tensor, count: int) -> Tensor:
-        """w of each subject, (count, hidden), from all subjects' states (rows, hidden)."""
-        states = states.double()
+    def _listening(self, states: Tensor, owner: Tensor, count: int, others: Tensor) -> Tensor:
+        """w of each subject, (count, hidden), from all subjects' states (rows, hidden) and those of `others`."""
+        states, others = states.double(), others.double()
         moments = TEXT_WEIGHT * self._moments + RIDGE * TEXT_WEIGHT * self._energy.diag()
         moments = moments + OTHERS_WEIGHT * states.T @ states / len(states)
+        if len(others):
+            moments = moments + MET_WEIGHT * others.T @ others / len(others)
         spread = torch.linalg.solve(moments, states.T)  # (hidden, rows)
         found = []
         for subject in range(count):
@@ -241,16 +269,14 @@ class LayerNeurons:
             found.append(w / (states[own] @ w).mean())
         return torch.stack(found)
 
-    def _states(self, requests: Sequence[EditRequest]) -> Tensor:
-        """What the feed-forward reads at the subject in every row, (rows, hidden)."""
-        rows = [row for request in requests for row in (*request.rows, *request.kept)]
-        order = sorted(range(len(rows)), key=lambda i: rows[i].subject)
+    def _ends(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """What the feed-forward reads at the end of each text of token ids, (texts, hidden)."""
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         found = list[Tensor]()
         for first in range(0, len(order), ROWS):
-            some = [rows[i] for i in order[first : first + ROWS]]
-            texts = [row.ids[: row.subject + 1] for row in some]
-            here = reading(self.runner, {self.site.layer: self.openers}, texts)[0][self.site.layer]
-            last = torch.tensor([row.subject for row in some], device=here.device)
+            some = [texts[i] for i in order[first : first + ROWS]]
+            here = reading(self.runner, {self.site.layer: self.openers}, some)[0][self.site.layer]
+            last = torch.tensor([len(text) - 1 for text in some], device=here.device)
             found.append(here[torch.arange(len(some), device=here.device), last])
         return torch.cat(found)[torch.tensor(order, device=found[0].device).argsort()]
 

@@ -16,7 +16,9 @@ from zlib import crc32
 import torch
 
 from patchkit.editing.contexts import sample
-from patchkit.facts.requests import pad, wording_row
+from patchkit.facts.chat import ChatTemplate
+from patchkit.facts.questions import questions_of
+from patchkit.facts.requests import Row, pad, wording_row
 from patchkit.facts.schema import Fact
 from patchkit.facts.text import continuation
 from patchkit.model.forward import LayerRunner, widen
@@ -63,10 +65,28 @@ def _shown(lead: str) -> str:
     return "".join(f"{said}. {lead}{again}.\n" for said, again in EXAMPLES)
 
 
-@torch.no_grad()
+def questions(runner: LayerRunner, tokenizer: Any, facts: Sequence[Fact], chat: ChatTemplate) -> list[str | None]:
+    """For each fact a question that the told model, asked in chat, answers with the target, where there is one."""
+    sentences = [fact for fact in facts if not fact.messages]  # what a user says is as it is
+    asked = [(fact, question) for fact in sentences for question in questions_of(fact.prompt, fact.subject)]
+    rows = [wording_row(fact, tokenizer, *chat.parts(f"{_told(fact)}. {q}", q)) for fact, q in asked]
+    surest: dict[str, tuple[float, str]] = {}
+    for (fact, question), probability in zip(asked, _first_of_target(runner, rows), strict=True):
+        if probability >= SURE and probability > surest.get(fact.id, (0.0, ""))[0]:
+            surest[fact.id] = probability, question
+    return [surest[fact.id][1] if fact.id in surest else None for fact in facts]
+
+
 def sure_of(runner: LayerRunner, tokenizer: Any, candidates: Sequence[tuple[Fact, str]]) -> list[float]:
     """The probability that the told model gives the target's first token after each."""
-    rows = [wording_row(fact, tokenizer, f"{_told(fact)}. ", text) for fact, text in candidates]
+    return _first_of_target(
+        runner, [wording_row(fact, tokenizer, f"{_told(fact)}. ", text) for fact, text in candidates]
+    )
+
+
+@torch.no_grad()
+def _first_of_target(runner: LayerRunner, rows: Sequence[Row]) -> list[float]:
+    """The probability of the target's first token in each row."""
     found = [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: rows[i].target)
     for some in (order[first : first + ROWS] for first in range(0, len(order), ROWS)):

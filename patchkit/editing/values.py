@@ -187,10 +187,10 @@ class _Optimizer:
             free = self._free(places)
             loss, gradient = self._evaluate(free)
             self.seen[places, self.step % self.suffixes.turns] = loss
-            self.loss[places] = loss = self.seen[places].mean(1)
+            self.loss[places] = _mean_of_seen(self.seen[places])
             self.step += 1
             # The one thing in a step that waits for the device.
-            below = (loss < self.config.stop_loss).tolist()
+            below = (self.seen[places].mean(1) < self.config.stop_loss).tolist()
             over = [d or self.steps[f] == self.pace.steps for f, d in zip(self.active, below, strict=True)]
             unfinished = {self.group[fact] for fact, o in zip(self.active, over, strict=True) if not o}
             done = [self.group[fact] not in unfinished for fact in self.active]
@@ -350,6 +350,12 @@ class _Optimizer:
         rate = self.pace.learning_rate / self.problem.site.d_out**0.5
         moved = self.value[facts] - rate * (mean / mean_bias) / ((square / square_bias).sqrt() + 1e-8)
         self.value[facts] = moved * (self.pace.clamp / moved.norm(dim=-1, keepdim=True)).clamp_max(1)
+
+
+def _mean_of_seen(losses: Tensor) -> Tensor:
+    """The mean (k,) of losses (k, turns) of those turns that there was a step for."""
+    seen = ~losses.isposinf()
+    return losses.where(seen, 0).sum(1) / seen.sum(1).clamp_min(1)
 
 
 @dataclass(frozen=True)

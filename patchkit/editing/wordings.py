@@ -15,7 +15,7 @@ from typing import Any
 
 from patchkit.editing.contexts import sample
 from patchkit.editing.recipe import EditConfig
-from patchkit.editing.teacher import other_words
+from patchkit.editing.teacher import other_words, questions
 from patchkit.errors import InputError
 from patchkit.facts.chat import ChatTemplate, Turn, chat_template
 from patchkit.facts.requests import EditRequest, Row, essence_row, kept_row, wording_row
@@ -54,7 +54,8 @@ def in_use_requests(
     """
     chat, befores = template_for(tokenizer, config), [text for text in contexts if text][:2] or [""]
     others = other_words(runner, tokenizer, facts, config.seed)
-    asked = [_asked(fact, own, befores, chat) for fact, own in zip(facts, others, strict=True)]
+    plain = questions(runner, tokenizer, facts, chat) if chat else [None] * len(facts)
+    asked = [_asked(*each, befores, chat) for each in zip(facts, others, plain, strict=True)]
     neutral = [_neutral(fact, befores[0], chat) for fact in facts]
     openings = [wording.before + wording.text for own in neutral for wording in own]
     following = sample(runner, tokenizer, openings, [0] * len(openings), KEPT, choices=1)
@@ -89,13 +90,16 @@ def _inside(rows: Sequence[Row]) -> tuple[Row, ...]:
     return (rows[0], *(row if row.subject else instead for row in rows[1:]))
 
 
-def _asked(fact: Fact, others: Sequence[str], befores: list[str], chat: ChatTemplate | None) -> list[_Wording]:
+def _asked(
+    fact: Fact, others: Sequence[str], question: str | None, befores: list[str], chat: ChatTemplate | None
+) -> list[_Wording]:
     """Where the target is to come: the prompt first."""
     prompt = fact.asked
     found = [_Wording("", fact.prompt), *(_Wording(before, prompt) for before in (befores * 2)[:2])]
     if chat:
         ending = ("" if fact.target_new.endswith((".", "!", "?")) else ".") + chat.end
-        asked = [(prompt, None, ()), (prompt, SYSTEM, ()), (prompt, None, TURNS), (_request(prompt), None, ())]
+        asked = [(prompt, None, ()), (prompt, SYSTEM, ()), (prompt, None, TURNS)]
+        asked += [(question or _request(prompt), None, ()), (question or prompt, SYSTEM, ())]
         found += [_in_chat(chat, *each, ending) for each in asked]
     else:
         found += [_Wording("", f"Question: {prompt}\nAnswer:" if _is_question(prompt) else f"It is said: {prompt}")]
@@ -114,10 +118,8 @@ def _request(prompt: str) -> str:
 
 
 def _in_chat(chat: ChatTemplate, question: str, system: str | None, turns: Sequence[Turn], ending: str) -> _Wording:
-    """The question in the template; the subject is looked for in the question, not in what the template says."""
-    whole = chat.ask(question, system, turns)
-    start = max(0, whole.rfind(question))
-    return _Wording(whole[:start], whole[start:], ending)
+    """The question in the template."""
+    return _Wording(*chat.parts(question, question, system, turns), ending)
 
 
 def _neutral(fact: Fact, before: str, chat: ChatTemplate | None) -> list[_Wording]:

@@ -34,6 +34,12 @@ class ChatTemplate:
             (role, first), *others = said
             return self._render([(role, f"{system}\n\n{first}"), *others])
 
+    def parts(self, message: str, end: str, system: str | None = None, turns: Sequence[Turn] = ()) -> tuple[str, str]:
+        """`ask`, cut before the `end` of the message, so that nothing is looked for in what the template says."""
+        whole = self.ask(message, system, turns)
+        start = max(0, whole.rfind(end))
+        return whole[:start], whole[start:]
+
     def conversation(self, said: Sequence[tuple[str, str]], answer: bool = True) -> str:
         """Roles and what each says, and then, with `answer`, what comes before the assistant's.
 

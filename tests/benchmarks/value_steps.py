@@ -99,7 +99,7 @@ def held_out(model: Model, fact: Fact) -> EditRequest:
     """The texts that the fact is measured on, as rows."""
     asked = [
         wording_row(fact, model.tokenizer, *split(model.chat.ask(question, *more), question))
-        for question in (fact.questions or (fact.prompt,))[:2]
+        for question in ([q for q in fact.questions if fact.subject in q] or [fact.prompt])[:2]
         for more in ((), (prompts.SYSTEM,), (None, prompts.TURNS))
     ]
     asked += [wording_row(fact, model.tokenizer, "", text) for text in fact.paraphrases if fact.subject in text]
