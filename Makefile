@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-thorough test-llama docs pages models table results results-embedded clean
+.PHONY: demo test test-slow test-thorough test-llama test-bitsandbytes docs pages models table results \
+	results-embedded clean
 
 .venv/ready: pyproject.toml constraints.txt
 	@echo "installing into .venv: once, some minutes, and up to gigabytes where torch comes with CUDA"
@@ -44,6 +45,11 @@ test-llama: models
 	CMAKE_BUILD_PARALLEL_LEVEL=2 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt llama-cpp-python
 	$(BIN)/pytest -m llama
 	$(BIN)/pytest tests/test_runtimes.py
+
+# Not among what is always installed: PEFT imports it wherever it is there.
+test-bitsandbytes: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt bitsandbytes
+	$(BIN)/pytest tests/test_quantized_base.py
 
 # The table of docs/sequential.md: make table FACTS=counterfact.jsonl TEXT=wiki_stats.txt EVAL_TEXT=wiki_eval.txt
 MODEL ?= models/smollm2-135m

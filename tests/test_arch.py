@@ -189,7 +189,7 @@ def test_quantized_weights_are_refused(dtype: torch.dtype) -> None:
     down.weight = nn.Parameter(down.weight.detach().to(dtype), requires_grad=False)
     message = refusal(model)
     assert f"model.layers.2.mlp.down_proj.weight in {dtype} (Linear)" in message
-    assert "edit the unquantized checkpoint" in message
+    assert "`patchkit apply --model` unpacks them" in message
 
 
 def test_packed_weights_in_buffers_are_refused() -> None:

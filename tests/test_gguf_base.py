@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+import gguf
 import pytest
 import torch
 import transformers as hf
 
-from patchkit.model.loading import load_model
+from patchkit.model.loading import load_config, load_model
 from patchkit.patch.patch import Patch
 from tests import zoo
 from tests.gguf_model import write_gguf
@@ -57,6 +59,26 @@ def test_a_gguf_file_is_edited_and_merged_into(run: Command, base: Path) -> None
     assert change > 0
     assert (logits(again) - patched).norm() < 0.05 * change + 1e-3 * before.norm()  # Q8_0 rounds
     assert run("export", "p", "--out", "adapter").status == 0
+    full = run("merge", "p", "--model", "whole", "--out", "full")
+    assert full.status == 0, full.err
+    assert "made for weights quantized with gguf: whole is taken for what they were made of" in full.err
+
+
+def test_a_file_is_read_once_for_its_configuration_and_once_for_its_weights(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The header holds the vocabulary: reading that of a small model takes seconds."""
+    read, reader = list[str](), gguf.GGUFReader
+
+    def count(file: Any, *more: Any) -> Any:
+        read.append(str(file))
+        return reader(file, *more)
+
+    monkeypatch.setattr(gguf, "GGUFReader", count)
+    for _ in range(2):
+        assert load_config(str(base)).hidden_size == SHAPE["hidden_size"]
+    load_model(str(base))
+    assert read == [str(base)] * 2
 
 
 def test_what_a_gguf_base_is_not(run: Command, base: Path, tmp_path: Path) -> None:

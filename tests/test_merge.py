@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from patchkit.cli import cli
-from patchkit.errors import InputError
+from patchkit.errors import InputError, PatchkitError
 from patchkit.export.merge import merge
 from patchkit.export.record import MANIFEST, Merged
-from patchkit.io.checkpoint import new_folder
+from patchkit.io.checkpoint import StoredTensor, new_folder
 from patchkit.maths.linalg import Delta
 from patchkit.maths.rotations import Rotation
 from patchkit.maths.rounding import Feedback, RoundingMetric
@@ -165,6 +165,22 @@ def test_sixteen_bit_weights_keep_their_dtype_and_the_effect(tmp_path: Path, dty
         assert ours.key_error < nearest.key_error / 4
         assert ours.key_error_nearest == pytest.approx(nearest.key_error, rel=1e-3)
     assert (tmp_path / "keys" / MANIFEST).read_text() == kept.model_dump_json(indent=1) + "\n"
+
+
+def test_a_change_that_rounding_drops_is_said(tmp_path: Path) -> None:
+    base, notes = checkpoint(tmp_path / "base", dtype=torch.bfloat16), list[str]()
+    merged = merge([patch_for(base, size=1e-12)], base, tmp_path / "out", rounding="nearest", say=notes.append)
+    assert {tensor.unchanged for tensor in merged.tensors} == {1}
+    assert any("rounding to bfloat16 leaves nothing of its change" in note for note in notes)
+
+
+def test_what_was_written_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = checkpoint(tmp_path / "base")
+    patch = patch_for(base)
+    monkeypatch.setattr(StoredTensor, "chunks", lambda stored: iter([bytes(stored.size)]))  # a disk that kept zeros
+    with pytest.raises(PatchkitError, match=r"model.safetensors: byte [\d,]+ and on are not what was written"):
+        merge([patch], base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_base_is_refused_by_the_first_tensor_that_differs(tmp_path: Path) -> None:
@@ -465,6 +481,8 @@ def test_a_quantized_checkpoint_is_refused_with_the_reason(tmp_path: Path, packe
     how = (
         r"no such weight .* the checkpoint is quantized \(gptq\)" if packed else "stored as F8_E4M3, quantized with fp8"
     )
-    with pytest.raises(InputError, match=f"{how}; merge into the full-precision checkpoint and quantize that"):
+    with pytest.raises(
+        InputError, match=f"{how}; merge into the full-precision checkpoint .--model. and quantize that"
+    ):
         merge([patch], base, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -64,7 +64,7 @@ def command(
 
     read = [Patch.load(patch) for patch in patches]
     chosen = model.choice(read[0].manifest.base)
-    loaded = chosen.load()
+    loaded = chosen.load(packed=True)
     talker = Talker(loaded.model, loaded.tokenizer)
     names = [f"{number} {patch}" for number, patch in enumerate(patches, 1)]
     for name, patch in zip(names, read, strict=True):

@@ -233,11 +233,15 @@ def note(line: str) -> None:
 
 
 def quiet_transformers() -> None:
-    """Keep the library's own bars and warnings off our output."""
+    """Keep the library's own bars and warnings off our output, and those of what it loads quantized models with."""
+    import logging as standard
+
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    for name in ("bitsandbytes", "compressed_tensors"):
+        standard.getLogger(name).setLevel(standard.ERROR)
 
 
 @contextmanager

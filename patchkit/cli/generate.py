@@ -83,7 +83,7 @@ def command(
     read = [Patch.load(patch_folder(patch)) for patch in patches]
     asked = [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in prompts]
     chosen = model.choice(read[0].manifest.base)
-    loaded = chosen.load()
+    loaded = chosen.load(packed=True)
     chat = chat or bool(system or turns)
     sampling = Sampling(max_new_tokens, temperature, seed, chat, system, turns)
     attached = partial(stacked, loaded.model, read)

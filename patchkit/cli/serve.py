@@ -43,7 +43,7 @@ def command(
 
     named = {name: Patch.load(where) for name, where in map(_named, patches)}
     chosen = model.choice(next(iter(named.values())).manifest.base)
-    loaded = chosen.load()
+    loaded = chosen.load(packed=True)
     talker = Talker(loaded.model, loaded.tokenizer)
     for name, patch in named.items():
         talker.load(name, patch)

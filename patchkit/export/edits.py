@@ -26,7 +26,8 @@ from patchkit.patch.patch import Patch
 
 _OTHER_MODEL = "the patch was made for another model"
 _FULL_PRECISION = (
-    "merge into the full-precision checkpoint and quantize that, or attach the patch (patchkit.load, patchkit serve)"
+    "merge into the full-precision checkpoint (--model) and quantize that, or attach the patch (patchkit.load, "
+    "patchkit serve)"
 )
 
 
@@ -84,7 +85,9 @@ def collect_edits(patches: Sequence[Patch], checkpoint: Mapping[str, StoredTenso
             member = member_of(weight, patch.manifest.base.stacks) or named
             keys = _keys(patch, weight, member)
             keys = delta.right.new_zeros(delta.right.shape[1], 0) if keys is None else keys
-            digests = frozenset({(weight, patch.manifest.base.weights[weight])})
+            digests = frozenset[tuple[str, str]]()
+            if patch.manifest.base.quantized is None:  # else they are those of what its packed weights multiply with
+                digests = frozenset({(weight, patch.manifest.base.weights[weight])})
             edit = Edit(name, stored, lies, delta, keys, digests, member is not None)
             edits[name] = edits[name].plus(edit) if name in edits else edit
     return list(edits.values())

@@ -16,13 +16,14 @@ from patchkit.io.records import FrozenRecord
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import delta_of
 from patchkit.model.expert_names import ExpertPlace, find_expert, split_name
-from patchkit.model.loading import DTYPES
+from patchkit.model.loading import DTYPES, load_model
 from patchkit.model.weights import (
     find_module,
     find_weight,
     oriented,
     shape_of,
     skeleton,
+    weight_of,
 )
 from patchkit.patch.manifest import BaseInfo, Manifest
 from patchkit.patch.patch import Patch
@@ -144,7 +145,15 @@ class Job:
             patchkit=patchkit_version(),
         )
 
+    @cached_property
+    def _whole(self) -> PreTrainedModel:
+        """The base with its weights: where these are packed, files do not say what a rotation turned."""
+        return load_model(self.base, "cpu").model
+
     def _weight_on_disk(self, weight: str) -> Tensor:
+        if self.patch.manifest.base.quantized and self.base == self.patch.manifest.base.name and not self.experts:
+            there = self._whole.get_submodule(self.modules[weight])
+            return oriented(there, weight_of(there).detach()).float()
         folder = find_checkpoint(self.base, self.commit)
         stored = stored_tensors(folder)
         advice = "which a rotation needs; name the patch's base with --model"

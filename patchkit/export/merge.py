@@ -76,6 +76,12 @@ def merge(
         tensors = _write(tasks, places, weights if link else set())
         merged = _record(base, source, patches, tensors, force)
         merged.save(folder, target.name)
+    if packed := sorted({patch.manifest.base.quantized for patch in patches if patch.manifest.base.quantized}):
+        taken = f"{base} is taken for what they were made of by names and shapes, not by its numbers"
+        say(f"note: made for weights quantized with {', '.join(packed)}: {taken}")
+    if lost := [tensor for tensor in tensors if tensor.unchanged == 1]:
+        gone = f"rounding to {lost[0].dtype} leaves nothing of its change"
+        say(f"note: {lost[0].weight}: {gone}; merge into a float32 copy of the checkpoint, or attach the patch")
     _warn_of_other_weights([path.relative_to(source) for path in set(places) - weights], say)
     return merged
 

@@ -184,7 +184,10 @@ def _refuse_quantized(model: nn.Module, name: str, module: nn.Module) -> None:
         plain = type(tensor.data) is Tensor and tensor.dtype in EDITABLE_DTYPES
         if tensor.ndim >= 2 and not plain:
             found = f"{name}.{tensor_name} in {tensor.dtype} ({type(module).__name__})"
-            advice = "the weights are quantized; edit the unquantized checkpoint and quantize the result"
+            advice = (
+                "the weights are quantized; `patchkit apply --model` unpacks them as it loads the model, as does "
+                "patchkit.model.loading.load_model"
+            )
             raise _refusal(model, "16, 32 or 64-bit floating-point weights", found, advice)
 
 

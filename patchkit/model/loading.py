@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from copy import deepcopy
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -17,6 +19,7 @@ from patchkit.errors import InputError, PatchkitError
 from patchkit.io.checkpoint import refuse_adapter
 from patchkit.io.hub import ask_once
 from patchkit.io.places import shipped
+from patchkit.model.dequantized import ask_for_whole_numbers, note_unpacked, quantization_of, unpack
 from patchkit.model.devices import home_of
 from patchkit.model.finite import refuse_not_finite
 from patchkit.model.reference import is_gguf, source_of, tokenizer_of
@@ -56,9 +59,9 @@ class ModelChoice:
     device_map: str | None = None
     run_code: bool = False
 
-    def load(self) -> LoadedModel:
+    def load(self, packed: bool = False) -> LoadedModel:
         """Load it; see `load_model`."""
-        return load_model(self.name, self.device, self.dtype, self.device_map, self.run_code)
+        return load_model(self.name, self.device, self.dtype, self.device_map, self.run_code, packed)
 
     def tokenizer(self) -> Any:
         """Its tokenizer alone; see `load_tokenizer`."""
@@ -132,6 +135,7 @@ def load_model(
     dtype: str = "auto",
     device_map: str | None = None,
     run_code: bool = False,
+    packed: bool = False,
 ) -> LoadedModel:
     """Load a local folder, a GGUF file or a Hub repository, straight to where it will be.
 
@@ -140,10 +144,11 @@ def load_model(
         dtype: "auto" is float32 on the CPU, where half precision is slow and coarse, the checkpoint's own elsewhere.
         device_map: one of `DEVICE_MAPS`, to spread the model over all GPUs, and the CPU if they are too small.
         run_code: let Python code that comes with the model run; without it nothing is asked, and such code is refused.
+        packed: leave quantized weights as they are, for patches to be attached to; else they become whole numbers.
 
     Raises:
-        InputError: there is no such model, it is not a language model, its tokenizer has no offsets, or a weight is
-            not finite.
+        InputError: there is no such model, it is not a language model, its tokenizer has no offsets, a weight is not
+            finite, or cannot be unpacked.
     """
     on_cpu, placement = _placement(device, device_map)
     if dtype not in ("auto", *DTYPES):
@@ -151,16 +156,13 @@ def load_model(
     kind: Any = DTYPES.get(dtype, torch.float32 if on_cpu else "auto")
     tokenizer = load_tokenizer(name, run_code)
     try:
-        encodes = getattr(_config_of(name, run_code), "is_encoder_decoder", False)
-        where, more = source_of(name)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where, dtype=kind, output_loading_info=True, trust_remote_code=run_code, **placement, **more
-        )
+        config = _config_of(name, run_code)
+        encodes = getattr(config, "is_encoder_decoder", False)
+        model, found = _read(name, config, kind, run_code, placement, packed)
+    except InputError:
+        raise
     except Exception as error:  # a damaged checkpoint makes its readers raise anything
         raise _not_loaded(name, error) from None
-    model, found = loaded
-    if more:
-        model.config._name_or_path = name
     if not found["missing_keys"]:  # those are made up, and may be anything
         refuse_not_finite(model, name)
     if encodes or found["missing_keys"] or not _is_causal(model):
@@ -169,6 +171,27 @@ def load_model(
             what = f"no {min(found['missing_keys'])} in the checkpoint"
         raise InputError(f"model {name}: not a decoder-only causal language model: {what}; use another checkpoint")
     return LoadedModel(model.eval(), tokenizer, name, getattr(model.config, "_commit_hash", None))
+
+
+def _read(
+    name: str, config: Any, kind: Any, run_code: bool, placement: dict[str, Any], packed: bool
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers says of its weights, unpacked unless `packed`."""
+    (where, more), method = source_of(name), quantization_of(config)
+    if method and not packed:
+        ask_for_whole_numbers(config)
+    if more or (method and not packed):
+        placement = {**placement, "config": config}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        where, dtype=kind, output_loading_info=True, trust_remote_code=run_code, **placement, **more
+    )
+    model, found = loaded
+    if more:
+        model.config._name_or_path = name
+        note_unpacked(model, "gguf")
+    if method and not packed:
+        unpack(model, method, model.dtype if kind == "auto" else kind)
+    return model, found
 
 
 @torch.no_grad()
@@ -182,7 +205,15 @@ def _is_causal(model: PreTrainedModel) -> bool:
 
 def _config_of(name: str, run_code: bool) -> Any:
     where, more = source_of(name)
+    if more:
+        return deepcopy(_config_in_file(where, more["gguf_file"], Path(name).stat().st_mtime_ns))
     return AutoConfig.from_pretrained(where, trust_remote_code=run_code, **more)
+
+
+@lru_cache(maxsize=4)
+def _config_in_file(folder: str, file: str, modified: int) -> Any:
+    """That of a GGUF file, whose header holds the vocabulary too and takes seconds to read."""
+    return AutoConfig.from_pretrained(folder, gguf_file=file)
 
 
 def load_tokenizer(name: str, run_code: bool = False) -> Any:

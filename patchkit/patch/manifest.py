@@ -72,7 +72,8 @@ class BaseInfo(FrozenRecord):
     """The model a patch belongs to; `weights` maps the on-disk name of each edited weight to its digest.
 
     A folder's name is its whole path here, and in JSON the last part of it (`patchkit.patch.bases`). `stacks` maps the
-    name that the weights of a layer's experts have together in the state to how many there are.
+    name that the weights of a layer's experts have together in the state to how many there are. `quantized` names what
+    the model was quantized with: the numbers are those that its packed weights multiply with.
     """
 
     name: Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
@@ -80,6 +81,7 @@ class BaseInfo(FrozenRecord):
     architecture: str
     weights: dict[str, str]
     stacks: dict[str, Annotated[int, Field(ge=2, le=1_000_000)]] = Field(default_factory=dict)
+    quantized: Annotated[str, Field(pattern=r"^[\w.-]{1,50}$")] | None = None
 
     @field_serializer("name", when_used="json")
     def _without_path(self, name: str) -> str:
@@ -89,6 +91,12 @@ class BaseInfo(FrozenRecord):
     def _where_it_is(self, info: ValidationInfo) -> BaseInfo:
         here = known_here(self.name, self.weights) if info.mode == "json" else self.name
         return self if here == self.name else self.model_copy(update={"name": here})
+
+    @property
+    def same_everywhere(self) -> bool:
+        """Whether whoever loads the base gets its very numbers: kernels of packed weights differ in their last bits,
+        while what a GGUF file multiplies with is defined."""
+        return self.quantized in (None, "gguf")
 
     @property
     def advice(self) -> str:

@@ -221,7 +221,7 @@ PatchedWeight = PatchedModule | PatchedExpert
 def check_base(patch: Patch, modules: Mapping[str, PatchedWeight], numbers: bool) -> None:
     """Raises InputError where a module's weight has not the shape, or with `numbers` the digest, that is the base's.
 
-    What is quantized cannot be compared by its numbers, which a warning says.
+    What is quantized, here or where the patch was made, cannot be compared by its numbers, which a warning says.
     """
     base, unknown = patch.manifest.base, []
     for weight, module in modules.items():
@@ -231,7 +231,9 @@ def check_base(patch: Patch, modules: Mapping[str, PatchedWeight], numbers: bool
         if stored is None:
             unknown.append(weight)
         elif tensor_digest(weight, stored) != base.weights.get(weight):
-            raise base.wrong_numbers(weight)
+            if base.same_everywhere:
+                raise base.wrong_numbers(weight)
+            unknown.append(weight)
     if numbers and unknown:
         warnings.warn(
             f"{len(unknown)} of {len(modules)} touched weights are quantized ({unknown[0]}): compared with {base.name} "

@@ -16,6 +16,7 @@ from patchkit.editing.state import BlockHistory, EditRun
 from patchkit.errors import GateError
 from patchkit.maths.covariance import Covariance, SideBySide
 from patchkit.model.arch import Architecture
+from patchkit.model.dequantized import unpacked_from
 from patchkit.model.digests import weight_digest
 from patchkit.model.expert_names import expert_sites
 from patchkit.model.loading import model_name
@@ -235,6 +236,7 @@ class _RunResult:
             commit=getattr(model.config, "_commit_hash", None),
             architecture=type(model).__name__,
             weights={},
+            quantized=unpacked_from(model),
         )
         base = onto.manifest.base if onto else base
         weights = base.weights | {name: weight_digest(site, name) for name, site in new.items() if site.blocks == 1}
