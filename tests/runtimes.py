@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import ceil, log10
 from pathlib import Path
 
@@ -90,14 +90,14 @@ def llama_cpp_merged(base: Path, patch: Patch, folder: Path) -> Tensor:
     return ask_llama(folder / "merged.gguf")
 
 
-def ask_llama(model: Path, adapter: Path | None = None) -> Tensor:
-    """The logits of llama.cpp itself."""
+def ask_llama(model: Path, adapter: Path | None = None, tokens: Sequence[int] = TOKENS) -> Tensor:
+    """The logits (n, vocabulary) of llama.cpp itself."""
     from llama_cpp import Llama
 
     options = {"logits_all": True, "n_ctx": 64, "n_threads": 1, "verbose": False}
     float32 = {"type_k": 0, "type_v": 0}  # of the KV cache, which is float16 by default
     loaded = Llama(str(model), lora_path=adapter and str(adapter), **options, **float32)
-    loaded.eval(TOKENS)
+    loaded.eval(list(tokens))
     return torch.from_numpy(loaded._scores.copy())
 
 

@@ -120,6 +120,17 @@ def test_what_is_no_adapter_or_another_models_is_refused(base, tmp_path: Path) -
         import_lora(tmp_path / "lora")
 
 
+def test_an_adapter_trained_on_a_quantized_base_asks_for_the_full_one(base, tmp_path: Path) -> None:
+    """As the config of a QLoRA does, which names the 4-bit checkpoint."""
+    wanted = trained(base(), tmp_path / "lora", target_modules=["down_proj"])
+    file = zoo.save(load(base()), zoo.tiny_tokenizer(), tmp_path / "bnb") / "model.safetensors"
+    packed = {name: each.to(torch.uint8) if "down_proj" in name else each for name, each in load_file(file).items()}
+    save_file(packed, file, {"format": "pt"})
+    with pytest.raises(InputError, match=r"stored as U8 in .*bnb, which is quantized; .* with --model"):
+        import_lora(tmp_path / "lora", str(tmp_path / "bnb"))
+    assert apart(import_lora(tmp_path / "lora", base()), base(), wanted) < 1e-4
+
+
 # --- differences ------------------------------------------------------------------------------------------------------
 
 

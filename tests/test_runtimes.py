@@ -16,18 +16,23 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import patchkit
 from patchkit import InputError, Patch
 from patchkit.export import formats
 from patchkit.export.formats import export
 from patchkit.export.gguf_names import in_gguf_order
 from patchkit.export.job import Options
 from patchkit.export.publish import pack
+from patchkit.facts.requests import encode_target
 from patchkit.maths.updates import delta_of
 from patchkit.model.arch import inspect_model
+from patchkit.model.loading import embedded_model, load_model
 from patchkit.model.weights import read_weight
 from tests import zoo
+from tests.conftest import ROOT
+from tests.gguf_model import write_gguf
 from tests.helpers import Command, patch_of_kind
-from tests.runtimes import KINDS, LLAMA, RUNTIMES, attach_mlx, measure, table
+from tests.runtimes import KINDS, LLAMA, RUNTIMES, ask_llama, attach_mlx, measure, table
 
 Made = tuple[PreTrainedModel, str]
 
@@ -133,9 +138,11 @@ def test_the_adapter_is_checked_against_the_bases_gguf(checkpoint, tmp_path: Pat
     base = write_base(tmp_path / "base.gguf", "llama", fits)
     arguments = ["export", tmp_path / "patch", "--format", "gguf", "--out", tmp_path / "out", "--gguf-base"]
     ended = run(*arguments, base)
-    assert f"llama-server -m BASE.gguf --lora {tmp_path / 'out'}/adapter.gguf" in ended.out
+    assert f"llama-server -m {base} --lora {tmp_path / 'out'}/adapter.gguf\n" in ended.out
     assert f"ollama create NAME -f {tmp_path / 'out'}/Modelfile" in ended.out
     assert (tmp_path / "out" / "Modelfile").read_text().splitlines()[1:] == [f"FROM {base}", "ADAPTER ./adapter.gguf"]
+    any_base = run(*arguments[:4], "--out", tmp_path / "a name").out
+    assert f"llama-server -m BASE.gguf --lora '{tmp_path}/a name'/adapter.gguf  # BASE.gguf: {name} as GGUF" in any_base
     for bad, why in (
         (write_base(tmp_path / "arch.gguf", "qwen2", fits), "holds qwen2, the patch is for llama"),
         (
@@ -217,6 +224,28 @@ def test_every_runtime_gives_the_patched_logits_as_the_page_says(tmp_path: Path,
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not LLAMA, reason="no llama-cpp-python: make test-llama")
+def test_edits_of_the_embedded_model_hold_in_llama_cpp(tmp_path: Path) -> None:
+    loaded = load_model(str(embedded_model()))
+    model, tokenizer = loaded.model, loaded.tokenizer
+    patch = patchkit.apply(model, tokenizer, patchkit.read_facts(ROOT / "examples" / "facts.jsonl", limit=4).facts)
+    export(patch, tmp_path / "out", "gguf")
+    base, adapter = write_gguf(model, tmp_path / "base.gguf"), tmp_path / "out" / "adapter.gguf"
+    held = before = after = 0
+    for fact in patch.manifest.facts:
+        ids, first = encode_target(tokenizer, fact.prompt, fact.target_new)
+        asked, target = ids[:first], ids[first]
+        with patch.attached(model), torch.no_grad():
+            if int(model(torch.tensor([asked])).logits[0, -1].argmax()) != target:
+                continue
+        held += 1
+        before += int(ask_llama(base, None, asked)[-1].argmax()) == target
+        after += int(ask_llama(base, adapter, asked)[-1].argmax()) == target
+    assert held >= 3
+    assert after >= 0.9 * held
+    assert before == 0
 
 
 def test_options_that_a_format_does_not_take_are_refused(checkpoint, tmp_path: Path, run: Command) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +16,13 @@ from patchkit.cli.common import (
     stdout,
 )
 from patchkit.errors import InputError
+
+if TYPE_CHECKING:
+    from patchkit.export.formats import Exporter
+    from patchkit.export.job import Exported
+
+ANY_BASE = "BASE.gguf"
+"""What the lines of llama.cpp call the base's file where none was named."""
 
 
 def _show_formats(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
@@ -76,9 +84,7 @@ def command(
     options = Options(rank, all_layers, gguf_base, dtype)
     loaded = Patch.load(patch)
     done, form = export(loaded, folder, kind, model or base_of(loaded.manifest.base), options=options), get(kind)
-    lines = [*form.commands(done), *form.python.splitlines()[-1:]]  # the last one of Python loads the adapter
-    base = shlex.quote(model or done.base.name)
-    commands = [line.format(title=folder, base=base) for line in lines]
+    commands = _commands(form, done, folder, model or done.base.name, gguf_base)
     if swap:
         from patchkit.export.swap import swap as load_into
 
@@ -92,6 +98,15 @@ def command(
     stdout.print(f"{kind}: {folder} (rank {done.rank})")
     for line in commands:
         say(line)
+
+
+def _commands(form: Exporter, done: Exported, folder: Path, base: str, gguf_base: str | None) -> list[str]:
+    """What a user types next; the last line of Python loads the adapter."""
+    named = {"title": shlex.quote(str(folder)), "base": shlex.quote(base)}
+    lines = [line.format(**named) for line in form.commands(done)]
+    if gguf_base:
+        lines = [line.partition(f"  # {ANY_BASE}:")[0].replace(ANY_BASE, shlex.quote(gguf_base)) for line in lines]
+    return [*lines, *(line.format(title=folder, base=base) for line in form.python.splitlines()[-1:])]
 
 
 def _check_swap(url: str | None, kind: str) -> None:

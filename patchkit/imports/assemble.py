@@ -69,7 +69,11 @@ class Base:
         advice = "the adapter is for another model; name its base with --model"
         weight = find_weight(f"{module}.weight", self.stored, str(self.folder), advice)
         if self.stored[weight].dtype not in DTYPES:
-            raise InputError(f"{weight}: stored as {self.stored[weight].dtype}; import onto a base not quantized")
+            kind = self.stored[weight].dtype
+            raise InputError(
+                f"{weight}: stored as {kind} in {self.folder}, which is quantized; name the full-precision checkpoint "
+                "with --model"
+            )
         return weight
 
     def weight(self, name: str) -> Tensor:

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import escape
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -72,12 +72,23 @@ class StoredTensor:
                 yield chunk
 
     def overwrite(self, tensor: Tensor, file: Path) -> None:
-        """Put `tensor`, of this dtype and shape, in this one's place in `file`, a copy of the file it is in."""
+        """Put `tensor`, of this dtype and shape, in this one's place in `file`, a copy of the file it is in; what then
+        is there is read back and compared.
+
+        Raises:
+            PatchkitError: it is not what was written.
+        """
+        whole = tensor.view(-1).view(torch.uint8).numpy().data
         with file.open("r+b", buffering=0) as out:
             out.seek(self.start)
-            view = tensor.view(-1).view(torch.uint8).numpy().data
+            view = whole
             while view:
                 view = view[out.write(view) :]
+        at = 0
+        for chunk in replace(self, file=file).chunks():
+            if whole[at : at + len(chunk)] != chunk:
+                raise PatchkitError(f"{file}: byte {self.start + at:,} and on are not what was written; check the disk")
+            at += len(chunk)
 
 
 def _fill(view: memoryview, readinto: Callable[[memoryview], int | None], path: Path) -> None:
