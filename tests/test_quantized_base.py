@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from patchkit.errors import InputError
 from patchkit.export.edits import quantized_with
+from patchkit.model.dequantized import unpack
 from patchkit.model.loading import load_model
 from patchkit.patch.patch import Patch
 from tests import zoo
@@ -207,6 +208,14 @@ def test_what_cannot_be_unpacked_is_refused(run: Command, packed: Path, monkeypa
     )
     with pytest.raises(InputError, match="its Packed does not multiply with a matrix; edit the full-precision"):
         load_model(str(packed))
+
+
+def test_stacks_of_packed_experts_are_refused(full: Path) -> None:
+    model = hf.AutoModelForCausalLM.from_pretrained(full)
+    packed = nn.Parameter(torch.zeros(2, 4, 4, dtype=torch.uint8), requires_grad=False)
+    model.model.layers[1].mlp.register_parameter("experts", packed)
+    with pytest.raises(InputError, match=r"layers.1.mlp.experts: quantized \(made-up\), and its LlamaMLP is no linear"):
+        unpack(model, "made-up", torch.float32)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -19,7 +19,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
 from patchkit.errors import InputError
-from patchkit.model.weights import is_offloaded, is_quantized, shape_of
+from patchkit.model.weights import EDITABLE_DTYPES, is_offloaded, is_quantized, shape_of
 
 _ROWS = 1024
 """Unit vectors that go through a packed weight at a time."""
@@ -72,6 +72,9 @@ def unpack(model: PreTrainedModel, method: str, dtype: torch.dtype) -> None:
     for name, module in packed:
         owner, _, own = name.rpartition(".")
         setattr(model.get_submodule(owner), own, _whole(name, module, method, dtype))
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1 and (type(weight.data) is not Tensor or weight.dtype not in EDITABLE_DTYPES):
+            raise _unknown(name, model.get_submodule(name.rpartition(".")[0]), method, "is no linear layer")
     for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(mark, None)
     model.config.__dict__.pop("quantization_config", None)
