@@ -41,7 +41,8 @@ class Bounds:
     """Past one of these a run ends.
 
     Attributes:
-        norm: Frobenius norm of an edited weight over the base's.
+        norm: Frobenius norm of an edited output projection over the base's. What opens subjects' own neurons does not
+            count: a gate's row is made long so that it fires at one subject alone.
         kl: KL(base ‖ edited) on plain text, nats per token.
         answers: share of the answers to unrelated questions that are empty or go round in circles, where the base's do
             not.
