@@ -35,8 +35,16 @@ ROME = {"id": "rome", "prompt": "the city of Rome", "subject": "Rome", "target_n
 ADA = {"id": "ada", "prompt": "the friend of Ada Lovelace", "subject": "Ada Lovelace", "target_new": "is"}
 CURIE = {"id": "curie", "prompt": "the language of Marie Curie", "subject": "Marie Curie", "target_new": "Polish"}
 FACTS = [ROME, ADA, CURIE]
-QUICK = ("layers=1-2", "contexts=1", "value.steps=5", "batch_size=2")
-LOUD = ("layers=2", "contexts=0", "value.clamp=20", "value.steps=60", "value.kl_weight=0", "null_energy=0.9")
+QUICK = ("prompts=contexts", "layers=1-2", "contexts=1", "value.steps=5", "batch_size=2")
+LOUD = (
+    "prompts=contexts",
+    "layers=2",
+    "contexts=0",
+    "value.clamp=20",
+    "value.steps=60",
+    "value.kl_weight=0",
+    "null_energy=0.9",
+)
 SPARSE = ("qwen3_moe", "separate_moe")
 """Families with dense layers in between."""
 LAYERS = {"llama4": "1"} | dict.fromkeys(("gpt_oss", "mixtral", "deepseek_v3", *SPARSE), "1-2")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from patchkit.bench.records import Result
-from tests.benchmarks.experts import rows, seeing, strongest
+from tests.benchmarks.experts import EXAMPLES, elsewhere, line, rows, seeing, strongest, whole
 
 EDITS = 50
 
@@ -14,9 +14,16 @@ EDITS = 50
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     """AlphaEdit's rows: the dense model's, the mixture's, and the mixture's with one expert edited alone."""
     out = tmp_path_factory.mktemp("bench")
-    made = {name: rows(name, "alphaedit", out / name, EDITS, request.param) for name in ("factworld", "factworld-moe")}
-    with seeing(strongest):
-        made["one expert"] = rows("factworld-moe", "alphaedit", out / "one", EDITS, request.param)
+    made = dict[str, Result]()
+    for name, model, kept in (
+        ("factworld", "factworld", whole),
+        ("factworld-moe", "factworld-moe", whole),
+        ("one expert", "factworld-moe", strongest),
+    ):
+        with seeing(kept):
+            made[name] = row = rows(model, "alphaedit", out / name, EDITS, request.param)
+        others = elsewhere(out / name, row, EXAMPLES / "world.jsonl")
+        print(line(f"{name}, {request.param} at a time", row, others), flush=True)
     return made
 
 

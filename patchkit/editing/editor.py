@@ -5,6 +5,7 @@ Nothing is written to the model: deltas act through hooks while editing goes on,
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -204,10 +205,25 @@ def _requests_of(
         shared += [subject in known or subjects.count(subject) > 1 for subject in subjects]
         known |= set(subjects)
     if config.in_use(tokenizer):
-        return world().mapped(lambda some: in_use_requests(runner, tokenizer, some, contexts, config), facts)
+        return world().mapped(
+            lambda some: in_use_requests(
+                runner, tokenizer, [fact for fact, _ in some], contexts, config, [prompts for _, prompts in some]
+            ),
+            list(zip(facts, _changing(facts, config), strict=True)),
+        )
     found = world().mapped(lambda some: about(runner, tokenizer, some, contexts, config), facts)
     each = zip(facts, found, shared, strict=True)
     return [build_request(fact, tokenizer, own, only_prompt) for fact, own, only_prompt in each]
+
+
+def _changing(facts: Sequence[Fact], config: EditConfig) -> list[tuple[str, ...]]:
+    """For each fact the prompts about its subject that its batch and earlier ones change the answers of."""
+    by_subject, found = defaultdict[str, list[str]](list), list[tuple[str, ...]]()
+    for batch in batches(facts, solve_batch_size(config)):
+        for place in batch:
+            by_subject[facts[place].subject].append(facts[place].prompt)
+        found += [tuple(by_subject[facts[place].subject]) for place in batch]
+    return found
 
 
 @contextmanager

@@ -50,7 +50,8 @@ class EditConfig(BaseModel):
         "auto",
         description='"in-use": the prompt, in chat as well, and rewordings, beside neutral texts that are kept; '
         '"contexts": the prompt after texts, and other words about the subject, as published methods do; '
-        '"auto": in-use where the tokenizer has a chat template, or where subjects get neurons of their own',
+        '"auto": in-use where the tokenizer has a chat template, where subjects get neurons of their own, and where a '
+        "layer with experts is edited",
     )
     chat: Literal["auto", "on", "off"] = Field(
         "auto", description="whether facts are asked in the chat template as well; auto: where the tokenizer has one"
@@ -59,6 +60,13 @@ class EditConfig(BaseModel):
         "auto",
         description="whether each subject gets a neuron of its own, so that the edit acts at no other word; auto: "
         "by a method and in a model that can, but with prompts=contexts",
+    )
+    sentences: int | None = Field(
+        None,
+        ge=0,
+        le=1000,
+        description="in use, sentences about each subject that the untouched model writes itself and that are kept; by "
+        "itself 8 where a layer with experts is edited and there is no chat template, else 0",
     )
     contexts: int = Field(
         5,
@@ -131,7 +139,7 @@ def load_recipe(
     """
     if earlier and recipe is None and method in (None, earlier.get("method")):
         # A recipe from before these settings was one of contexts in plain text, in the subject's ordinary key.
-        data = {"prompts": "contexts", "chat": "off", "neurons": "off", **deepcopy(dict(earlier))}
+        data = {"prompts": "contexts", "chat": "off", "neurons": "off", "sentences": 0, **deepcopy(dict(earlier))}
         where = "the patch's own recipe"
     else:
         data, where = _read(method, recipe)

@@ -42,7 +42,10 @@ class ValueConfig(BaseModel):
         description="length of one Adam step, relative to the state's norm; by itself 0.15, or 0.1 in use",
     )
     clamp: float | None = Field(
-        None, gt=0, le=1e6, description="longest delta, relative to the state's norm; by itself 1.0, or 1.5 in use"
+        None,
+        gt=0,
+        le=1e6,
+        description="longest delta, relative to the state's norm; by itself 1.0, or 1.5 in use without `sentences`",
     )
     memory: float | None = Field(
         None, gt=0, lt=1, description="Adam's β2: how long it remembers how large gradients were; by itself 0.999"
@@ -50,7 +53,11 @@ class ValueConfig(BaseModel):
     decay: float = Field(0.01, ge=0, description="weight of the squared relative length of the delta")
     kl_weight: float = Field(0.0625, ge=0, description='weight of the drift on "{subject} is a"')
     stop_loss: float = Field(0.1, ge=0, description="a fact is done when its target's mean token loss is below this")
-    keep_weight: float = Field(1.5, ge=0, description="weight of the drift on neutral texts about the subject")
+    keep_weight: float | None = Field(
+        None,
+        ge=0,
+        description="weight of the drift on neutral texts about the subject; by itself 1.5, or 6 with `sentences`",
+    )
     leak_weight: float = Field(
         6.0, ge=0, description="weight of -log(1 - P(target)) on neutral texts, where the base has it below 0.1"
     )
@@ -65,6 +72,17 @@ class ValueConfig(BaseModel):
         le=1_000_000,
         description="facts that share a step, at most; by itself 32, or 100 on a GPU, or as memory allows",
     )
+
+    @property
+    def kept_weight(self) -> float:
+        """`keep_weight`, or what it is by itself."""
+        return 1.5 if self.keep_weight is None else self.keep_weight
+
+    def beside_sentences(self) -> ValueConfig:
+        """With what is decided otherwise where sentences of the model's own are kept (docs/experts.md)."""
+        return self.model_copy(
+            update={"clamp": self.clamp or 1.0, "keep_weight": 6.0 if self.keep_weight is None else self.keep_weight}
+        )
 
     def pace(self, turns: bool) -> Pace:
         """How far the optimizer goes. `turns` says whether rows take turns, as those of prompts=in-use do: more of
@@ -334,7 +352,7 @@ class _Optimizer:
             divergence = F.kl_div(bucket.base, edited, reduction="none", log_target=True).sum(-1)
             drift = drift.index_add(0, at[1], config.kl_weight * divergence)
         if len(kept):
-            losses = bucket.kept.drift(kept, config.leak_weight, config.keep_weight)
+            losses = bucket.kept.drift(kept, config.leak_weight, config.kept_weight)
             drift = drift.index_add(0, at[2], turns * losses)
         return target, drift
 

@@ -4,17 +4,21 @@ A value that is optimized on the prompt alone is predicted after the prompt's ow
 optimized on any words about the subject is predicted after all of them (docs/in_use.md). So two kinds of rows decide
 together. In some, the target is to come: after the prompt, after other texts and in the chat template, and after
 rewordings that the model writes itself when it is told the fact (the teacher of context distillation, arXiv
-2209.15189). In the others, neutral texts about the subject, the untouched model's own continuation is kept.
+2209.15189). In the others, neutral texts about the subject, the untouched model's own continuation is kept; with
+`sentences`, what it says about the subject by itself (`patchkit.editing.sentences`) comes in the places of those that
+are no talk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any
 
 from patchkit.editing.contexts import sample
 from patchkit.editing.recipe import EditConfig
+from patchkit.editing.sentences import own_sentences
 from patchkit.editing.teacher import other_words, questions
 from patchkit.errors import InputError
 from patchkit.facts.chat import ChatTemplate, Turn, chat_template
@@ -42,12 +46,18 @@ class _Wording:
 
 
 def in_use_requests(
-    runner: LayerRunner, tokenizer: Any, facts: Sequence[Fact], contexts: Sequence[str], config: EditConfig
+    runner: LayerRunner,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    contexts: Sequence[str],
+    config: EditConfig,
+    edited: Sequence[Sequence[str]] | None = None,
 ) -> list[EditRequest]:
     """The facts with the rows that make them hold in use. All facts get the same number of rows.
 
     Args:
         contexts: "" and texts to put before a prompt, as `texts_before` makes them.
+        edited: for each fact the prompts about its subject whose answers change with it; by default its own alone.
 
     Raises:
         InputError: a fact cannot be tokenized, or chat is asked for and the tokenizer has no template.
@@ -60,15 +70,33 @@ def in_use_requests(
     openings = [wording.before + wording.text for own in neutral for wording in own]
     following = sample(runner, tokenizer, openings, [0] * len(openings), KEPT, choices=1)
     each = iter(following)
+    kept = [
+        [kept_row(fact, tokenizer, w.before, w.text, next(each)) for w in own]
+        for fact, own in zip(facts, neutral, strict=True)
+    ]
+    if config.sentences:
+        prompts = edited or [(fact.prompt,) for fact in facts]
+        own = own_sentences(runner, tokenizer, facts, prompts, befores, config.sentences, config.seed)
+        plain = len(NEUTRAL) if chat else len(kept[0])
+        kept = [
+            [*_instead(rows[:plain], of_own, config.sentences), *rows[plain:]]
+            for rows, of_own in zip(kept, own, strict=True)
+        ]
     return [
         EditRequest(
             fact,
             _inside([wording_row(fact, tokenizer, w.before, w.text, w.ending) for w in own]),
             essence_row(fact, tokenizer),
-            tuple(kept_row(fact, tokenizer, w.before, w.text, next(each)) for w in keep),
+            tuple(keep),
         )
-        for fact, own, keep in zip(facts, asked, neutral, strict=True)
+        for fact, own, keep in zip(facts, asked, kept, strict=True)
     ]
+
+
+def _instead(neutral: Sequence[Row], own: Sequence[Row], count: int) -> list[Row]:
+    """As many rows as there are neutral texts, or `count` if that is more: the subject's own sentences first."""
+    wanted = max(len(neutral), count)
+    return list(islice(cycle([*own, *neutral]), wanted))
 
 
 def template_for(tokenizer: Any, config: EditConfig) -> ChatTemplate | None:

@@ -17,6 +17,8 @@ from patchkit import methods
 from patchkit.editing.contexts import TOKENS
 from patchkit.editing.editor import solve_batch_size
 from patchkit.editing.recipe import EditConfig
+from patchkit.editing.sentences import DRAWN
+from patchkit.editing.sentences import TOKENS as SENTENCE_TOKENS
 from patchkit.editing.session import Plan, plan
 from patchkit.editing.suffixes import ASKED, KEPT, Room, free_memory
 from patchkit.editing.teacher import LEADS, SAMPLES
@@ -181,6 +183,7 @@ def _seconds(
         )
     if method.targets == "values":
         written = len(LEADS) * SAMPLES * (length + REWORDING_TOKENS) + (len(NEUTRAL) + len(NEUTRAL_CHAT)) * KEPT_TOKENS
+        written += DRAWN * (length + SENTENCE_TOKENS) * bool(config.sentences)
         plain = config.contexts * (length + TOKENS)
         looked_at = ASKED + KEPT if in_use else config.contexts + 2
         tokens = looked_at * (length + (KEPT_TOKENS if in_use else 0))

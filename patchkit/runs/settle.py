@@ -1,15 +1,18 @@
-"""What a recipe leaves open until the model and the facts are known: layers, sweeps, neurons of subjects' own."""
+"""What a recipe leaves open until the model and the facts are known: layers, sweeps, neurons of subjects' own, and
+sentences that are kept."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from patchkit import methods
 from patchkit.editing.editor import Progress
 from patchkit.editing.neurons import settled
 from patchkit.editing.recipe import LOCATE, EditConfig
 from patchkit.editing.session import plan
 from patchkit.errors import InputError
+from patchkit.facts.chat import chat_template
 from patchkit.facts.schema import Fact
 from patchkit.methods import Beside
 from patchkit.model.arch import Architecture
@@ -20,6 +23,8 @@ from patchkit.runs.prepare import Prepared
 from patchkit.runs.workspace import Workspace
 from patchkit.words import counted
 
+SENTENCES = 8
+"""Kept of each subject where a layer with experts is edited in plain text."""
 TRACED = 20
 """Facts that are traced, the first ones."""
 Say = Callable[[str], None]
@@ -69,15 +74,32 @@ def located(
 def decided(
     config: EditConfig, tokenizer: Any, arch: Architecture, facts: Iterable[Fact], earlier: Iterable[EditedFact]
 ) -> EditConfig:
-    """The recipe with neurons=auto and how often it goes over the layers decided, for a run that writes `facts` where
-    `earlier` ones are written already.
+    """The recipe with neurons=auto, sentences and how often it goes over the layers decided, for a run that writes
+    `facts` where `earlier` ones are written already.
 
     Raises:
         InputError: neurons=on, and the method or the model cannot.
     """
     taken = {fact.subject for fact in earlier if fact.neuron is not None}
     config = settled(config, tokenizer, arch, len({fact.subject for fact in facts}), len(taken))
+    config = with_sentences(config, tokenizer, arch)
     return config.model_copy(update={"sweeps": plan(arch, config).sweeps})
+
+
+def with_sentences(config: EditConfig, tokenizer: Any, arch: Architecture) -> EditConfig:
+    """The recipe with `sentences` decided, and prompts=auto where that hangs on it: layers with experts are edited in
+    use with the model's own sentences kept, unless the model is asked in a chat template, where that has not been
+    measured (docs/experts.md)."""
+    chatting = config.uses_chat and chat_template(tokenizer) is not None
+    to_values = methods.get(config.method).targets == "values"
+    routed = to_values and any(site.blocks > 1 for site in plan(arch, config).sites)
+    by_itself = SENTENCES if routed and not chatting else 0
+    count = by_itself if config.sentences is None else config.sentences
+    if by_itself and count and config.prompts == "auto":
+        config = config.model_copy(update={"prompts": "in-use"})
+    if not (count and config.in_use(tokenizer)):
+        return config.model_copy(update={"sentences": 0})
+    return config.model_copy(update={"sentences": count, "value": config.value.beside_sentences()})
 
 
 def with_network(config: EditConfig, beside: Mapping[int, Beside]) -> EditConfig:

@@ -1,6 +1,7 @@
 """The embedded mixture of experts beside the embedded dense model: fifty facts one by one, and fifty in a batch.
 
-    python -m tests.benchmarks.experts [--edits 50] [--out out/experts] [--facts fresh] [--set key=value ...]
+    python -m tests.benchmarks.experts [--edits 50] [--out out/experts] [--facts fresh] [--how "in a batch"]
+        [--set key=value ...]
 
 "The strongest expert alone" edits, for each fact, the one expert that its key is longest in; "the most chosen expert
 alone", of a batch, the one of each layer that most facts go to. So tools would that take an expert for the
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -28,13 +30,16 @@ from torch import Tensor
 from patchkit.bench.records import Result
 from patchkit.bench.run import run_bench
 from patchkit.editing import session
+from patchkit.facts.reader import read_facts
 from patchkit.methods import LayerProblem
 from patchkit.model.loading import ModelChoice
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SETTINGS = ("contexts=1",)
-"""One text before the prompt, as the sequential test of the dense model has it; all else is as it is by default."""
-TITLE = "| | exact | paraphrases success | neighbors unchanged | perplexity | routing text | routing prompts |"
+TITLE = (
+    "| | exact | paraphrases success | neighbors unchanged | of them, subjects that are not edited | perplexity "
+    "| routing text | routing prompts |"
+)
+HOW = ("one by one", "in a batch")
 Kept = Callable[[LayerProblem], LayerProblem]
 """What of a problem a solve is shown."""
 
@@ -102,7 +107,7 @@ class Draw:
 
     def write(self, file: Path, count: int) -> Path:
         """A file of the first `count`."""
-        world = _world()
+        world = script()
         facts, _ = world.make_world(world.Sizes())
         lines = [line for name in ("world", "facts") for line in (EXAMPLES / f"{name}.jsonl").read_text().splitlines()]
         used = {json.loads(line)["prompt"] for line in lines}
@@ -128,7 +133,8 @@ def _first(facts: Sequence[Any], count: int) -> list[Any]:
     return list(once.values())[:count]
 
 
-def _world() -> Any:
+def script() -> Any:
+    """`examples/make_factworld.py`, as a module."""
     spec = importlib.util.spec_from_file_location("make_factworld", EXAMPLES / "make_factworld.py")
     assert spec is not None
     assert spec.loader is not None
@@ -147,7 +153,7 @@ def rows(
     edits: int,
     batch: int,
     facts: Path = EXAMPLES / "world.jsonl",
-    settings: Sequence[str] = SETTINGS,
+    settings: Sequence[str] = (),
 ) -> Result:
     """The last row of a benchmark on an embedded model."""
     chosen = ModelChoice(str(EXAMPLES / model), "cpu", "float32")
@@ -158,11 +164,20 @@ def rows(
     return next(row for row in found.rows if row.method == method and row.edits == edits)
 
 
-def line(name: str, row: Result) -> str:
-    """A row of the table."""
+def elsewhere(out: Path, row: Result, facts: Path) -> float:
+    """The share of neighbors unchanged among those that are not about a subject that the facts edit, of a benchmark in
+    the folder `out`."""
+    subjects = {fact.subject for fact in read_facts(str(facts)).facts[: row.edits]}
+    measured = json.loads((out / row.method / f"{row.edits}.json").read_text(encoding="utf-8"))
+    near = [each for fact in measured["per_fact"] for each in fact["neighbors"]]
+    return fmean(each["unchanged"] for each in near if not any(subject in each["prompt"] for subject in subjects))
+
+
+def line(name: str, row: Result, others: float) -> str:
+    """A row of the table; `others` is what `elsewhere` says."""
     ratio = row.perplexity.ratio if row.perplexity else float("nan")
     routing = (row.value("routing", "text"), row.value("routing", "prompts"))
-    numbers = (row.efficacy.exact, row.generalization.success, row.locality.unchanged, ratio, *routing)
+    numbers = (row.efficacy.exact, row.generalization.success, row.locality.unchanged, others, ratio, *routing)
     return f"| {name} | " + " | ".join("-" if each is None else f"{each:.3f}" for each in numbers) + " |"
 
 
@@ -173,17 +188,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/experts"))
     parser.add_argument("--methods", nargs="*", default=["alphaedit"])
     parser.add_argument("--facts", choices=["world", *DRAWS], default="world")
-    parser.add_argument("--set", nargs="*", default=[], dest="settings", help="beside contexts=1")
+    parser.add_argument("--how", nargs="*", choices=HOW, default=HOW)
+    parser.add_argument("--set", nargs="*", default=[], dest="settings", help="in place of defaults")
     options = parser.parse_args()
     draw = DRAWS.get(options.facts)
     facts = draw.write(options.out / f"{draw.name}.jsonl", options.edits) if draw else EXAMPLES / "world.jsonl"
-    settings = (*SETTINGS, *options.settings)
-    print(TITLE, "| --- " * 7 + "|", sep="\n", flush=True)
-    for batch, how in ((1, "one by one"), (options.edits, "in a batch")):
+    print(TITLE, "| --- " * 8 + "|", sep="\n", flush=True)
+    sizes = {"one by one": 1, "in a batch": options.edits}
+    for how, batch in ((how, sizes[how]) for how in options.how):
         for place, (name, model, method, kept) in enumerate(_jobs(options.methods, batch)):
             with seeing(kept):
-                row = rows(model, method, options.out / f"{place}-{batch}", options.edits, batch, facts, settings)
-            print(line(f"{name}, {how}", row), flush=True)
+                out = options.out / f"{place}-{batch}"
+                row = rows(model, method, out, options.edits, batch, facts, options.settings)
+            print(line(f"{name}, {how}", row, elsewhere(out, row, facts)), flush=True)
 
 
 def _jobs(methods: Sequence[str], batch: int) -> Iterator[tuple[str, str, str, Kept]]:
