@@ -78,12 +78,6 @@ class ValueConfig(BaseModel):
         """`keep_weight`, or what it is by itself."""
         return 1.5 if self.keep_weight is None else self.keep_weight
 
-    def beside_sentences(self) -> ValueConfig:
-        """With what is decided otherwise where sentences of the model's own are kept (docs/experts.md)."""
-        return self.model_copy(
-            update={"clamp": self.clamp or 1.0, "keep_weight": 6.0 if self.keep_weight is None else self.keep_weight}
-        )
-
     def pace(self, turns: bool) -> Pace:
         """How far the optimizer goes. `turns` says whether rows take turns, as those of prompts=in-use do: more of
         them have to be seen, and more is asked of a value (docs/in_use.md)."""

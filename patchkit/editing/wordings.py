@@ -77,9 +77,9 @@ def in_use_requests(
     if config.sentences:
         prompts = edited or [(fact.prompt,) for fact in facts]
         own = own_sentences(runner, tokenizer, facts, prompts, befores, config.sentences, config.seed)
-        plain = len(NEUTRAL) if chat else len(kept[0])
+        places = len(NEUTRAL) if chat else len(kept[0])
         kept = [
-            [*_instead(rows[:plain], of_own, config.sentences), *rows[plain:]]
+            [*_instead(rows[:places], of_own, config.sentences), *rows[places:]]
             for rows, of_own in zip(kept, own, strict=True)
         ]
     return [

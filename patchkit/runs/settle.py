@@ -11,6 +11,7 @@ from patchkit.editing.editor import Progress
 from patchkit.editing.neurons import settled
 from patchkit.editing.recipe import LOCATE, EditConfig
 from patchkit.editing.session import plan
+from patchkit.editing.values import ValueConfig
 from patchkit.errors import InputError
 from patchkit.facts.chat import chat_template
 from patchkit.facts.schema import Fact
@@ -99,7 +100,13 @@ def with_sentences(config: EditConfig, tokenizer: Any, arch: Architecture) -> Ed
         config = config.model_copy(update={"prompts": "in-use"})
     if not (count and config.in_use(tokenizer)):
         return config.model_copy(update={"sentences": 0})
-    return config.model_copy(update={"sentences": count, "value": config.value.beside_sentences()})
+    return config.model_copy(update={"sentences": count, "value": _beside_sentences(config.value)})
+
+
+def _beside_sentences(value: ValueConfig) -> ValueConfig:
+    """With what is decided otherwise where sentences of the model's own are kept (docs/experts.md)."""
+    weight = 6.0 if value.keep_weight is None else value.keep_weight
+    return value.model_copy(update={"clamp": value.clamp or 1.0, "keep_weight": weight})
 
 
 def with_network(config: EditConfig, beside: Mapping[int, Beside]) -> EditConfig:
