@@ -18,7 +18,7 @@ from patchkit.bench.run import Outcome, run_bench
 from patchkit.errors import InputError
 from patchkit.model.loading import LoadedModel, ModelChoice, load_model
 from patchkit.report.benchmarks import bench_page
-from tests.benchmarks.experts import _world as make_factworld
+from tests.benchmarks.experts import script as make_factworld
 from tests.helpers import Command, edited_fact, random_patch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
