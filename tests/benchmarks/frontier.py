@@ -17,6 +17,7 @@ WIDTH, HEIGHT = 720, 460
 LEFT, RIGHT, TOP, BOTTOM = 64, 20, 56, 54
 OVERFIT, ASKED = (0.0, 0.65), (0.25, 1.0)
 OLD, OTHER, CHOSEN, INK, FAINT, LINE = "#b23b3b", "#7a8794", "#00796b", "#1f2933", "#5f6c7b", "#e6eaee"
+DEFAULTS = "alphaedit", "alphaedit:layers=55%-65%"
 BOUNDS = 0.15, 0.85
 """Of overfit and asked, drawn as a corner."""
 
@@ -33,7 +34,7 @@ class Point:
     @property
     def color(self) -> str:
         """Red for edits in the ordinary key, green for the defaults, gray for what else was tried."""
-        return OLD if "neurons=off" in self.label else CHOSEN if self.label == "alphaedit:layers=55%-65%" else OTHER
+        return OLD if "neurons=off" in self.label else CHOSEN if self.label in DEFAULTS else OTHER
 
 
 def points() -> Iterator[Point]:
