@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ by more than its own length, to where no text is; unmet, it may set off the neur
 MET_WEIGHT = 1.0
 """Of these in the fit of w."""
 MET = 256
-"""Other subjects that are met at most, the last ones."""
+"""Other subjects that are met at most, drawn by their names, so that it is the same whichever run they came with."""
 DEAD = 1e-9
 """Of the mean energy of directions, what one has at least."""
 ROWS = 64
@@ -109,25 +110,24 @@ class OwnNeurons:
     Attributes:
         layers: what rewrites neurons, by layer.
         encode: token ids of a text.
-        subjects: those that have been met, in their order.
+        subjects: those that have been met.
     """
 
     layers: dict[int, LayerNeurons]
     state: EditState
     encode: Callable[[str], list[int]] = lambda text: []
-    subjects: list[str] = field(default_factory=list)
+    subjects: set[str] = field(default_factory=set)
 
     def meet(self, requests: Sequence[EditRequest]) -> None:
         """A batch that is about to be edited: the neurons of its subjects are told from one another, and from those of
         all that were met before."""
-        earlier = self.subjects or sorted(self.state.subjects)
-        self.subjects = list(dict.fromkeys([*earlier, *(request.fact.subject for request in requests)]))
+        self.subjects |= self.state.subjects | {request.fact.subject for request in requests}
 
     def open(self, layer: int, requests: Sequence[EditRequest], value_at: str) -> None:
         """Rewrite one neuron of a layer for each subject of some of the batch."""
-        own = {request.fact.subject for request in requests}
-        others = [subject for subject in self.subjects if subject not in own][-MET:]
-        texts = [self.encode(text.format(subject)) for subject in others for text in ABOUT]
+        others = self.subjects - {request.fact.subject for request in requests}
+        drawn = sorted(others, key=lambda subject: (crc32(subject.encode()), subject))[:MET]
+        texts = [self.encode(text.format(subject)) for subject in drawn for text in ABOUT]
         self.layers[layer].open(requests, value_at, texts)
 
     def shared_out(self, requests: Sequence[EditRequest]) -> dict[int, list[int]]:
