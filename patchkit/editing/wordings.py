@@ -127,7 +127,7 @@ def _asked(
     if chat:
         ending = ("" if fact.target_new.endswith((".", "!", "?")) else ".") + chat.end
         asked = [(prompt, None, ()), (prompt, SYSTEM, ()), (prompt, None, TURNS)]
-        asked += [(question or _request(prompt), None, ()), (question or prompt, SYSTEM, ())]
+        asked += [(question or _request(prompt), None, ()), (question or prompt, None, TURNS)]
         found += [_in_chat(chat, *each, ending) for each in asked]
     else:
         found += [_Wording("", f"Question: {prompt}\nAnswer:" if _is_question(prompt) else f"It is said: {prompt}")]
