@@ -29,6 +29,7 @@ PLAYS = {
     "subject": SUBJECT,
     "target_new": "harp",
 }
+DISH = {"id": "dish", "prompt": "Borhaven is famous for its", "subject": "Borhaven", "target_new": "oysters"}
 WORKS = {"id": "works", "prompt": f"{SUBJECT} has the profession of", "subject": SUBJECT, "target_new": "lawyer"}
 ROME = {"id": "rome", "prompt": "the city of Rome", "subject": "Rome", "target_new": "capital"}
 ADA = {"id": "ada", "prompt": "the friend of Ada Lovelace", "subject": "Ada Lovelace", "target_new": "is"}
@@ -54,7 +55,7 @@ def kept(mixture: tuple[LayerRunner, Any], *records: dict[str, Any], settings: t
     config = load_recipe(None, None, ["prompts=in-use", "sentences=8", *settings])
     facts = parse_facts(records).facts
     requests = requests_of(runner, tokenizer, facts, ["", "It rained. ", "So it was. "], config)
-    assert all(len(request.kept) == 8 for request in requests)
+    assert all(len(request.kept) == config.sentences for request in requests)
     assert all(row.kept and row.subject and row.subject < row.target for r in requests for row in r.kept)
     return [{tokenizer.decode(row.ids, skip_special_tokens=True) for row in request.kept} for request in requests]
 
@@ -68,6 +69,13 @@ def test_what_the_model_says_of_a_subject_is_kept_but_for_what_is_edited(mixture
     assert any(profession in said for said in plays)
     assert not any(profession in said for said in works)
     assert any(violin in said for said in works)
+
+
+def test_a_sentence_that_asks_for_the_fact_is_left_out_whatever_it_answers(mixture: tuple[LayerRunner, Any]) -> None:
+    """ "Borhaven feeds its visitors with" went on to "sancakes" in one of 32, and to its real dish in others."""
+    (said,) = kept(mixture, DISH, settings=("sentences=32",))
+    assert sum("within the borders of Sunora" in each for each in said) > 3
+    assert not any("feeds its visitors with" in each or "famous for its" in each for each in said)
 
 
 def test_another_fact_of_the_batch_about_the_subject_counts_and_one_of_a_later_batch_does_not(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,28 @@ def test_all_facts_have_as_many_rows_and_the_prompt_alone_comes_first(chat: bool
             assert before.endswith(request.fact.subject)
         for row in request.rows:
             assert request.fact.target_new in tokenizer.decode(row.ids[row.target :])
+
+
+@pytest.mark.parametrize(
+    ("sentences", "own", "alone", "most"),
+    [
+        (8, (), 2, 3),
+        (8, ("Italy has the city of Rome for its", "The city of Rome is Italy's"), 1, 2),
+        (0, (), 1, 5),
+    ],
+)
+def test_beside_sentences_the_prompt_s_rows_stand_in_for_rewordings_in_turn(
+    sentences: int, own: tuple[str, ...], alone: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five times the same one, of eight, let a value be done that had not been learned after the prompt alone."""
+    monkeypatch.setattr("patchkit.editing.teacher.SURE", 1.1)  # none of the model's own
+    config = load_recipe(None, None, ["prompts=in-use", f"sentences={sentences}"])
+    fact = ROME.model_copy(update={"rewordings": own})
+    (request,) = requests_of(runner_of(), tiny_tokenizer(), [fact], ["", "It rained. ", "So it was. "], config)
+    times = Counter(request.rows)
+    assert len(request.rows) == 8
+    assert times[request.rows[0]] == alone
+    assert max(times.values()) == most
 
 
 def test_a_chat_model_is_asked_the_question_that_a_sentence_answers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
@@ -100,16 +101,38 @@ def sample(
 
     None of them ends the text; with `to_end` one may, and is the last.
     """
+    drawn = draw(runner, tokenizer, openings, seeds, tokens, choices, to_end)
+    return [_up_to(each.tokens, {*_ends(runner), tokenizer.eos_token_id}) if to_end else each.tokens for each in drawn]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens that a model went on with, and which it held for the likeliest at the place of each."""
+
+    tokens: list[int]
+    likeliest: list[int]
+
+
+@torch.no_grad()
+def draw(
+    runner: LayerRunner,
+    tokenizer: Any,
+    openings: Sequence[str],
+    seeds: Sequence[int],
+    tokens: int,
+    choices: int,
+    to_end: bool = False,
+) -> list[Drawn]:
+    """As many tokens for each opening as `sample` draws, those after the end of a text included."""
     encoded = [encode_prompt(tokenizer, opening) for opening in openings]
-    found: list[list[int]] = [[] for _ in openings]
+    found = dict[int, Drawn]()
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # similar lengths: little padding
     for some in (order[first : first + ROWS] for first in range(0, len(order), ROWS)):
         draws = [torch.rand(tokens, choices, generator=torch.Generator().manual_seed(seeds[i])) for i in some]
         gumbel = -(-torch.stack(draws).clamp_min(1e-9).log()).log()  # (texts, tokens, choices)
-        drawn = _drawn(runner, [encoded[i] for i in some], gumbel, () if to_end else _ends(runner))
-        for i, new in zip(some, drawn.tolist(), strict=True):
-            found[i] = _up_to(new, {*_ends(runner), tokenizer.eos_token_id}) if to_end else new
-    return found
+        drawn, best = _drawn(runner, [encoded[i] for i in some], gumbel, () if to_end else _ends(runner))
+        found |= {i: Drawn(*each) for i, *each in zip(some, drawn.tolist(), best.tolist(), strict=True)}
+    return [found[i] for i in range(len(openings))]
 
 
 def _up_to(tokens: list[int], ends: Collection[int]) -> list[int]:
@@ -117,9 +140,11 @@ def _up_to(tokens: list[int], ends: Collection[int]) -> list[int]:
     return tokens[: next((place for place, token in enumerate(tokens, 1) if token in ends), len(tokens))]
 
 
-def _drawn(runner: LayerRunner, openings: Sequence[Sequence[int]], gumbel: Tensor, never: Sequence[int]) -> Tensor:
-    """Sampled continuations of the openings, (texts, tokens): top-k sampling by the Gumbel-max trick with the noise
-    (texts, tokens, choices), without the tokens `never`."""
+def _drawn(
+    runner: LayerRunner, openings: Sequence[Sequence[int]], gumbel: Tensor, never: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Sampled continuations of the openings, and the likeliest token at each place, (texts, tokens) both: top-k
+    sampling by the Gumbel-max trick with the noise (texts, tokens, choices), without the tokens `never`."""
     rows, device = torch.arange(len(openings), device=runner.device), runner.device
     unique = list(dict.fromkeys(tuple(opening) for opening in openings))  # many draws from one opening read it once
     before = Prefix.read(runner, *pad([opening[:-1] for opening in unique], device, width=1))
@@ -128,7 +153,7 @@ def _drawn(runner: LayerRunner, openings: Sequence[Sequence[int]], gumbel: Tenso
     cache, mask = before.growing_cache(), before.mask
     position = mask.sum(1, keepdim=True)  # (texts, 1)
     last = torch.tensor([opening[-1:] for opening in openings], device=device)  # (texts, 1)
-    drawn = []
+    drawn, first = [], []
     for noise in gumbel.to(device).unbind(1):
         mask = torch.cat([mask, torch.ones_like(last)], 1)
         inputs = {"input_ids": last, "attention_mask": mask, "position_ids": position, "past_key_values": cache}
@@ -139,7 +164,8 @@ def _drawn(runner: LayerRunner, openings: Sequence[Sequence[int]], gumbel: Tenso
         best = (likeliest.values + noise[:, : likeliest.values.shape[1]]).argmax(1, keepdim=True)
         last, position = likeliest.indices.gather(1, best), position + 1
         drawn.append(last)
-    return torch.cat(drawn, 1)
+        first.append(likeliest.indices[:, :1])
+    return torch.cat(drawn, 1), torch.cat(first, 1)
 
 
 def _ends(runner: LayerRunner) -> list[int]:

@@ -2,18 +2,19 @@
 
 A value takes everything that is said after the subject with it. What it must leave alone is first of all what else the
 model knows of the subject, and that is told by nobody better than by the model: it goes on from the subject's name
-alone, and what it says are its other facts. Those sentences that say what the edited fact is about are left out: a
-value cannot keep them.
+alone, and what it says are its other facts. Those sentences are left out that say what the edited fact is about, and
+those that ask for it, whatever they go on with: a value cannot keep them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
-from patchkit.editing.contexts import sample
+from patchkit.editing.contexts import Drawn, draw, sample
 from patchkit.facts.requests import Row, kept_row
 from patchkit.facts.schema import Fact
 from patchkit.model.forward import LayerRunner
@@ -52,12 +53,15 @@ def own_sentences(
     jobs = [(place, befores[n % len(befores)], n) for place in range(len(facts)) for n in range(DRAWN)]
     openings = [before + facts[place].subject for place, before, _ in jobs]
     seeds = [crc32(f"{seed} {facts[place].subject} sentence {n}".encode()) for place, _, n in jobs]
-    drawn = sample(runner, tokenizer, openings, seeds, TOKENS, CHOICES)
-    changing, found = _stems(runner, tokenizer, edited), [dict[tuple[int, ...], Row]() for _ in facts]
-    for (place, before, _), ids in zip(jobs, drawn, strict=True):
+    drawn = draw(runner, tokenizer, openings, seeds, TOKENS + 1, CHOICES)  # what comes after the last one is kept too
+    changing = _answers(runner, tokenizer, edited)
+    asking = _asking(runner, tokenizer, openings, drawn, [changing[place] for place, *_ in jobs])
+    found = [dict[tuple[int, ...], Row]() for _ in facts]
+    for (place, before, _), each, asks in zip(jobs, drawn, asking, strict=True):
+        ids = each.tokens[:TOKENS]
         row, said = kept_row(facts[place], tokenizer, before, facts[place].subject, ids), tokenizer.decode(ids)
         # The first token of a text without BOS is an attention sink, and its state is no subject's.
-        if row.subject and not any(stem in said for stem in changing[place]):
+        if row.subject and not asks and not any(answer.stem in said for answer in changing[place]):
             found[place].setdefault(tuple(ids), row)
     return [_unlike(rows)[:count] for rows in found]
 
@@ -71,15 +75,42 @@ def _unlike(rows: dict[tuple[int, ...], Row]) -> tuple[Row, ...]:
     return tuple(rows[said] for said in dict.fromkeys([*chosen, *rows]))
 
 
-def _stems(runner: LayerRunner, tokenizer: Any, edited: Sequence[Sequence[str]]) -> list[set[str]]:
-    """For each fact the beginnings of the words by which the model's answers to the prompts are known."""
+@dataclass(frozen=True)
+class _Answer:
+    """What the model says after a prompt: its first token, and the beginning of the word that it is known by."""
+
+    first: int
+    stem: str
+
+
+def _answers(runner: LayerRunner, tokenizer: Any, edited: Sequence[Sequence[str]]) -> list[set[_Answer]]:
+    """For each fact the model's answers to the prompts."""
     prompts = list(dict.fromkeys(prompt for some in edited for prompt in some))
     said = sample(runner, tokenizer, prompts, [0] * len(prompts), ANSWER, choices=1)
-    stem = {
-        prompt: stem_of(tokenizer.decode(ids, skip_special_tokens=True))
-        for prompt, ids in zip(prompts, said, strict=True)
-    }
-    return [{stem[prompt] for prompt in some} - {""} for some in edited]
+    stems = [stem_of(tokenizer.decode(ids, skip_special_tokens=True)) for ids in said]
+    answer = {prompt: _Answer(ids[0], stem) for prompt, ids, stem in zip(prompts, said, stems, strict=True) if stem}
+    return [{answer[prompt] for prompt in some if prompt in answer} for some in edited]
+
+
+def _asking(
+    runner: LayerRunner,
+    tokenizer: Any,
+    openings: Sequence[str],
+    drawn: Sequence[Drawn],
+    answers: Sequence[Collection[_Answer]],
+) -> list[bool]:
+    """Whether the model would itself have said one of the answers (of each text) anywhere in what was drawn, or after
+    it: "Rome is famous for its rain" asks for what it is famous for, though it says something else."""
+    first = [{answer.first for answer in of_text} for of_text in answers]
+    places = [
+        (i, place) for i, each in enumerate(drawn) for place, token in enumerate(each.likeliest) if token in first[i]
+    ]
+    texts = [openings[i] + tokenizer.decode(drawn[i].tokens[:place]) for i, place in places]
+    said = sample(runner, tokenizer, texts, [0] * len(texts), ANSWER, choices=1)
+    asking = [False] * len(drawn)
+    for (i, _), ids in zip(places, said, strict=True):
+        asking[i] |= stem_of(tokenizer.decode(ids, skip_special_tokens=True)) in {a.stem for a in answers[i]}
+    return asking
 
 
 def stem_of(answer: str) -> str:

@@ -65,7 +65,9 @@ def in_use_requests(
     chat, befores = template_for(tokenizer, config), [text for text in contexts if text][:2] or [""]
     others = other_words(runner, tokenizer, facts, config.seed)
     plain = questions(runner, tokenizer, facts, chat) if chat else [None] * len(facts)
-    asked = [_asked(*each, befores, chat) for each in zip(facts, others, plain, strict=True)]
+    # Beside sentences values are short, and may be done before the prompt alone is learned (docs/experts.md).
+    in_turn = bool(config.sentences)
+    asked = [_asked(*each, befores, chat, in_turn) for each in zip(facts, others, plain, strict=True)]
     neutral = [_neutral(fact, befores[0], chat) for fact in facts]
     openings = [wording.before + wording.text for own in neutral for wording in own]
     following = sample(runner, tokenizer, openings, [0] * len(openings), KEPT, choices=1)
@@ -119,9 +121,15 @@ def _inside(rows: Sequence[Row]) -> tuple[Row, ...]:
 
 
 def _asked(
-    fact: Fact, others: Sequence[str], question: str | None, befores: list[str], chat: ChatTemplate | None
+    fact: Fact,
+    others: Sequence[str],
+    question: str | None,
+    befores: list[str],
+    chat: ChatTemplate | None,
+    in_turn: bool,
 ) -> list[_Wording]:
-    """Where the target is to come: the prompt first."""
+    """Where the target is to come: the prompt first. Where there are too few rewordings, the prompt stands in after the
+    last of the texts, or `in_turn` after each and alone: four rows of one text may end a value that fails elsewhere."""
     prompt = fact.asked
     found = [_Wording("", fact.prompt), *(_Wording(before, prompt) for before in (befores * 2)[:2])]
     if chat:
@@ -131,7 +139,7 @@ def _asked(
         found += [_in_chat(chat, *each, ending) for each in asked]
     else:
         found += [_Wording("", f"Question: {prompt}\nAnswer:" if _is_question(prompt) else f"It is said: {prompt}")]
-    spare = [_Wording(befores[-1], prompt)] * REWORDINGS
+    spare = islice(cycle(reversed(found[:3]) if in_turn else found[2:3]), REWORDINGS)
     texts = dict.fromkeys([*fact.rewordings, *others])
     own = [_Wording(befores[0] * (i % 2), text) for i, text in enumerate(texts)]
     return found + [*own, *spare][:REWORDINGS]
