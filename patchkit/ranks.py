@@ -30,6 +30,13 @@ PATIENCE = timedelta(hours=2)
 LOST = "another process of this run has ended, and what it did is missing; the same command goes on where it stopped"
 
 
+class Lost(PatchkitError):
+    """Another rank has ended, with its part of the work."""
+
+    def __init__(self) -> None:
+        super().__init__(LOST)
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those that do the command together; by itself, the only one, and nothing is sent anywhere.
@@ -48,14 +55,17 @@ class Ranks:
         return self.rank == 0
 
     def from_first(self, make: Callable[[], Made]) -> Made:
-        """`make()` of rank 0, in all ranks; the others do not call it."""
+        """`make()` of rank 0, in all ranks; the others do not call it. What it refuses, all of them refuse."""
         if self.size == 1:
             return make()
-        held: list[Any] = [make() if self.first else None]
+        held: list[Any] = [_made(make) if self.first else None]
         with _noticing_loss():
             _distributed().broadcast_object_list(held)
-        made: Made = held[0]
-        return made
+        made, refused = held[0]
+        if refused is not None:
+            raise refused
+        found: Made = made
+        return found
 
     def gathered(self, mine: Made) -> list[Made]:
         """What all ranks have, in their order."""
@@ -173,6 +183,13 @@ def _distributed() -> Any:
     return torch.distributed
 
 
+def _made(make: Callable[[], Made]) -> tuple[Made | None, PatchkitError | None]:
+    try:
+        return make(), None
+    except PatchkitError as error:
+        return None, error
+
+
 def _shapes(tensors: Mapping[int, Tensor]) -> dict[int, tuple[int, ...]]:
     return {layer: tuple(each.shape) for layer, each in tensors.items()}
 
@@ -183,7 +200,7 @@ def _noticing_loss() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise PatchkitError(LOST) from error
+        raise Lost from error
 
 
 def _ended(number: int, frame: object) -> NoReturn:

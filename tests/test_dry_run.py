@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from patchkit.statistics.moments import statistics
 from tests import zoo
 from tests.helpers import Command, tree, write_facts
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 ROME = {"id": "rome", "prompt": "The city of Rome lies in", "subject": "Rome", "target_new": "Peru"}
 ADA = {"id": "ada", "prompt": "Ada Lovelace was a", "subject": "Ada Lovelace", "target_new": "painter"}
 
@@ -40,7 +42,8 @@ def test_a_dry_run_shows_facts_spans_layers_time_and_memory_and_writes_nothing(r
     assert [weight["layer"] for weight in found["weights"]] == [1, 2]
     assert found["weights"][0]["weight"] == "model.layers.1.mlp.down_proj.weight"
     assert (found["method"], found["batches"]) == ("alphaedit", [1, 1])
-    assert set(found["seconds"]) == {"statistics", "contexts", "values", "measuring"}
+    phases = {"start", "statistics", "neurons", "contexts", "values", "solving", "checking", "measuring", "again"}
+    assert set(found["seconds"]) == phases
     weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     assert found["memory"] > weights
     assert tree(Path.cwd()) == there
@@ -84,8 +87,9 @@ def test_plan_says_what_a_dry_run_says(run: Command, model: Path) -> None:
     asked = ("facts.jsonl", "--model", model, "--layers", "1-2", "--json")
     planned, dry = run("plan", *asked).json(), run("apply", *asked, "--dry-run").json()
     for found in (planned, dry):
-        for measured in ("seconds", "free"):
+        for measured in ("seconds", "free", "memory"):
             found.pop(measured)
+        found["parts"].pop("program")
     assert planned == dry
     ended = run("plan", "facts.jsonl", "--model", model, "--layers", "1")
     assert ended.status == 0
@@ -118,3 +122,17 @@ def test_what_does_not_fit_is_said(run: Command, model: Path, monkeypatch: pytes
     monkeypatch.setattr("patchkit.runs.dry_run.free_memory", lambda device: 1000)
     shown = " ".join(run("plan", "facts.jsonl", "--model", model, "--layers", "1").out.split())
     assert "cpu has 0.0 GB left, which is too little: take fewer --layers" in shown
+
+
+def test_seconds_are_about_those_that_the_run_takes(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the embedded model, in seconds of the processor; docs/scale.md has larger models and runs."""
+    monkeypatch.chdir(tmp_path)
+    facts = (EXAMPLES / "world.jsonl").read_text(encoding="utf-8").splitlines()[:4]
+    Path("facts.jsonl").write_text("\n".join(facts), encoding="utf-8")
+    asked = ("facts.jsonl", "--set", "prompts=contexts", "--stats", "stats", "--quick")
+    planned = run("plan", *asked, "--json").json()["seconds"]
+    began = time.process_time()
+    assert run("apply", *asked, "--out", "p").status == 0
+    assert 0.5 < sum(planned.values()) / (time.process_time() - began) < 2, planned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -103,6 +104,32 @@ def test_two_processes_make_the_patch_of_one(way: str, checked: Any) -> None:
     assert not list((cache_folder() / "journals").rglob("*.safetensors"))
 
 
+BENCH = ("bench", "--data", "facts.jsonl", "--methods", "alphaedit,memit", "--batch-size", 3)
+BENCH += ("--set", "layers=1-2", "--set", "steps=4", "--quick", "--dtype", "float64")
+
+
+def test_two_processes_make_the_benchmark_of_one(checked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the first one finds the folder of a run that was cut off."""
+    checked(*BENCH, "--checkpoints", "3,6", "--out", "one", "--stats", "stats-one")
+    ended, out, err = together(*BENCH, "--checkpoints", 3, "--out", "two", "--stats", "stats-two")
+    assert ended == [0, 0], err
+    ended, out, err = together(*BENCH, "--checkpoints", "3,6", "--out", "two", "--stats", "stats-two", "--json")
+    assert ended == [0, 0], err
+    assert out.count("\n") == 1
+    assert [(row["method"], row["edits"]) for row in json.loads(out)["rows"]] == [
+        ("unedited", 0),
+        ("alphaedit", 3),
+        ("alphaedit", 6),
+        ("memit", 3),
+        ("memit", 6),
+    ]
+    for patch in ("alphaedit/3", "alphaedit/6", "memit/6"):
+        assert max(differences(f"one/{patch}", f"two/{patch}")) < 1e-6
+    write_facts("facts.jsonl", *FACTS[1:])
+    ended, out, err = together(*BENCH, "--out", "two", "--stats", "stats-two")
+    assert (ended, out, err.count("error:")) == ([2, 2], "", 1), err
+
+
 def test_torchrun_starts_them(checked: Any) -> None:
     checked("stats", "--layers", "1-2", "--out", "one")
     start = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "patchkit")
@@ -183,7 +210,10 @@ def test_what_is_wrong_is_said_once(small_model: Path) -> None:
     assert '"Oslo" is not in prompt' in err
     ended, out, err = together("verify", "p")
     assert (ended, out) == ([2, 2], "")
-    assert err == "error: torchrun: only apply and stats can be shared by several processes; run verify without it\n"
+    assert (
+        err
+        == "error: torchrun: only apply, stats and bench can be shared by several processes; run verify without it\n"
+    )
 
 
 def test_one_process_sends_nothing() -> None:

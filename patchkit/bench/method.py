@@ -21,6 +21,7 @@ from patchkit.errors import InputError
 from patchkit.facts.schema import Fact
 from patchkit.patch.manifest import Manifest
 from patchkit.patch.patch import Patch, read_manifest
+from patchkit.ranks import world
 from patchkit.runs.settle import departures
 from patchkit.words import listed
 
@@ -104,15 +105,17 @@ class MethodRun:
         Raises:
             InputError: an edit is not finite.
         """
-        count, folder = self.start_for(mark)
+        count, folder = world().from_first(lambda: self.start_for(mark))
         patch = Patch.load(folder) if folder else None
         while patch is None or count < mark:
             stop = min(mark, count + self.save_every * self.config.batch_size)
             with clock.timed("edit", stop - count):
                 patch = self._apply(patch, count, stop)
-            patch.save(self.folder / (str(mark) if stop == mark else "unfinished"))
+            if world().first:
+                patch.save(self.folder / (str(mark) if stop == mark else "unfinished"))
             count = clock.at[self.name] = stop
-        shutil.rmtree(self.folder / "unfinished", ignore_errors=True)
+        if world().first:
+            shutil.rmtree(self.folder / "unfinished", ignore_errors=True)
         return patch
 
     def _apply(self, onto: Patch | None, count: int, stop: int) -> Patch:

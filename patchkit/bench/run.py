@@ -11,7 +11,8 @@ OUT/
   <method>/unfinished/    the patch between two checkpoints
 
 What is there already is not computed again, and a run that was killed goes on from the last patch it saved: continuing
-a patch is bit for bit the same as never having stopped.
+a patch is bit for bit the same as never having stopped. Of several processes (`patchkit.ranks`) all edit, and the first
+one alone measures and writes.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from patchkit.facts.limits import GENERATED, Limits, fitting
 from patchkit.facts.reader import read_facts
 from patchkit.facts.schema import FactFile
 from patchkit.model.loading import ModelChoice
+from patchkit.ranks import Lost, world
 from patchkit.runs.settle import located
 from patchkit.version import patchkit_version
 from patchkit.words import counted
@@ -125,17 +127,26 @@ def run_bench(
     ]
     for run in runs:
         plan(bench.runner.arch, run.config)  # a layer that the model does not have
-    bench.refuse_others({name: config.digest() for name, config in configs.items()})
+    world().from_first(lambda: _begin(bench, runs, _asked_for(bench, read, marks, configs), marks))
+    stopped = _run(runs, marks, say)
+    return Outcome(out, world().from_first(lambda: _ended(bench.results, marks[-1])), stopped)
+
+
+def _begin(bench: Bench, runs: Sequence[MethodRun], asked_for: Mapping[str, Any], marks: Sequence[int]) -> None:
+    """Refuse a folder of another run, and add what is there before anything is edited."""
+    bench.refuse_others({run.name: run.config.digest() for run in runs})
     for run in runs:
         run.refuse_others()
-    out.mkdir(parents=True, exist_ok=True)
-    bench.results.note(_asked_for(bench, read, marks, configs))
+    bench.results.folder.mkdir(parents=True, exist_ok=True)
+    bench.results.note(asked_for)
     bench.add_unedited()
     for run in runs:
         run.catch_up(marks)
-    stopped = _run(runs, marks, say)
-    bench.results.write_tables(marks[-1])
-    return Outcome(out, tuple(bench.results.table(marks[-1])), stopped)
+
+
+def _ended(results: Results, facts: int) -> tuple[Result, ...]:
+    results.write_tables(facts)
+    return tuple(results.table(facts))
 
 
 def _located(bench: Bench, configs: Mapping[str, EditConfig], say: Say) -> dict[str, EditConfig]:
@@ -201,20 +212,23 @@ def _asked_for(bench: Bench, read: FactFile, marks: Sequence[int], configs: Mapp
 
 def _run(runs: Sequence[MethodRun], marks: Sequence[int], say: Say) -> dict[str, str]:
     """Every method to its last checkpoint; one that cannot go on does not keep the others from it."""
-    todo = {run.name: run.missing(marks) for run in runs}
-    starts = {s.name: s.start_for(todo[s.name][0])[0] for s in runs if todo[s.name]}
+    todo = world().from_first(lambda: {run.name: run.missing(marks) for run in runs})
+    starts = world().from_first(lambda: {s.name: s.start_for(todo[s.name][0])[0] for s in runs if todo[s.name]})
     clock, stopped = Clock(todo, starts), dict[str, str]()
     for run in runs:
         left = todo[run.name]
         while left:
             try:
                 patch = run.run_to(left[0], clock)
+            except Lost:
+                raise
             except PatchkitError as error:
                 stopped[run.name] = f"stopped on the way to {counted(left[0], 'edit')}: {error}"
                 say(f"{run.name}: {stopped[run.name]}")
                 left.clear()
                 continue
-            row = run.add_row(left.pop(0), patch, clock)
+            mark = left.pop(0)
+            row = world().from_first(lambda: run.add_row(mark, patch, clock))  # noqa: B023
             say(f"{_in_words(row)}; {clock.estimate()}")
     return stopped
 

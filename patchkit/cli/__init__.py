@@ -99,14 +99,14 @@ def main() -> None:
         _fail(*_told(error, arguments))
 
 
-_TOGETHER = ("apply", "stats")
+_TOGETHER = ("apply", "stats", "bench")
 """The commands that several processes share the work of."""
 
 
 def _refuse_together(arguments: Sequence[str]) -> None:
     """Raises InputError where torchrun was told to start what one process does by itself."""
     if ranks.started_together() and not set(arguments[:1]) <= set(_TOGETHER):
-        names = " and ".join(_TOGETHER)
+        names = f"{', '.join(_TOGETHER[:-1])} and {_TOGETHER[-1]}"
         raise InputError(f"torchrun: only {names} can be shared by several processes; run {arguments[0]} without it")
 
 

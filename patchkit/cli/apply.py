@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -143,6 +144,7 @@ def command(
     A gate that does not hold makes the exit status 1, and nothing is merged or published; the patch is written all the
     same. --merge and --push ask for what the gates below say "to publish", unless told otherwise.
     """
+    began = time.process_time()
     from patchkit.cli.applying import ApplyRequest, apply_file, dry_run
     from patchkit.runs.guard import Bounds
 
@@ -155,7 +157,7 @@ def command(
     if dry and not world().first:
         return
     if dry:
-        show_planned(dry_run(request, choose, text=text, stats=stats, quick=quick, say=note), as_json)
+        show_planned(dry_run(request, choose, text=text, stats=stats, quick=quick, began=began, say=note), as_json)
         return
     gates = gates.within(Gates.published()) if merged or repo else gates
     refuse_quick(quick, gates)

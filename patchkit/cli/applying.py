@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -134,9 +135,13 @@ def dry_run(
     text: str | None,
     stats: str | None,
     quick: bool,
+    began: float,
     say: Callable[[str], None],
 ) -> PlannedRun:
     """What `apply_file` would do with the same.
+
+    Args:
+        began: when the command began, by `time.process_time`: what it has read by then from disk need not be again.
 
     Raises:
         InputError: anything about the input.
@@ -144,7 +149,7 @@ def dry_run(
     prepared, load = request.prepared(choose, say)
     loaded = load()
     workspace = Workspace.of(loaded.model, loaded.tokenizer, (text,), stats)
-    return planned(prepared, workspace, quick)
+    return planned(prepared, workspace, quick, time.process_time() - began)
 
 
 def apply_file(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import click
 
 from patchkit.cli.apply import request_options, settings, show_planned, source
@@ -34,11 +36,12 @@ def command(
     """Show what `apply` would edit with these options: facts with their tokens, weights, seconds by phase, memory by
     part, and on which device the model lies.
 
-    Nothing is edited and nothing written. Memory is reckoned from shapes; seconds are those of a short pass of this
-    model on this machine, scaled. `apply --dry-run` does the same.
+    Nothing is edited and nothing written. Memory is reckoned from shapes; seconds are those of a few short passes of
+    this model on this machine, scaled. `apply --dry-run` does the same.
     """
+    began = time.process_time()
     from patchkit.cli.applying import ApplyRequest, dry_run
 
     overrides = (*overrides, *settings(layers=layers, batch_size=batch_size, seed=seed))
     request = ApplyRequest(source(facts, typed), onto, method, recipe, overrides, zsre_target, skip_bad, yes)
-    show_planned(dry_run(request, model.choice, text=text, stats=stats, quick=quick, say=note), as_json)
+    show_planned(dry_run(request, model.choice, text=text, stats=stats, quick=quick, began=began, say=note), as_json)

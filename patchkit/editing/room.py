@@ -112,21 +112,7 @@ def rooms(
         corpus: the text.
         chat: the template to talk in; None talks as plain text.
     """
-    model, dtype = runner.arch.model, str(runner.dtype).removeprefix("torch.")
-    assert isinstance(model, PreTrainedModel)
-    digest = digests_below(model, runner.arch.layers_name, runner.depth - 1)[-1]
-    about = f"{digest} {'plain' if chat is None else sha256(chat.ask(_USER).encode()).hexdigest()}"
-    wanted = {
-        site.layer: Origin(
-            kind="spare_neurons",
-            weight=site.weight_name,
-            layer=site.layer,
-            model=about,
-            dtype=dtype,
-            text=corpus.record,
-        )
-        for site in sites
-    }
+    wanted = _origins(runner, sites, corpus, chat)
 
     def compute(missing: Sequence[int], _: Partial) -> Iterator[tuple[int, Tensors]]:
         here = [site for site in sites if site.layer in missing]
@@ -138,6 +124,34 @@ def rooms(
 
     found = StatisticsStore(folder).get(wanted, compute)
     return {layer: Room.of(tensors) for layer, tensors in found.items()}
+
+
+def are_stored(
+    runner: LayerRunner, sites: Sequence[Site], corpus: Corpus, chat: ChatTemplate | None, folder: Path | None = None
+) -> bool:
+    """Whether `rooms` would find all of them in the folder."""
+    store = StatisticsStore(folder)
+    return all(store.has(origin) for origin in _origins(runner, sites, corpus, chat).values())
+
+
+def _origins(
+    runner: LayerRunner, sites: Sequence[Site], corpus: Corpus, chat: ChatTemplate | None
+) -> dict[int, Origin]:
+    model, dtype = runner.arch.model, str(runner.dtype).removeprefix("torch.")
+    assert isinstance(model, PreTrainedModel)
+    digest = digests_below(model, runner.arch.layers_name, runner.depth - 1)[-1]
+    about = f"{digest} {'plain' if chat is None else sha256(chat.ask(_USER).encode()).hexdigest()}"
+    return {
+        site.layer: Origin(
+            kind="spare_neurons",
+            weight=site.weight_name,
+            layer=site.layer,
+            model=about,
+            dtype=dtype,
+            text=corpus.record,
+        )
+        for site in sites
+    }
 
 
 # --- which neurons ----------------------------------------------------------------------------------------------------

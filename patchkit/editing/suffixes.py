@@ -119,9 +119,9 @@ class Suffixes:
         """Numbers of rows in groups of similar suffix length, with little padding."""
         groups: list[list[int]] = []
         real = points = 0
-        for number in sorted(numbers, key=lambda number: len(_suffix(self._row(number)))):
+        for number in sorted(numbers, key=lambda number: len(suffix(self._row(number)))):
             row = self._row(number)
-            width, asked = len(_suffix(row)), max(1, len(row.ids) - row.target + row.kept)
+            width, asked = len(suffix(row)), max(1, len(row.ids) - row.target + row.kept)
             total = width * (len(groups[-1]) + 1) if groups else 0
             waste = total - real - width
             fits = total <= self.tokens and points + asked <= self._points
@@ -137,7 +137,7 @@ class Suffixes:
         device, rows = self.runner.device, [self._row(number) for number in numbers]
         row = torch.tensor(numbers)
         fact_of, stem = row // len(self._stems), row % len(self._stems)
-        ids, mask = pad([_suffix(row) for row in rows], device)
+        ids, mask = pad([suffix(row) for row in rows], device)
         offsets = sent([row.subject for row in rows], device).unsqueeze(1)  # (rows, 1)
         positions = offsets + torch.arange(ids.shape[1], device=device)
         prefix = self._prefix(rows, stem)
@@ -169,8 +169,9 @@ def common_start(texts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return next((first[:i] for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), first)
 
 
-def _suffix(row: Row) -> tuple[int, ...]:
-    """From the subject's last token on, without the target's last token, after which no logits are needed."""
+def suffix(row: Row) -> tuple[int, ...]:
+    """What a step runs of a row: from the subject's last token on, without the target's last one, after which no logits
+    are needed."""
     unread = row.target < len(row.ids) and not row.kept
     return row.ids[row.subject : max(row.subject + 1, len(row.ids) - unread)]
 

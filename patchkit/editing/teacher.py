@@ -48,7 +48,7 @@ LEADS = (("In other words, ", True), ("This means that ", True), ("It is also kn
 def other_words(runner: LayerRunner, tokenizer: Any, facts: Sequence[Fact], seed: int) -> list[tuple[str, ...]]:
     """Texts for each fact that ask for it, the surest first; they depend on the fact, the model and the seed alone."""
     jobs = [(fact, lead, shown, n) for fact in facts for lead, shown in LEADS for n in range(SAMPLES)]
-    told = [f"{_shown(lead) * shown}{_told(fact)}. {lead}{fact.subject}" for fact, lead, shown, _ in jobs]
+    told = [opening(fact, lead, shown) for fact, lead, shown, _ in jobs]
     seeds = [crc32(f"{seed} {fact.prompt} {lead} {n}".encode()) for fact, lead, _, n in jobs]
     drawn = sample(runner, tokenizer, told, seeds, TOKENS, CHOICES)
     said = [tokenizer.decode(ids, skip_special_tokens=True) for ids in drawn]
@@ -59,6 +59,11 @@ def other_words(runner: LayerRunner, tokenizer: Any, facts: Sequence[Fact], seed
         if probability >= SURE:
             ranked[fact.id].append((-probability, text))
     return [tuple(text for _, text in sorted(ranked[fact.id])) for fact in facts]
+
+
+def opening(fact: Fact, lead: str, shown: bool) -> str:
+    """What the model is told and goes on with."""
+    return f"{_shown(lead) * shown}{_told(fact)}. {lead}{fact.subject}"
 
 
 def _shown(lead: str) -> str:

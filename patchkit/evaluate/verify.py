@@ -95,7 +95,7 @@ def ask_unpatched(trial: Trial, base: Answers) -> Answers:
 
 def ask(trial: Trial, step: Step = lambda: None) -> Answers:
     """What the model as it now is answers to the facts of `trial`, without the groups that have an instrument."""
-    readings = read_targets(trial.runner, trial.tokenizer, _asked(trial.facts))
+    readings = read_targets(trial.runner, trial.tokenizer, asked_pairs(trial.facts))
     step()
     prompts = [f.pair(p) for f in trial.facts for p in (f.prompt, *f.paraphrases)]
     said = generate(trial.runner, trial.tokenizer, prompts)
@@ -156,7 +156,7 @@ def _measured_by_instruments(trial: Trial, answers: Answers, base: Answers, step
     return replace(answers, found=found)
 
 
-def _asked(facts: Iterable[Fact]) -> list[Pair]:
+def asked_pairs(facts: Iterable[Fact]) -> list[Pair]:
     """Every pair of a prompt and a target that the metrics look at, once."""
     pairs: dict[Pair, None] = {}
     for fact in facts:

@@ -31,6 +31,10 @@ class KeptLeading:
         found = self.store.load(origin, are_leading) if self.store.has(origin) else None
         return None if found is None else _leading(found)
 
+    def has(self, energy: float) -> bool:
+        """Whether `load` would find them; they are not read."""
+        return self.store.has(self._origin(energy))
+
     def save(self, energy: float, found: Leading) -> Leading:
         """Keep them, where the folder can be written to; gives what `load` will give, which is rounded."""
         tensors = {

@@ -64,6 +64,14 @@ def are_stored(runner: LayerRunner, sites: Sequence[Site], corpus: Corpus, folde
     return all(store.has(origin) for origin in _origins(runner, sites, corpus).values())
 
 
+def leading_are_stored(
+    runner: LayerRunner, sites: Sequence[Site], corpus: Corpus, energy: float, folder: Path | None = None
+) -> bool:
+    """Whether the leading eigenvectors of all of them, all but `energy`, have been computed by an earlier run."""
+    store = StatisticsStore(folder)
+    return all(KeptLeading(store, origin).has(energy) for origin in _origins(runner, sites, corpus).values())
+
+
 def _origins(runner: LayerRunner, sites: Sequence[Site], corpus: Corpus) -> dict[int, Origin]:
     model = runner.arch.model
     assert isinstance(model, PreTrainedModel)
