@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from patchkit.editing.editor import Progress, frozen
 from patchkit.editing.recipe import EditConfig, load_recipe
 from patchkit.editing.session import ValueCache
+from patchkit.evaluate.readings import EVAL_TOKENS, EVAL_WINDOW
 from patchkit.evaluate.report import Report
 from patchkit.evaluate.verify import verify
 from patchkit.facts.chat import chat_template
@@ -28,7 +29,6 @@ from patchkit.runs.prepare import Prepared, prepare
 from patchkit.runs.workspace import Workspace
 from patchkit.statistics.corpus import default_text, read_corpus, window_of
 
-EVAL_TOKENS, EVAL_WINDOW = 4096, 512
 _log = logging.getLogger("patchkit")
 
 

@@ -16,12 +16,12 @@ import torch
 
 import patchkit
 from patchkit import methods
-from patchkit.api import EVAL_TOKENS, EVAL_WINDOW
 from patchkit.bench.health import weight_drift
 from patchkit.bench.measuring import TEXT_TOKENS
 from patchkit.bench.records import Result, States, score
 from patchkit.bench.run import Outcome, run_bench
 from patchkit.errors import InputError
+from patchkit.evaluate.readings import EVAL_TOKENS, EVAL_WINDOW
 from patchkit.evaluate.report import Report
 from patchkit.maths.linalg import Delta
 from patchkit.model.arch import inspect_model

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from patchkit.api import EVAL_TOKENS, EVAL_WINDOW
 from patchkit.bench.abilities import Abilities
 from patchkit.bench.health import Spectra, last_states, moved_states, prompts_of
 from patchkit.bench.judge import Judge
@@ -22,6 +21,7 @@ from patchkit.editing.editor import Progress, frozen
 from patchkit.editing.session import ValueCache
 from patchkit.evaluate.answers import Ask, Said
 from patchkit.evaluate.divergence import as_said, divergences
+from patchkit.evaluate.readings import EVAL_TOKENS, EVAL_WINDOW
 from patchkit.evaluate.report import Report
 from patchkit.evaluate.trial import Trial
 from patchkit.evaluate.verify import Answers, ask_base, ask_unpatched, compare, verify

@@ -13,7 +13,7 @@ from patchkit.evaluate.answers import ROWS, Ask, Said, batches, common_start
 from patchkit.facts.requests import pad
 from patchkit.model.forward import LayerRunner, watching_output
 
-_LOGITS = 1 << 25
+LOGITS = 1 << 25
 """Logits held at a time."""
 
 
@@ -24,7 +24,7 @@ def divergences(runner: LayerRunner, said: Mapping[Ask, Said]) -> dict[Ask, floa
     The head makes the base's distributions again of the last layer's output, which is a thousandth of their size.
     """
     longest = max((len(own.ids) for own in said.values()), default=1)
-    rows = min(ROWS, max(1, _LOGITS // (runner.vocabulary * longest)))
+    rows = min(ROWS, max(1, LOGITS // (runner.vocabulary * longest)))
     found: dict[Ask, float] = {}
     for batch in batches({ask: len(own.given) for ask, own in said.items()}, rows):
         answers = [said[ask] for ask in batch]

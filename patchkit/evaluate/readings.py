@@ -17,6 +17,8 @@ from patchkit.model.forward import LayerRunner
 from patchkit.statistics.corpus import Corpus
 
 ROWS = 32
+EVAL_TOKENS, EVAL_WINDOW = 4096, 512
+"""Of the plain text that perplexity is taken on: tokens in all, and in a window."""
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,14 @@ from patchkit.editing.editor import frozen, solve_batch_size
 from patchkit.editing.recipe import EditConfig
 from patchkit.editing.room import are_stored as rooms_are_stored
 from patchkit.editing.session import Plan, plan
-from patchkit.editing.suffixes import Room, free_memory
+from patchkit.editing.suffixes import free_memory
 from patchkit.editing.wordings import template_for
 from patchkit.facts.batches import batches
 from patchkit.facts.requests import Row, wording_row
 from patchkit.facts.schema import Fact
 from patchkit.model.devices import home_of
 from patchkit.model.weights import Site
+from patchkit.runs.footprint import passes_bytes
 from patchkit.runs.forecast import Forecast, Stored, projects
 from patchkit.runs.prepare import Prepared
 from patchkit.runs.settle import settle
@@ -104,10 +105,12 @@ def planned(prepared: Prepared, workspace: Workspace, quick: bool = False, start
     """
     config = settle(prepared, workspace)
     how = plan(workspace.runner.arch, config)
-    facts, stored = prepared.incoming.new, _is_stored(workspace, config, how)
+    facts, corpus = prepared.incoming.new, workspace.corpus(workspace.texts[0], config.uses_chat)
+    stored = _stored(workspace, config, how, corpus)
+    forecast = _forecast(workspace, config, how, facts)
     lines = {fact.id: line for fact, line in zip(prepared.read.facts, prepared.read.lines, strict=True)}
     rows = [wording_row(fact, workspace.tokenizer, "", fact.prompt) for fact in facts]
-    parts = _memory(workspace, config, how)
+    parts, seconds = _memory(workspace, forecast, stored), forecast.seconds(corpus, stored, quick)
     return PlannedRun(
         method=config.method,
         facts=tuple(
@@ -117,8 +120,8 @@ def planned(prepared: Prepared, workspace: Workspace, quick: bool = False, start
         superseded=dict(prepared.incoming.superseded),
         weights=tuple(_weight(site) for site in how.sites),
         batches=tuple(len(batch) for batch in batches(facts, solve_batch_size(config))),
-        statistics_stored=stored,
-        seconds={"start": round(start, 1), **_seconds(workspace, config, how, facts, stored, quick)},
+        statistics_stored=stored.moments,
+        seconds={phase: round(spent, 1) for phase, spent in {"start": start, **seconds}.items()},
         memory=sum(parts.values()),
         parts=parts,
         weights_on=_weights_on(workspace),
@@ -144,28 +147,16 @@ def _weight(site: Site) -> PlannedWeight:
     return PlannedWeight(layer=site.layer, weight=site.weight_name, d_in=site.d_in, d_out=site.d_out)
 
 
-def _is_stored(workspace: Workspace, config: EditConfig, how: Plan) -> bool:
-    """Whether no second moments would have to be computed."""
-    if not methods.get(config.method).needs_statistics:
-        return True
-    corpus = workspace.corpus(workspace.texts[0], config.uses_chat)
-    return are_stored(workspace.runner, how.sites, corpus, workspace.stats)
-
-
-def _seconds(
-    workspace: Workspace, config: EditConfig, how: Plan, facts: Sequence[Fact], stored: bool, quick: bool
-) -> dict[str, float]:
-    """By phase."""
+def _forecast(workspace: Workspace, config: EditConfig, how: Plan, facts: Sequence[Fact]) -> Forecast:
     with frozen(workspace.model):
-        forecast = Forecast(workspace, config, how, facts, Speed.of(workspace.runner, how.sites[0]))
-        corpus = workspace.corpus(workspace.texts[0], config.uses_chat)
-        found = forecast.seconds(corpus, _stored(workspace, config, how, corpus, stored), quick)
-    return {phase: round(spent, 1) for phase, spent in found.items()}
+        return Forecast(workspace, config, how, facts, Speed.of(workspace.runner, how.sites[0]))
 
 
-def _stored(workspace: Workspace, config: EditConfig, how: Plan, corpus: Corpus, moments: bool) -> Stored:
+def _stored(workspace: Workspace, config: EditConfig, how: Plan, corpus: Corpus) -> Stored:
     energy, runner = config.settings.get("null_energy"), workspace.runner
     chat = template_for(workspace.tokenizer, config)
+    needed = methods.get(config.method).needs_statistics or config.neurons == "on"
+    moments = not needed or are_stored(runner, how.sites, corpus, workspace.stats)
     return Stored(
         moments,
         moments and energy is not None and leading_are_stored(runner, how.sites, corpus, energy, workspace.stats),
@@ -173,15 +164,19 @@ def _stored(workspace: Workspace, config: EditConfig, how: Plan, corpus: Corpus,
     )
 
 
-def _memory(workspace: Workspace, config: EditConfig, how: Plan) -> dict[str, int]:
+def _memory(workspace: Workspace, forecast: Forecast, stored: Stored) -> dict[str, int]:
     """What a run holds at its peak, in bytes: the model; second moments of all sites in float32; what is factored of
-    them, in float64, with what factoring one of them takes; and the logits of a bucket with the gradient's."""
+    them, in float64, with what factoring one of them takes; what its passes hold; and the program itself."""
+    config, how = forecast.config, forecast.plan
     found = {"weights": sum(_weights_on(workspace).values()), "second moments": 0, "factors": 0}
     if methods.get(config.method).needs_statistics or config.neurons == "on":
         found["second moments"] = second_moments_bytes(how.sites)
         found["factors"] = factors_bytes(how.sites, projects(config))
+    found["passes"] = passes_bytes(
+        workspace.runner, config, how, forecast.requests, forecast.in_use, not stored.neurons
+    )
     found["program"] = _program(found["weights"]) if workspace.runner.device.type == "cpu" else 0
-    return {**found, "logits": 3 * 4 * Room.on(workspace.runner.device).logits}
+    return found
 
 
 def _program(weights: int) -> int:

@@ -13,7 +13,6 @@ from functools import cached_property
 from math import ceil
 
 from patchkit import methods
-from patchkit.api import EVAL_TOKENS
 from patchkit.editing import contexts, neurons, room, teacher, wordings
 from patchkit.editing.editor import solve_batch_size
 from patchkit.editing.recipe import EditConfig
@@ -110,7 +109,8 @@ class Forecast:
     # --- facts --------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _in_use(self) -> bool:
+    def in_use(self) -> bool:
+        """Whether facts are edited in the forms they are asked in."""
         return self.config.in_use(self.workspace.tokenizer)
 
     @cached_property
@@ -123,10 +123,10 @@ class Forecast:
         return len(self.facts) / max(1, len(self._sample))
 
     @cached_property
-    def _requests(self) -> list[EditRequest]:
+    def requests(self) -> list[EditRequest]:
         """Of the sample, with as many rows and tokens as they will have."""
         before, tokenizer = f"{'The ' * self.config.context_length}. ", self.workspace.tokenizer
-        if self._in_use:
+        if self.in_use:
             return [wordings.unsampled(tokenizer, fact, before, self.config) for fact in self._sample]
         texts = ["", before, *[f"{SUBJECT} is one of the"] * (self.config.contexts - 1)]
         return [build_request(fact, tokenizer, texts[: 1 + self.config.contexts]) for fact in self._sample]
@@ -143,20 +143,20 @@ class Forecast:
     def _contexts(self) -> float:
         config, count = self.config, len(self.facts)
         texts = self._written(2 * config.contexts, config.contexts, config.context_length)
-        if not self._in_use:
+        if not self.in_use:
             slots = count * max(0, config.contexts - 1)
             return texts + self._written(6 * slots, slots, contexts.TOKENS)
         leads = [teacher.opening(fact, *lead) for fact in self._sample for lead in teacher.LEADS]
         told = self._length(leads) * self._more
         rows = count * len(teacher.LEADS) * teacher.SAMPLES
         found = texts + self._written(told, rows, teacher.TOKENS)
-        prompt = sum(len(each.rows[0].ids) for each in self._requests) / len(self._requests)
+        prompt = sum(len(each.rows[0].ids) for each in self.requests) / len(self.requests)
         found += self.speed.read.of(count * SURE_TEXTS * 2 * prompt, 1 + count * SURE_TEXTS / teacher.ROWS)
         if wordings.template_for(self.workspace.tokenizer, config):
             asked = sum(len(questions_of(fact.prompt, fact.subject)) for fact in self._sample) * self._more
             found += self.speed.read.of(asked * 3 * prompt, 1, asked)
-        kept = sum(len(row.ids) - wordings.KEPT for each in self._requests for row in each.kept) * self._more
-        found += self._written(kept, count * len(self._requests[0].kept), wordings.KEPT)
+        kept = sum(len(row.ids) - wordings.KEPT for each in self.requests for row in each.kept) * self._more
+        found += self._written(kept, count * len(self.requests[0].kept), wordings.KEPT)
         if config.sentences:
             found += self._written(count * 2 * prompt, count * DRAWN, SENTENCE_TOKENS)
         return found
@@ -165,22 +165,22 @@ class Forecast:
         """Steps over the rows that take turns in them, with as many buckets as there are lengths of rows, or as hold
         their tokens; and what is read once."""
         room_ = Room.on(self.workspace.runner.device)
-        each = self._requests[0]
-        asked, kept, steps = len(each.rows), len(each.kept), self.config.value.pace(self._in_use).steps
+        each = self.requests[0]
+        asked, kept, steps = len(each.rows), len(each.kept), self.config.value.pace(self.in_use).steps
         turns, kept_turns = (ceil(asked / ASKED), ceil(kept / KEPT)) if kept else (1, 1)
         parallel = min(self.config.value.parallel or room_.facts, len(self._sample))
         tokens = points = passes = 0.0
         for number in range(asked + 1 + kept):
-            column = [row for request in self._requests for row in [_rows(request)[number]]]
+            column = [row for request in self.requests for row in [_rows(request)[number]]]
             share = 1 / (1 if number == asked else turns if number < asked else kept_turns)
             tokens += share * sum(len(suffix(row)) for row in column)
             points += share * sum(max(1, len(row.ids) - row.target + row.kept) for row in column)
         groups = (1 if turns == 1 else 2) if not kept else 3
         passes = max(groups, tokens * parallel / len(self._sample) / room_.tokens)
-        mean = STEPS[self._in_use] * steps
-        rounds = max(1.0, len(self.facts) / parallel * STEPS[self._in_use])
+        mean = STEPS[self.in_use] * steps
+        rounds = max(1.0, len(self.facts) / parallel * STEPS[self.in_use])
         found = self.speed.step.of(tokens * mean * self._more, passes * steps * rounds, points * mean * self._more)
-        whole = sum(len(row.ids) for request in self._requests for row in _rows(request)) * self._more
+        whole = sum(len(row.ids) for request in self.requests for row in _rows(request)) * self._more
         return found + 1.5 * self.speed.read.of(whole, 2 * groups * rounds, points * self._more)
 
     # --- solves -------------------------------------------------------------------------------------------------------
@@ -188,14 +188,14 @@ class Forecast:
     def _opening(self) -> float:
         """Neurons of subjects' own: what is read at the end of all rows, and of texts about the others, and the keys
         before and after."""
-        rows = [row for request in self._requests for row in (*request.rows, *request.kept)]
+        rows = [row for request in self.requests for row in (*request.rows, *request.kept)]
         tokens = sum(row.subject + 1 for row in rows) * self._more
         met = min(len(self.facts), neurons.MET) * len(neurons.ABOUT) * 10
         passes = 3 + len(rows) * self._more / neurons.ROWS
         return self.speed.read.of(2.5 * tokens + met, passes) * self._below(self.plan.layers[0])
 
     def _solving(self, stored: Stored) -> float:
-        tokens = sum(row.subject + 1 for request in self._requests for row in request.rows) * self._more
+        tokens = sum(row.subject + 1 for request in self.requests for row in request.rows) * self._more
         sweeps, sites = self.plan.sweeps, self.plan.sites
         batches = ceil(len(self.facts) / solve_batch_size(self.config))
         read = self.speed.read.of(tokens, 2 * len(sites) * batches) * self._below(sites[-1].layer)
@@ -211,7 +211,7 @@ class Forecast:
     def _checking(self, quick: bool) -> float:
         """How close keys are, the guard, and which facts do not hold."""
         first, count = self.plan.sites[0], len(self.facts)
-        prompt = sum(len(each.rows[0].ids) for each in self._requests) * self._more
+        prompt = sum(len(each.rows[0].ids) for each in self.requests) * self._more
         found = self.speed.read.of(3 * prompt, 3) * self._below(first.layer)
         found += CHOLESKY * first.blocks * first.width**3 * self.speed.operation
         text, asks, tokens = guard.TEXT_TOKENS, len(guard.QUESTIONS), guard.ANSWER_TOKENS
@@ -238,7 +238,9 @@ class Forecast:
         lengths = Counter(encode_target(tokenizer, *pair)[1] for pair in said)
         steps = 3 + targets / max(1, len(pairs))
         found += sum(write.of(rows * self._more) for rows in lengths.values()) * steps
-        found = 2 * (found + read.of(EVAL_TOKENS, EVAL_TOKENS / 512, EVAL_TOKENS))
+        found = 2 * (
+            found + read.of(readings.EVAL_TOKENS, readings.EVAL_TOKENS / readings.EVAL_WINDOW, readings.EVAL_TOKENS)
+        )
         if quick:
             return found
         interview = Interview(self._trial)

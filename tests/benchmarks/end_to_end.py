@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from patchkit.api import EVAL_WINDOW
 from patchkit.editing.contexts import make_contexts
 from patchkit.editing.editor import edit, requests_of
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
 from patchkit.editing.state import EditRun
+from patchkit.evaluate.readings import EVAL_WINDOW
 from patchkit.evaluate.verify import verify
 from patchkit.facts.reader import read_facts
 from patchkit.model.arch import inspect_model

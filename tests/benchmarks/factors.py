@@ -22,6 +22,7 @@ from torch import Tensor
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
 from patchkit.maths.covariance import Covariance
+from patchkit.maths.leading import leading
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import load_model
@@ -39,7 +40,8 @@ def main() -> None:
 
 
 def directions(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each layer that the default recipe edits: how many directions hold all but a share of the energy."""
+    """A row for each layer that the default recipe edits and each share of the energy: how many directions hold all but
+    that, and the seconds of finding them, or of trying, beside those of all eigenvectors."""
     loaded = load_model(options.model, dtype="float32")
     runner = LayerRunner(inspect_model(loaded.model))
     text = default_text(options.model)
@@ -47,9 +49,13 @@ def directions(options: argparse.Namespace) -> list[dict[str, Any]]:
     config = load_recipe("alphaedit", None, ["neurons=off"])
     rows = []
     for layer, covariance in statistics(runner, plan(runner.arch, config).sites, corpus).items():
-        size = len(covariance.matrix)
-        counts = {f"all_but_{left:g}": size - covariance.null_rank(left) for left in options.left}
-        rows.append({"layer": layer, "d_in": size, **counts})
+        size, matrix = len(covariance.matrix), covariance.matrix.double()
+        full_s, _ = cpu_seconds(lambda: torch.linalg.eigh(matrix))  # noqa: B023
+        for left in options.left:
+            seconds, found = cpu_seconds(lambda: leading(matrix, left))  # noqa: B023
+            row = {"layer": layer, "d_in": size, "all_but": left, "directions": size - covariance.null_rank(left)}
+            alone = "by themselves" if found else "with all others"
+            rows.append({**row, "found": alone, "seconds": seconds, "all eigenvectors": full_s})
     return rows
 
 

@@ -15,12 +15,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from patchkit.api import EVAL_WINDOW
 from patchkit.bench.health import Spectra, site_drift
 from patchkit.editing.editor import edit
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
 from patchkit.editing.state import EditState
+from patchkit.evaluate.readings import EVAL_WINDOW
 from patchkit.evaluate.verify import verify
 from patchkit.facts.reader import read_facts
 from patchkit.maths.linalg import Delta

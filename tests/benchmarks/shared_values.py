@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from unittest import mock
 
-from patchkit.api import EVAL_WINDOW
 from patchkit.editing import values_together
 from patchkit.editing.editor import edit
 from patchkit.editing.recipe import load_recipe
@@ -15,6 +14,7 @@ from patchkit.editing.session import plan
 from patchkit.editing.state import EditRun
 from patchkit.editing.value_problem import ValueTerms
 from patchkit.editing.values import Values, optimize
+from patchkit.evaluate.readings import EVAL_WINDOW
 from patchkit.evaluate.report import Report
 from patchkit.evaluate.trial import Trial
 from patchkit.evaluate.verify import Answers, ask, compare
