@@ -99,7 +99,8 @@ def unsampled(tokenizer: Any, fact: Fact, before: str, config: EditConfig) -> Ed
     """The request as `in_use_requests` makes it, but without what the model writes for it: other texts are in the
     places of its rewordings, and what is kept is as long and says nothing. `before` stands for the texts before."""
     chat = template_for(tokenizer, config)
-    asked, neutral = _asked(fact, (), None, [before, before], chat), _neutral(fact, before, chat)
+    asked = _asked(fact, (), None, [before, before], chat, bool(config.sentences))
+    neutral = _neutral(fact, before, chat)
     kept = [kept_row(fact, tokenizer, w.before, w.text, [0] * KEPT) for w in neutral]
     kept[:0] = kept[:1] * max(0, (config.sentences or 0) - len(NEUTRAL))
     rows = _inside([wording_row(fact, tokenizer, w.before, w.text, w.ending) for w in asked])
