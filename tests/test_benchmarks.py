@@ -15,9 +15,11 @@ from tests.benchmarks import (
     earlier_edits,
     generalization,
     gpu,
+    guard,
     in_use,
     preserving,
     results,
+    retries,
     solve,
     text_statistics,
     value_engine,
@@ -153,6 +155,36 @@ def test_generalization(files: list[str], capsys: pytest.CaptureFixture[str]) ->
     assert {len(row) for row in found} == {len(heading)}
 
 
+def test_guard(files: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line where it was asked for and at the end, and below after how many facts which bound was passed."""
+    rows_of = [
+        "--count",
+        "3",
+        "--at",
+        "2",
+        "--row",
+        "ft:steps=3,layers=1,rate=1,bound=9",
+        "--row",
+        "ft:steps=1,layers=1,rate=1e-9",
+    ]
+    monkeypatch.setattr("sys.argv", ["benchmark", *files[:-2], *rows_of])
+    guard.main()
+    heading, *found = rows(capsys)
+    facts, moved = heading.index("facts"), heading.index("text KL")
+    assert [row[facts] for row in found if len(row) > 1] == ["2", "3", "2", "3"]
+    assert float(found[1][moved]) > 0.05
+    assert "past 0.05 after 1" in found[2][0]
+    assert "past none of the bounds; the guard took" in found[-1][0]
+
+
+def test_retries(files: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmark", *files[:-2], "--batch-size", "2", "--set", "prompts=contexts"])
+    retries.main()
+    heading, *found = rows(capsys)
+    assert [row[0] for row in found] == ["never", "at the end", "after each batch"]
+    assert found[0][heading.index("how many")] == "0"
+
+
 def test_results(options: list[str], monkeypatch: pytest.MonkeyPatch, text: str, tmp_path: Path) -> None:
     """One stage, at a tiny size: a page with a row for each method and checkpoint, and the report."""
     stage = ["--stage", "in-batches", "--methods", "memit,encore", "--edits", "2", "--batch-size", "1"]
@@ -165,7 +197,7 @@ def test_results(options: list[str], monkeypatch: pytest.MonkeyPatch, text: str,
     rows = [line.split(" | ")[:2] for line in page.splitlines() if line.startswith(("| memit", "| encore"))]
     assert rows == [["| memit", "1"], ["| memit", "2"], ["| encore", "1"], ["| encore", "2"]]
     assert f"2 facts of in-batches.jsonl ({FACTS[1].id} to {FACTS[2].id})" in page
-    whole, small = (tmp_path / folder / "in-batches.html" for folder in ("out", "pages"))
+    whole, small = tmp_path / "out" / "in-batches.html", tmp_path / "pages" / "in-batches-charts.html"
     assert FACTS[1].prompt in whole.read_text(encoding="utf-8")
     assert FACTS[1].prompt not in small.read_text(encoding="utf-8")
     assert "condition change" in small.read_text(encoding="utf-8")
@@ -185,8 +217,14 @@ def test_findings_have_each_methods_course_and_say_who_fell() -> None:
     rows += [row_of("memit", 10, 1.0, 0.1), row_of("memit", 50, 0.95, 0.4)]
     rows += [row_of("mose", 10, 1.0, 0.0), row_of("mose", 50, 0.95, 1e-16)]
     fell, norms, conditions = results.findings(rows)
-    assert "1 of 1 methods that know nothing of earlier edits: rome 1.00, 0.50" in fell
-    assert "Of the others, 2 of 2 keep it: memit 1.00, 0.97; mose 1.00, 0.97" in fell
-    assert "memit 1.0e-01, 4.0e-01; mose 0.0e+00, 1.0e-16" in norms
+    assert "so it is here" in fell
+    assert "rome 1.00, 0.50. Of the others none falls: memit 1.00, 0.97; mose 1.00, 0.97" in fell
+    assert "so here (relative change): memit 1.0e-01, 4.0e-01; mose 0.0e+00, 1.0e-16" in norms
     assert "memit 2.0e-01, 8.0e-01" in conditions
+    rows += [row_of("ft", 10, 1.0, 0.1), row_of("ft", 50, 0.95, 0.1), row_of("pmet", 10, 1.0, 0.1)]
+    rows += [row_of("pmet", 50, 0.4, 0.1), row_of("mose", 50, 0.95, 0.2)]
+    fell, norms, _ = results.findings(rows)
+    assert "not so here for ft" in fell
+    assert "Of the others 1 fall (pmet): " in fell
+    assert "not so here (relative change)" in norms
     assert list(results.findings([row_of("encore", 1, 1.0, 0.1)])) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 import patchkit
 from patchkit.editing.recipe import load_recipe
+from patchkit.editing.state import EditRun, EditState, WrittenFact
 from patchkit.errors import GateError, InputError
 from patchkit.evaluate.divergence import as_said, divergences
 from patchkit.facts.limits import Limits
@@ -19,8 +21,10 @@ from patchkit.model.hooks import live_deltas
 from patchkit.model.loading import LoadedModel, load_model
 from patchkit.patch.patch import Patch
 from patchkit.runs.execute import run
-from patchkit.runs.guard import EVERY, Bounds, Guard
+from patchkit.runs.guard import Bounds, Guard
 from patchkit.runs.prepare import Prepared, prepare
+from patchkit.runs.retry import retried
+from patchkit.runs.tally import Tally
 from patchkit.runs.workspace import Workspace
 from tests.helpers import Command, command_line, tree
 
@@ -28,6 +32,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 FACTWORLD = str(EXAMPLES / "factworld")
 WORLD = str(EXAMPLES / "world.jsonl")
 QUICK = ("steps=6", "contexts=1", "context_length=4")
+PLAIN: dict[str, Any] = {"batch_size": 2, "prompts": "contexts", "neurons": "off"}
 FACTS = patchkit.read_facts(WORLD, limit=24).facts
 
 
@@ -56,8 +61,8 @@ class After(Guard):
 
     facts = 0
 
-    def _fault(self, run: Any) -> str:
-        return "something is wrong" if len(run.facts) >= self.facts else super()._fault(run)
+    def _fault(self, run: Any, last: bool) -> tuple[str, bool]:
+        return ("something is wrong", False) if len(run.facts) >= self.facts else super()._fault(run, last)
 
 
 def stopped_after(loaded: LoadedModel, facts: int) -> After:
@@ -98,17 +103,67 @@ def test_good_edits_pass(loaded: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bounds", "reason"),
+    ("bounds", "after", "reason"),
     [
-        (Bounds(norm=1 + 1e-9), "times its norm"),
-        (Bounds(kl=1e-9), "nats per token"),
-        (Bounds(answers=-0.1), "of unrelated answers are empty or loop"),
+        (Bounds(norm=1 + 1e-9), 4, "times its norm"),
+        (Bounds(kl=1e-9), 4, "nats per token"),
+        (Bounds(answers=-0.1), 8, "of unrelated answers are empty or loop"),  # asked for at the end, or after 10 facts
     ],
 )
-def test_each_bound_is_one(loaded: LoadedModel, bounds: Bounds, reason: str) -> None:
+def test_each_bound_is_one(loaded: LoadedModel, bounds: Bounds, after: int, reason: str) -> None:
     guard = Guard(workspace(loaded), bounds)
-    with pytest.raises(GateError, match=f"guard: after 8 of 8 facts .*{reason}.*none is kept.*--no-guard"):
+    with pytest.raises(GateError, match=f"guard: after {after} of 8 facts .*{reason}.*none is kept.*--no-guard"):
         run(prepared(loaded, count=8), workspace(loaded), guard=guard)
+
+
+class Scripted(Guard):
+    """Reads what it is told to: how far plain text has moved, and the share of spoiled answers, after each batch."""
+
+    course: Sequence[tuple[float, float]] = ()
+    done: list[str]
+
+    def run_through(self, *course: tuple[float, float]) -> list[str]:
+        """After each batch of one fact what it looked at, until it stops."""
+        self.course, run = course, EditRun(EditState(), [])
+        self.begin(run)
+        said = []
+        for number, fact in enumerate(FACTS[: len(course)], 1):
+            run.facts.append(WrittenFact(fact, number - 1, (), 1, 0.0, 1))
+            self.done = []
+            stopped = self.stops(run, last=number == len(course))
+            said.append(" ".join(self.done))
+            if stopped:
+                break
+        return said
+
+    def moved(self, tokens: int | None = None) -> float:
+        self.done.append("text" if tokens is None else "glance")
+        return self.course[self.looked_at][0]
+
+    def spoiled(self) -> float:
+        self.done.append("answers")
+        return self.course[self.looked_at][1]
+
+
+def test_it_looks_after_every_batch_and_at_everything_now_and_then(loaded: LoadedModel) -> None:
+    """A glance at the text each time; all of it from half the bound on; the answers too after ten facts, where the text
+    has moved by a quarter of the bound since, and at the end."""
+    guard, everything = Scripted(workspace(loaded), Bounds(kl=1.0)), "glance text answers"
+    still = guard.run_through(*[(0.1, 0.0)] * 12)
+    assert still == [*["glance"] * 9, everything, "glance", everything]
+    moving = guard.afresh().run_through((0.2, 0), (0.3, 0), (0.4, 0), (0.51, 0), (0.6, 0), (0.6, 0))  # type: ignore[attr-defined]
+    assert moving == ["glance", everything, "glance", "glance text", everything, everything]
+
+
+def test_what_is_kept_was_found_to_be_good(loaded: LoadedModel) -> None:
+    """Of text, the facts before the last batch; of answers, those that had been written when they were last asked."""
+    guard = Scripted(workspace(loaded), Bounds(kl=1.0))
+    assert len(guard.run_through((0.1, 0), (0.2, 0), (1.1, 0), (0.2, 0))) == 3
+    assert [guard.looked_at, len(guard.kept.facts)] == [3, 2]
+    assert "after 3 of 4 facts plain text has moved by 1.1 nats per token (bound 1); the first 2 are" in guard.told(4)
+    assert len(guard.run_through((0.1, 0), (0.3, 0.5), (0.35, 0.6), (0.6, 0.6), (0.6, 0.6))) == 4
+    assert [guard.looked_at, len(guard.kept.facts)] == [4, 2]
+    assert "after 4 of 5 facts 60% of unrelated answers are empty or loop (bound 50%)" in guard.told(5)
 
 
 def test_bounds_are_read() -> None:
@@ -126,13 +181,12 @@ def test_a_stopped_runs_patch_is_the_patch_of_the_facts_that_were_good(loaded: L
     patch = run(prepared(loaded), workspace(loaded), guard=guard)
     assert guard.reason
     assert guard.looked_at == 24
-    kept = 12  # in batches of 4 it looks after 12 and 24: at least EVERY facts apart
-    assert EVERY == 10
+    kept = 20  # it looks after every batch of 4
     assert patch.manifest.digest == run(prepared(loaded, count=kept), workspace(loaded)).manifest.digest
     assert [fact.id for fact in patch.manifest.facts] == [fact.id for fact in FACTS[:kept]]
     assert patch.manifest.history[-1].facts == tuple(fact.id for fact in FACTS[:kept])
-    assert patch.manifest.history[-1].batches == (4, 4, 4)
-    assert "the first 12 are kept" in guard.told(24)
+    assert patch.manifest.history[-1].batches == (4, 4, 4, 4, 4)
+    assert "the first 20 are kept" in guard.told(24)
 
 
 def test_a_stopped_patch_can_be_continued_and_reverted(loaded: LoadedModel) -> None:
@@ -140,7 +194,7 @@ def test_a_stopped_patch_can_be_continued_and_reverted(loaded: LoadedModel) -> N
     whole = run(prepared(loaded, patch), workspace(loaded))
     assert whole.manifest.digest == run(prepared(loaded), workspace(loaded)).manifest.digest
     less = patchkit.revert(loaded.model, loaded.tokenizer, patch, [FACTS[3].id])
-    assert len(less.manifest.facts) == 11
+    assert len(less.manifest.facts) == 19
 
 
 def test_an_earlier_fact_stays_whose_successor_was_not_kept(loaded: LoadedModel) -> None:
@@ -154,7 +208,7 @@ def test_an_earlier_fact_stays_whose_successor_was_not_kept(loaded: LoadedModel)
     ready = prepare(read, loaded.tokenizer, config, first, limits=Limits.of(loaded.model.config))
     assert len(ready.incoming.superseded) == 2
     patch = run(ready, workspace(loaded), guard=stopped_after(loaded, 20))
-    assert [fact.id for fact in patch.manifest.facts] == [fact.id for fact in (*FACTS[20:22], *FACTS[:12])]
+    assert [fact.id for fact in patch.manifest.facts] == [fact.id for fact in (*FACTS[20:22], *FACTS[:16])]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -179,6 +233,50 @@ def test_apply_stops_with_status_1_and_leaves_nothing_where_nothing_is_good(call
     assert "guard: after 2 of 2 facts plain text has moved by" in ended.err
     assert tree(tmp_path) == before
     assert call("apply", "facts.jsonl", "--out", "p", "--quick", "--no-guard", *SETTINGS).status == 0
+
+
+def test_a_run_that_collapses_is_stopped_after_the_batch_in_which_it_does(call: Command, tmp_path: Path) -> None:
+    """Fine-tuning in steps that are far too long, one fact at a time."""
+    loaded, few = load_model(FACTWORLD, "cpu", "float32"), "contexts=1 context_length=4 rate=0.1 bound=1"
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text("".join(fact.model_dump_json(exclude_defaults=True) + "\n" for fact in FACTS[:4]), "utf-8")
+    usual = ["--method", "ft", "--batch-size", "1", "--quick"]
+    usual += [part for setting in few.split() for part in ("--set", setting)]
+    ended = call("apply", "facts.jsonl", "--out", "p", *usual, "--guard", "kl=0.1")
+    assert ended.status == 1
+    told = [line for line in ended.err.splitlines() if "guard:" in line]
+    assert len(told) == 1
+    assert "guard: after 2 of 4 facts plain text has moved by" in told[0]
+    assert "the first one is kept. Try a method that keeps more (alphaedit, mose), more text" in told[0]
+    kept = Patch.load(tmp_path / "p")
+    assert [fact.id for fact in kept.manifest.facts] == [FACTS[0].id]
+    assert call("apply", "facts.jsonl", "--out", "all", *usual, "--no-guard").status == 0
+    guard = Guard(workspace(loaded))
+    guard.read_base()
+    with kept.attached(loaded.model):
+        assert guard.moved() < 0.1
+    with Patch.load(tmp_path / "all").attached(loaded.model):
+        assert guard.moved() > 0.1
+
+
+def test_a_second_edit_that_the_guard_would_end_does_not_count(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready, said = prepared(loaded, count=3, **PLAIN), list[str]()
+    patch = run(ready, workspace(loaded))
+    monkeypatch.setattr("patchkit.runs.retry._lost", lambda *_: list(FACTS[:1]))
+    guard = Guard(workspace(loaded), Bounds(kl=1e-9))
+    assert retried(ready, workspace(loaded), patch, guard, True, said.append).patch is patch
+    assert said[-1] == "the guard would have ended that; the first edit is kept"
+
+
+def test_a_run_says_how_it_goes(loaded: LoadedModel) -> None:
+    said = list[str]()
+    run(prepared(loaded, count=4, **PLAIN), workspace(loaded), wrote=Tally(workspace(loaded), 4, said.append))
+    half = run(prepared(loaded, count=2, **PLAIN), workspace(loaded))
+    report = patchkit.measure(loaded.model, loaded.tokenizer, half, quick=True)
+    held = sum(each.efficacy.exact == 1 for each in report.per_fact)
+    assert said == [f"2 of 4 facts written; {held} of their prompts are completed with the target"]
 
 
 def test_apply_edits_facts_again_that_do_not_hold(call: Command, tmp_path: Path) -> None:

@@ -138,8 +138,8 @@ def command(
 
     The model itself is not changed. Native facts have prompt, subject and target_new; CounterFact, ZsRE and many other
     formats are recognized (docs/formats.md). Afterward every fact is measured with and without the patch. Facts that do
-    not hold are edited once more, with twice the steps. After batches a guard looks at the model: past a bound the run
-    stops, what was good by then is written, and the exit status is 1.
+    not hold are edited once more, with twice the steps. After every batch a guard looks at the model: past a bound the
+    run stops, what was good by then is written, and the exit status is 1.
 
     A gate that does not hold makes the exit status 1, and nothing is merged or published; the patch is written all the
     same. --merge and --push ask for what the gates below say "to publish", unless told otherwise.

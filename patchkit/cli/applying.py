@@ -35,6 +35,7 @@ from patchkit.runs.journals import forget
 from patchkit.runs.prepare import Prepared, prepare
 from patchkit.runs.retry import Retried, retried
 from patchkit.runs.subjects import SubjectFinder
+from patchkit.runs.tally import Tally
 from patchkit.runs.workspace import Workspace
 from patchkit.words import beginning, counted, listed
 
@@ -184,7 +185,8 @@ def apply_file(
     check(loaded)
     workspace = Workspace.of(loaded.model, loaded.tokenizer, (text,), stats, progress)
     guard = None if bounds is None else Guard(workspace, bounds)
-    patch = run(prepared, workspace, say, folder=folder, allow_close_keys=allow_close_keys, guard=guard)
+    tally = Tally(workspace, len(prepared.incoming.new), say)
+    patch = run(prepared, workspace, say, None, folder, allow_close_keys, guard, tally)
     again = retried(prepared, workspace, patch, guard, quick, say) if retry else Retried(patch)
     patch = again.patch
     if not world().first:

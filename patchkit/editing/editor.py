@@ -76,6 +76,7 @@ def edit(
     journal: Journal | None = None,
     rooms: Mapping[int, Room] = MappingProxyType({}),
     guard: Guard | None = None,
+    wrote: Callable[[EditRun], None] = lambda run: None,
 ) -> EditRun:
     """Compute the updates that make the model predict every fact's target. The model is as before when this returns.
 
@@ -89,6 +90,8 @@ def edit(
         rooms: by layer, which neurons subjects may have for their own; needed for neurons=on alone, and neurons=auto is
             off here (`neurons.settled` decides it).
         journal: of an earlier call with the same arguments that was cut off, to go on from to the same result.
+        guard: looks at the model after every batch, and may end the run.
+        wrote: told of the run after every batch that the guard lets pass, while the edits act on the model.
 
     Raises:
         InputError: a fact cannot be tokenized, or the edit is not finite.
@@ -132,6 +135,7 @@ def edit(
                 if guard and guard.stops(run, last=batch.stop == len(facts)):
                     run = guard.kept
                     break
+                wrote(run)
     run.state.subjects |= {written.fact.subject for written in run.facts}
     return run
 

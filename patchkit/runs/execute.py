@@ -47,6 +47,7 @@ def run(
     folder: Path | None = None,
     allow_close_keys: bool = False,
     guard: Guard | None = None,
+    wrote: Callable[[EditRun], None] = lambda run: None,
 ) -> Patch:
     """Edit the new facts of `prepared`. The model is left bit for bit as it was.
 
@@ -57,6 +58,7 @@ def run(
             called for it, and the same run goes on from them.
         allow_close_keys: write facts although their edits would show everywhere (`patchkit.editing.closeness`).
         guard: may end the run early, with the facts that were written before the model went wrong; it says why.
+        wrote: told of the run after every batch, while the edits act on the model.
 
     Returns:
         A new patch with the earlier facts and history and this run, or `prepared.onto` itself if it has all the facts.
@@ -106,6 +108,7 @@ def run(
             journal_for(folder, prepared, workspace, corpus),
             workspace.rooms(config, how.sites, covariances, corpus),
             guard,
+            wrote,
         )
     if guard and guard.reason:
         prepared, whole = _only_written(prepared, edited, guard), prepared

@@ -9,6 +9,7 @@ from patchkit import methods
 from patchkit.editing.editor import frozen
 from patchkit.editing.recipe import EditConfig
 from patchkit.editing.values import ValueConfig
+from patchkit.errors import GateError
 from patchkit.evaluate.trial import Trial
 from patchkit.evaluate.verify import facts_held
 from patchkit.facts.schema import Fact
@@ -40,8 +41,9 @@ def retried(
     and down to a tenth of the loss.
 
     The second patch counts where more of the new facts hold in it; its history has what was taken out and written
-    again. Methods without values have no steps to give; where the guard has ended the run, nothing is added; and where
-    more than half do not hold, it is not for want of steps (another layer or method may do).
+    again. Methods without values have no steps to give; where the guard has ended the run, nothing is added, and where
+    it would end the second, the first counts; and where more than half do not hold, it is not for want of steps
+    (another layer or method may do).
 
     Args:
         quick: a fact holds where its prompt is completed with the target; the model is not asked.
@@ -59,7 +61,10 @@ def retried(
     value = value.model_copy(update={"steps": steps, "stop_loss": LOWER * value.stop_loss})
     names = [fact.id for fact in lost]
     say(f"{counted(len(lost), 'fact')} of {len(facts)} not held, edited again with {steps} steps: {listed(names)}")
-    second = _again(prepared, workspace, patch, lost, value)
+    second = _again(prepared, workspace, patch, lost, value, guard and guard.afresh())
+    if second is None:
+        say("the guard would have ended that; the first edit is kept")
+        return Retried(patch)
     still = _lost(workspace, second, facts, quick)
     if len(still) >= len(lost):
         say("no more facts hold than before; the first edit is kept")
@@ -77,9 +82,17 @@ def _lost(workspace: Workspace, patch: Patch, facts: Collection[Fact], quick: bo
     return [fact for fact in facts if not holds[fact.id]]
 
 
-def _again(prepared: Prepared, workspace: Workspace, patch: Patch, facts: list[Fact], value: ValueConfig) -> Patch:
+def _again(
+    prepared: Prepared, workspace: Workspace, patch: Patch, facts: list[Fact], value: ValueConfig, guard: Guard | None
+) -> Patch | None:
+    """The patch with the facts taken out and written once more; None where the guard ends that."""
     less = take_out(workspace, patch, [fact.id for fact in facts])
     layers = patch.manifest.history[-1].recipe["layers"]  # also where tracing has found them, for all facts together
     config = prepared.config.model_copy(update={"value": value, "layers": layers})
     incoming = sort_incoming(facts, less.manifest.facts)
-    return run(replace(prepared, config=config, incoming=incoming, onto=less), workspace, allow_close_keys=True)
+    ready = replace(prepared, config=config, incoming=incoming, onto=less)
+    try:
+        second = run(ready, workspace, allow_close_keys=True, guard=guard)
+    except GateError:
+        return None
+    return None if guard and guard.reason else second

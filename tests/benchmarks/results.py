@@ -5,9 +5,10 @@
     python -m tests.benchmarks.results --stage embedded
 
 runs `patchkit bench` into out/results/<stage>, where a run that was killed goes on, and writes docs/results/<stage>.md
-from its rows, docs/results/<stage>.html, the report without facts, and out/results/<stage>.html, all of it. `make
-results` runs two stages as they stand in STAGES: 100 facts one by one for all methods of the four papers and their
-baselines, 1,000 in batches of 100 for six. `make results-embedded` runs the third, on the embedded model: half an hour.
+from its rows, docs/results/<stage>-charts.html, the report without facts, and out/results/<stage>.html, all of it.
+`make results` runs two stages as they stand in STAGES: 100 facts one by one for all methods of the four papers and
+their baselines, 1,000 in batches of 100 for six. `make results-embedded` runs the third, on the embedded model, in
+half an hour.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from patchkit.facts.reader import read_facts
 from patchkit.model.loading import ModelChoice
 from patchkit.report.benchmarks import bench_page
 from patchkit.report.page import write_page
+from patchkit.words import listed
 from tests.benchmarks.common import parser
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +63,8 @@ STAGES = {
 }
 UNPROTECTED = ("ft", "rome", "r-rome")
 """What the papers show collapsing: nothing in it knows of earlier edits."""
-FALL = 0.1
+FALL, FLAT = 0.1, 1e-6
+"""By how much a score is less that has collapsed; and what a norm that stays as it was moves by at most."""
 
 
 def options_of() -> argparse.Namespace:
@@ -103,7 +106,7 @@ def main() -> None:
         )
         options.pages.mkdir(parents=True, exist_ok=True)
         (options.pages / f"{name}.md").write_text(page(name, out, done.stopped), encoding="utf-8")
-        write_page(bench_page(out, facts=False), options.pages / f"{name}.html")
+        write_page(bench_page(out, facts=False), options.pages / f"{name}-charts.html")
         write_page(bench_page(out), options.out / f"{name}.html")
 
 
@@ -142,7 +145,7 @@ def page(name: str, out: Path, stopped: dict[str, str]) -> str:
     head = (
         f"# Methods {how} on {run['model']}\n\n{len(run['facts'])} facts of {run['data']} ({first} to {last})"
         f"{settings}, with torch {run['versions']['torch']}. `{made}` makes this page and "
-        f"[its charts]({name}.html).\n\n"
+        f"[its charts]({name}-charts.html).\n\n"
     )
     ended = "".join(f"\n`{method}` {why}\n" for method, why in stopped.items())
     below = (
@@ -156,22 +159,30 @@ def findings(rows: Sequence[Result]) -> Iterator[str]:
     """What the papers found of sequences of edits, with this run's numbers and whether they agree."""
     of = {name: [row for row in rows if row.method == name] for name in dict.fromkeys(row.method for row in rows)}
     bare = {name: of[name] for name in UNPROTECTED if name in of}
+    others = {name: each for name, each in of.items() if name not in (*UNPROTECTED, UNEDITED)}
     if bare:
-        fell = [name for name, each in bare.items() if (each[-1].score or 0) < (each[0].score or 0) - FALL]
-        others = {name: each for name, each in of.items() if name not in (*UNPROTECTED, UNEDITED)}
-        kept = [name for name, each in others.items() if (each[-1].score or 0) >= (each[0].score or 0) - FALL]
+        kept, fell = [name for name in bare if not _falls(of[name])], [name for name in others if _falls(of[name])]
+        shown = f"not so here for {listed(kept)}" if kept else "so it is here"
         yield (
-            f"**Collapse without protection** (the score falls by over {FALL}): {len(fell)} of {len(bare)} methods "
-            f"that know nothing of earlier edits: {_course(bare, 'score', '.2f')}. Of the others, {len(kept)} of "
-            f"{len(others)} keep it: {_course(others, 'score', '.2f')}.\n\n"
+            f"**Methods that know nothing of earlier edits collapse**, the papers find; {shown} (counted where the "
+            f"score falls by over {FALL} from the first checkpoint to the last): {_course(bare, 'score', '.2f')}. "
+            f"Of the others {f'{len(fell)} fall ({listed(fell)})' if fell else 'none falls'}: "
+            f"{_course(others, 'score', '.2f')}.\n\n"
         )
-    for title, names, field in (
-        ("**Norms grow with MEMIT and stay with MOSE**", ("memit", "mose", "mose-right"), "norm_change"),
-        ("**So do condition numbers**", ("memit", "mose", "mose-right"), "condition_change"),
-    ):
-        some = {name: of[name] for name in names if name in of}
+    for title, field in (("Norms", "norm_change"), ("Condition numbers", "condition_change")):
+        some = {name: of[name] for name in ("memit", "mose", "mose-right") if name in of}
         if "memit" in some and len(some) > 1:
-            yield f"{title}: {_course(some, field, '.1e')}.\n\n"
+            course = {name: [abs(getattr(row, field) or 0.0) for row in each] for name, each in some.items()}
+            grows = course.pop("memit")
+            so = FLAT < grows[0] < grows[-1] and all(max(each) < FLAT for each in course.values())
+            yield (
+                f"**{title} grow with MEMIT and stay with MOSE**, the papers find; {'so' if so else 'not so'} here "
+                f"(relative change): {_course(some, field, '.1e')}.\n\n"
+            )
+
+
+def _falls(rows: Sequence[Result]) -> bool:
+    return (rows[-1].score or 0) < (rows[0].score or 0) - FALL
 
 
 def _course(some: Mapping[str, Sequence[Result]], field: str, form: str) -> str:
