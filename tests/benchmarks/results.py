@@ -150,7 +150,7 @@ def page(name: str, out: Path, stopped: dict[str, str]) -> str:
     ended = "".join(f"\n`{method}` {why}\n" for method, why in stopped.items())
     below = (
         "\nIn parentheses: 95 % intervals over facts, for unrelated over answers. Score is the harmonic mean of exact "
-        "efficacy, generalization success and unchanged locality.\n"
+        "efficacy, generalization success and unchanged locality. Seconds are the wall's.\n"
     )
     return head + "".join(findings(rows)) + "\n".join(table(rows)) + "\n" + below + ended
 
@@ -161,13 +161,15 @@ def findings(rows: Sequence[Result]) -> Iterator[str]:
     bare = {name: of[name] for name in UNPROTECTED if name in of}
     others = {name: each for name, each in of.items() if name not in (*UNPROTECTED, UNEDITED)}
     if bare:
-        kept, fell = [name for name in bare if not _falls(of[name])], [name for name in others if _falls(of[name])]
+        kept, fell = [name for name in bare if not _falls(of[name])], {k: v for k, v in others.items() if _falls(v)}
         shown = f"not so here for {listed(kept)}" if kept else "so it is here"
+        among = (
+            f"{len(fell)} of {len(others)} others fall: {_course(fell, 'score', '.2f')}" if fell else "No other falls"
+        )
         yield (
-            f"**Methods that know nothing of earlier edits collapse**, the papers find; {shown} (counted where the "
-            f"score falls by over {FALL} from the first checkpoint to the last): {_course(bare, 'score', '.2f')}. "
-            f"Of the others {f'{len(fell)} fall ({listed(fell)})' if fell else 'none falls'}: "
-            f"{_course(others, 'score', '.2f')}.\n\n"
+            f"**Methods that know nothing of earlier edits collapse**, the papers find; {shown}, counted where the "
+            f"score falls by over {FALL} from the first checkpoint to the last: {_course(bare, 'score', '.2f')}. "
+            f"{among}.\n\n"
         )
     for title, field in (("Norms", "norm_change"), ("Condition numbers", "condition_change")):
         some = {name: of[name] for name in ("memit", "mose", "mose-right") if name in of}
