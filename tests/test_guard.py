@@ -270,8 +270,11 @@ def test_a_second_edit_that_the_guard_would_end_does_not_count(
     assert said[-1] == "the guard would have ended that; the first edit is kept"
 
 
-def test_a_run_says_how_it_goes(loaded: LoadedModel) -> None:
+def test_a_run_says_how_it_goes(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     said = list[str]()
+    run(prepared(loaded, count=4, **PLAIN), workspace(loaded), wrote=Tally(workspace(loaded), 4, said.append))
+    assert said == []  # so few facts are soon measured
+    monkeypatch.setattr("patchkit.runs.tally.LEAST", 4)
     run(prepared(loaded, count=4, **PLAIN), workspace(loaded), wrote=Tally(workspace(loaded), 4, said.append))
     half = run(prepared(loaded, count=2, **PLAIN), workspace(loaded))
     report = patchkit.measure(loaded.model, loaded.tokenizer, half, quick=True)

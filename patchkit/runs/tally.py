@@ -11,8 +11,8 @@ from patchkit.evaluate.verify import facts_held
 from patchkit.ranks import world
 from patchkit.runs.workspace import Workspace
 
-LINES = 10
-"""A run says at most so often how it goes."""
+LINES, LEAST = 10, 20
+"""A run says at most so often how it goes, and nothing where it writes fewer facts than that."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Tally:
     def __call__(self, run: EditRun) -> None:
         """A batch has been written; nothing is said of the last one, after which everything is measured."""
         count = len(run.facts)
-        if count == self.asked or count * LINES // self.asked == self.said:
+        if self.asked < LEAST or count == self.asked or count * LINES // self.asked == self.said:
             return
         self.said = count * LINES // self.asked
         held = world().from_first(lambda: self._held(run))
