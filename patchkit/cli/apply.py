@@ -87,7 +87,7 @@ _REQUEST: tuple[Callable[[Any], Any], ...] = (
     "bounds",
     multiple=True,
     metavar="NAME=X",
-    help="Where to stop: norm (of a weight, over the base's) 2, kl (on plain text, nats) 0.5, or answers (share of "
+    help="Where to stop: norm (of a weight, over the base's) 2, kl (on plain text, nats) 0.2, or answers (share of "
     "unrelated ones that are empty or loop) 0.5; may be repeated.",
 )
 @click.option("--no-guard", is_flag=True, help="Go on whatever becomes of the model.")

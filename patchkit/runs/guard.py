@@ -52,7 +52,7 @@ class Bounds:
     """
 
     norm: float = 2.0
-    kl: float = 0.5
+    kl: float = 0.2
     answers: float = 0.5
 
     @classmethod
