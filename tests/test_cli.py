@@ -30,7 +30,10 @@ ROME = {
     "locality": [{"prompt": "the city of Berlin", "target": "Germany"}],
 }
 ADA = {"id": "ada", "prompt": "a friend [/b] :smile: of Ada", "subject": "Ada", "target_new": "is"}
-LOUD = ("--set", "value.clamp=20", "--set", "value.steps=60", "--set", "null_energy=0.9", "--set", "kl_weight=0")
+LOUD = (
+    *("--set", "value.clamp=20", "--set", "value.steps=60", "--set", "null_energy=0.9", "--set", "kl_weight=0"),
+    "--no-guard",  # it moves all that a random model says
+)
 QUICK = ("--set", "contexts=0", "--set", "steps=2", "--layers", "1")
 
 

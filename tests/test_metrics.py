@@ -19,7 +19,10 @@ from patchkit.words import in_markdown
 from tests.helpers import TWO_FACTS, Ended, edit_manifest, write_facts
 
 QUICK = "--quick"  # what is told apart here are the metrics, not the texts a random model writes
-LOUD = ("--set", "value.clamp=20", "--set", "value.steps=60", "--set", "null_energy=0.9", "--set", "kl_weight=0")
+LOUD = (
+    *("--set", "value.clamp=20", "--set", "value.steps=60", "--set", "null_energy=0.9", "--set", "kl_weight=0"),
+    "--no-guard",  # it moves all that a random model says
+)
 Printed = Callable[..., str]
 
 
