@@ -357,7 +357,7 @@ class Opened:
         self.others: list[list[str]] = []
 
     def open(self, requests: Any, value_at: str, others: Any) -> None:
-        self.others.append(["".join(map(chr, text)) for text in others])
+        self.others.append(["".join(map(chr, text)) for _, texts in others for text in texts])
 
 
 def test_subjects_of_other_layers_batches_and_runs_are_met() -> None:

@@ -18,6 +18,7 @@ from patchkit import methods
 from patchkit.editing.contexts import about, make_contexts
 from patchkit.editing.journal import Journal
 from patchkit.editing.loss_edits import FittedEdits, GradientEdits
+from patchkit.editing.namesakes import namesakes
 from patchkit.editing.neurons import LayerNeurons, OwnNeurons, opening_deltas
 from patchkit.editing.recipe import EditConfig
 from patchkit.editing.room import Room
@@ -114,11 +115,12 @@ def edit(
                     run.contexts += world().from_first(lambda: make_contexts(runner, tokenizer, config))
                 requests = requests_of(runner, tokenizer, facts, run.contexts, config, state.subjects)
                 journal.keep_requests(requests, run.contexts)
+            alike = world().from_first(lambda: _namesakes(runner, tokenizer, facts, config))
         with ExitStack() as stack:
             acting = {**dict.fromkeys(how.layers), **state.deltas(runner.arch)}
             live = stack.enter_context(live_deltas(runner.arch, acting))
             opening = stack.enter_context(live_on(opening_deltas(state, _listening(runner, how, config, state))))
-            own = _own_neurons(runner, tokenizer, config, how, covariances, rooms, state, live, opening)
+            own = _own_neurons(runner, tokenizer, config, how, covariances, rooms, state, live, opening, alike)
             session = EditSession(runner, config, how, run, live, covariances, beside, known, journal, own)
             edits = _EDITS[session.method.targets](session)
             if guard:
@@ -150,6 +152,7 @@ def _own_neurons(
     state: EditState,
     live: Mapping[int, LiveDelta],
     opening: Mapping[str, LiveDelta],
+    alike: Mapping[str, Sequence[str]],
 ) -> OwnNeurons | None:
     """What rewrites neurons of subjects' own, where the recipe has it so."""
     if config.neurons != "on":
@@ -160,7 +163,17 @@ def _own_neurons(
         )
         for site in how.sites
     }
-    return OwnNeurons(layers, state, partial(encode_prompt, tokenizer))
+    return OwnNeurons(layers, state, partial(encode_prompt, tokenizer), alike)
+
+
+def _namesakes(
+    runner: LayerRunner, tokenizer: Any, facts: Sequence[Fact], config: EditConfig
+) -> dict[str, tuple[str, ...]]:
+    """Names like each subject's, where subjects get neurons of their own."""
+    if config.neurons != "on":
+        return {}
+    subjects = list(dict.fromkeys(fact.subject for fact in facts))
+    return dict(zip(subjects, namesakes(runner, tokenizer, subjects, config.seed), strict=True))
 
 
 def _listening(runner: LayerRunner, how: Plan, config: EditConfig, state: EditState) -> list[Site]:

@@ -54,9 +54,15 @@ TEXT_WEIGHT, OTHERS_WEIGHT, RIDGE = 1e-3, 0.1, 1e-4
 on directions that 16 bits cannot tell from noise."""
 ABOUT = ("There is a book about {}", "Somebody told me about {}", "What is there to know about {}")
 """Texts in which the subjects of other layers, batches and runs are met. An edit further down moves a subject's state
-by more than its own length, to where no text is; unmet, it may set off the neuron of another (docs/in_use.md)."""
+by more than its own length, to where no text is; unmet, it may set off the neuron of another (docs/in_use.md). Names
+like the batch's own subjects (`patchkit.editing.namesakes`) are met in them, too, each in one."""
 MET_WEIGHT = 1.0
-"""Of these in the fit of w; a tenth of it left as many unrelated answers as they were on CounterFact 2000-2019."""
+"""Of these subjects in the fit of w; a tenth of it left as many unrelated answers as they were on CounterFact
+2000-2019."""
+NAMESAKE_WEIGHT, NAMESAKES = 1e-5, 100
+"""Of each of these names, and for how many of them that counts; of more, each has less. It is small, as "The 2028 Summer
+Olympics" is next to "The 2032 Summer Olympics", and what is silent at the one is heard less at the other
+(docs/in_use.md)."""
 MET = 256
 """Other subjects that are met at most, drawn by their names, so that it is the same whichever run they came with."""
 DEAD = 1e-9
@@ -110,12 +116,14 @@ class OwnNeurons:
     Attributes:
         layers: what rewrites neurons, by layer.
         encode: token ids of a text.
+        namesakes: of each subject of the run.
         subjects: those that have been met.
     """
 
     layers: dict[int, LayerNeurons]
     state: EditState
     encode: Callable[[str], list[int]] = lambda text: []
+    namesakes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     subjects: set[str] = field(default_factory=set)
 
     def meet(self, requests: Sequence[EditRequest]) -> None:
@@ -125,10 +133,14 @@ class OwnNeurons:
 
     def open(self, layer: int, requests: Sequence[EditRequest], value_at: str) -> None:
         """Rewrite one neuron of a layer for each subject of some of the batch."""
-        others = self.subjects - {request.fact.subject for request in requests}
-        drawn = sorted(others, key=lambda subject: (crc32(subject.encode()), subject))[:MET]
-        texts = [self.encode(text.format(subject)) for subject in drawn for text in ABOUT]
-        self.layers[layer].open(requests, value_at, texts)
+        own = dict.fromkeys(request.fact.subject for request in requests)
+        drawn = sorted(self.subjects - own.keys(), key=lambda subject: (crc32(subject.encode()), subject))[:MET]
+        met = [self.encode(text.format(subject)) for subject in drawn for text in ABOUT]
+        alike = dict.fromkeys(name for subject in own for name in self.namesakes.get(subject, ()))
+        unedited = [name for name in alike if name not in self.subjects]
+        like = [self.encode(ABOUT[n % len(ABOUT)].format(name)) for n, name in enumerate(unedited)]
+        weight = NAMESAKE_WEIGHT * min(len(like), NAMESAKES)
+        self.layers[layer].open(requests, value_at, [(MET_WEIGHT, met), (weight, like)])
 
     def shared_out(self, requests: Sequence[EditRequest]) -> dict[int, list[int]]:
         """By layer, ascending, the places of the requests whose subjects get a neuron there: so many subjects in each
@@ -182,16 +194,18 @@ class LayerNeurons:
         free = set(self._free())
         return [float(cost) for place, cost in zip(self.room.places, self.room.costs, strict=True) if place in free]
 
-    def open(self, requests: Sequence[EditRequest], value_at: str, others: Sequence[Sequence[int]] = ()) -> None:
+    def open(
+        self, requests: Sequence[EditRequest], value_at: str, others: Sequence[tuple[float, Sequence[list[int]]]] = ()
+    ) -> None:
         """Rewrite one neuron for each subject of a batch, for whom there are enough; it acts on the model from here
-        on. `others` are token ids of texts at whose end all of them are silent."""
+        on. `others` are token ids of texts at whose end all of them are silent, in groups, each with its weight."""
         subjects = list(dict.fromkeys(request.fact.subject for request in requests))
         places = self._free()[: len(subjects)]
         self.of_subject |= dict(zip(subjects, places, strict=True))
         rows = [row for request in requests for row in (*request.rows, *request.kept)]
         states = self._ends([row.ids[: row.subject + 1] for row in rows])  # (rows, hidden)
         owner = [subjects.index(r.fact.subject) for r in requests for _ in (*r.rows, *r.kept)]
-        other = self._ends(others) if others else states[:0]
+        other = [(weight, self._ends(texts)) for weight, texts in others if texts]
         listen = self._listening(states, torch.tensor(owner, device=states.device), len(subjects), other)
         constant, gate, amount = self._constant, self.openers.gate, self.openers.amount
         heard = {gate: SHARPNESS * (listen - THRESHOLD * constant)} | ({} if amount is None else {amount: listen})
@@ -253,13 +267,14 @@ class LayerNeurons:
         found: Tensor = torch.linalg.solve(damped, self.room.mean.to(damped))
         return found
 
-    def _listening(self, states: Tensor, owner: Tensor, count: int, others: Tensor) -> Tensor:
-        """w of each subject, (count, hidden), from all subjects' states (rows, hidden) and those of `others`."""
-        states, others = states.double(), others.double()
+    def _listening(self, states: Tensor, owner: Tensor, count: int, others: Sequence[tuple[float, Tensor]]) -> Tensor:
+        """w of each subject, (count, hidden), from all subjects' states (rows, hidden) and those of `others`, which are
+        groups with a weight each."""
+        states = states.double()
         moments = TEXT_WEIGHT * self._moments + RIDGE * TEXT_WEIGHT * self._energy.diag()
         moments = moments + OTHERS_WEIGHT * states.T @ states / len(states)
-        if len(others):
-            moments = moments + MET_WEIGHT * others.T @ others / len(others)
+        for weight, group in others:
+            moments = moments + weight * group.double().T @ group.double() / len(group)
         spread = torch.linalg.solve(moments, states.T)  # (hidden, rows)
         found = []
         for subject in range(count):
