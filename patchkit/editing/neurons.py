@@ -49,7 +49,7 @@ from patchkit.model.weights import Site, read_weight
 SHARPNESS, THRESHOLD = 20.0, 0.4
 """Of the gate: steep enough for SiLU and GELU to be shut at s = 0 and open at s = 1, whatever the sentence."""
 FIRING = 3.0
-TEXT_WEIGHT, OTHERS_WEIGHT, RIDGE = 1e-3, 0.1, 1e-4
+TEXT_WEIGHT, OTHERS_WEIGHT, RIDGE = 1e-2, 0.1, 1e-4
 """In the fit of w: the text's tokens, the other subjects, and every direction's own energy, without which w would rest
 on directions that 16 bits cannot tell from noise."""
 ABOUT = ("There is a book about {}", "Somebody told me about {}", "What is there to know about {}")
@@ -59,10 +59,9 @@ like the batch's own subjects (`patchkit.editing.namesakes`) are met in them, to
 MET_WEIGHT = 1.0
 """Of these subjects in the fit of w; a tenth of it left as many unrelated answers as they were on CounterFact
 2000-2019."""
-NAMESAKE_WEIGHT, NAMESAKES = 1e-5, 100
-"""Of each of these names, and for how many of them that counts; of more, each has less. It is small, as "The 2028 Summer
-Olympics" is next to "The 2032 Summer Olympics", and what is silent at the one is heard less at the other
-(docs/in_use.md)."""
+NAMESAKE_WEIGHT = 1e-3
+"""Of these names. It is a tenth of the text's: with as much as that, or more, neurons are heard here and there in plain
+text, and unrelated answers change (docs/in_use.md)."""
 MET = 256
 """Other subjects that are met at most, drawn by their names, so that it is the same whichever run they came with."""
 DEAD = 1e-9
@@ -139,8 +138,7 @@ class OwnNeurons:
         alike = dict.fromkeys(name for subject in own for name in self.namesakes.get(subject, ()))
         unedited = [name for name in alike if name not in self.subjects]
         like = [self.encode(ABOUT[n % len(ABOUT)].format(name)) for n, name in enumerate(unedited)]
-        weight = NAMESAKE_WEIGHT * min(len(like), NAMESAKES)
-        self.layers[layer].open(requests, value_at, [(MET_WEIGHT, met), (weight, like)])
+        self.layers[layer].open(requests, value_at, [(MET_WEIGHT, met), (NAMESAKE_WEIGHT, like)])
 
     def shared_out(self, requests: Sequence[EditRequest]) -> dict[int, list[int]]:
         """By layer, ascending, the places of the requests whose subjects get a neuron there: so many subjects in each
