@@ -62,7 +62,7 @@ class GateError(PatchkitError):
         ...     Gates({"perplexity_ratio": 0.5}).check(report)
         ... except patchkit.GateError as error:
         ...     print(error)
-        gate failed: perplexity ratio 1..., asked for at most 0.5
+        gate failed: perplexity ratio ..., asked for at most 0.5
     """
 
 
