@@ -14,7 +14,7 @@ from itertools import takewhile
 from typing import Any
 from zlib import crc32
 
-from patchkit.editing.contexts import sample
+from patchkit.editing.sampling import Sampling, sample
 from patchkit.model.forward import LayerRunner
 
 LIST = "A list of names: {},"
@@ -34,7 +34,7 @@ def namesakes(runner: LayerRunner, tokenizer: Any, subjects: Sequence[str], seed
     """
     jobs = [(subject, n) for subject in subjects for n in range(DRAWN)]
     seeds = [crc32(f"{seed} {subject} namesake {n}".encode()) for subject, n in jobs]
-    drawn = sample(runner, tokenizer, [LIST.format(subject) for subject, _ in jobs], seeds, TOKENS, CHOICES)
+    drawn = sample(runner, tokenizer, [LIST.format(subject) for subject, _ in jobs], Sampling(TOKENS, CHOICES), seeds)
     names = [
         first_name(subject, tokenizer.decode(ids, skip_special_tokens=True))
         for (subject, _), ids in zip(jobs, drawn, strict=True)

@@ -4,7 +4,7 @@ A method in closed form finds a change of the output projection W that gives the
 key that has something in common with k gets a share of it, and with d_in in the hundreds or thousands all have: a
 percent of an edit at every token, from each of many facts, changes what a model answers to unrelated questions, null
 space or not (docs/in_use.md has the measurements). So the key is made one that nothing else shares. Of the neurons of
-all layers that are edited, the one that matters least (`patchkit.editing.importance`) is rewritten: it fires at the
+all layers that are edited, the one that matters least (`patchkit.editing.room`) is rewritten: it fires at the
 subject's last token, in whatever sentence, and its gate is shut at all others. Then the method solves on the subject's
 own dimension of the key, which no token of the text has anything in; the text's null space, MEMIT's second moment and
 the keys of earlier edits are kept to by construction.

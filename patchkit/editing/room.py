@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from patchkit.editing.contexts import STARTERS, sample
+from patchkit.editing.contexts import STARTERS
+from patchkit.editing.sampling import Sampling, sample
 from patchkit.editing.state import base_weight
 from patchkit.facts.chat import ChatTemplate
 from patchkit.facts.requests import encode_prompt, pad
@@ -162,13 +163,13 @@ def own_talk(runner: LayerRunner, tokenizer: Any, chat: ChatTemplate | None) -> 
     seeds = [crc32(f"talk {number}".encode()) for number in range(TALKS)]
     if chat is None:
         openings = [STARTERS[number % len(STARTERS)] for number in range(TALKS)]
-        said = sample(runner, tokenizer, openings, seeds, QUESTION + ANSWER, CHOICES)
+        said = sample(runner, tokenizer, openings, Sampling(QUESTION + ANSWER, CHOICES), seeds)
         return [[*encode_prompt(tokenizer, text), *ids] for text, ids in zip(openings, said, strict=True)]
     before = chat.ask(_USER).partition(_USER)[0]
-    said = sample(runner, tokenizer, [before] * TALKS, seeds, QUESTION, CHOICES, to_end=True)
+    said = sample(runner, tokenizer, [before] * TALKS, Sampling(QUESTION, CHOICES, to_end=True), seeds)
     questions = [tokenizer.decode(ids, skip_special_tokens=True).strip() or "Hello" for ids in said]
     asked = [chat.ask(question) for question in questions]
-    answers = sample(runner, tokenizer, asked, seeds, ANSWER, choices=1, to_end=True)
+    answers = sample(runner, tokenizer, asked, Sampling(ANSWER, to_end=True))
     return [[*encode_prompt(tokenizer, text), *ids] for text, ids in zip(asked, answers, strict=True)]
 
 

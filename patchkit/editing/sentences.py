@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
-from patchkit.editing.contexts import Drawn, draw, sample
+from patchkit.editing.sampling import Drawn, Sampling, draw, sample
 from patchkit.facts.requests import Row, kept_row
 from patchkit.facts.schema import Fact
 from patchkit.model.forward import LayerRunner
@@ -53,7 +53,9 @@ def own_sentences(
     jobs = [(place, befores[n % len(befores)], n) for place in range(len(facts)) for n in range(DRAWN)]
     openings = [before + facts[place].subject for place, before, _ in jobs]
     seeds = [crc32(f"{seed} {facts[place].subject} sentence {n}".encode()) for place, _, n in jobs]
-    drawn = draw(runner, tokenizer, openings, seeds, TOKENS + 1, CHOICES)  # what comes after the last one is kept too
+    drawn = draw(
+        runner, tokenizer, openings, Sampling(TOKENS + 1, CHOICES), seeds
+    )  # what comes after the last one is kept too
     changing = _answers(runner, tokenizer, edited)
     asking = _asking(runner, tokenizer, openings, drawn, [changing[place] for place, *_ in jobs])
     found = [dict[tuple[int, ...], Row]() for _ in facts]
@@ -86,7 +88,7 @@ class _Answer:
 def _answers(runner: LayerRunner, tokenizer: Any, edited: Sequence[Sequence[str]]) -> list[set[_Answer]]:
     """For each fact the model's answers to the prompts."""
     prompts = list(dict.fromkeys(prompt for some in edited for prompt in some))
-    said = sample(runner, tokenizer, prompts, [0] * len(prompts), ANSWER, choices=1)
+    said = sample(runner, tokenizer, prompts, Sampling(ANSWER))
     stems = [stem_of(tokenizer.decode(ids, skip_special_tokens=True)) for ids in said]
     answer = {prompt: _Answer(ids[0], stem) for prompt, ids, stem in zip(prompts, said, stems, strict=True) if stem}
     return [{answer[prompt] for prompt in some if prompt in answer} for some in edited]
@@ -106,7 +108,7 @@ def _asking(
         (i, place) for i, each in enumerate(drawn) for place, token in enumerate(each.likeliest) if token in first[i]
     ]
     texts = [openings[i] + tokenizer.decode(drawn[i].tokens[:place]) for i, place in places]
-    said = sample(runner, tokenizer, texts, [0] * len(texts), ANSWER, choices=1)
+    said = sample(runner, tokenizer, texts, Sampling(ANSWER))
     asking = [False] * len(drawn)
     for (i, _), ids in zip(places, said, strict=True):
         asking[i] |= stem_of(tokenizer.decode(ids, skip_special_tokens=True)) in {a.stem for a in answers[i]}

@@ -15,7 +15,7 @@ from zlib import crc32
 
 import torch
 
-from patchkit.editing.contexts import sample
+from patchkit.editing.sampling import Sampling, sample
 from patchkit.facts.chat import ChatTemplate
 from patchkit.facts.questions import questions_of
 from patchkit.facts.requests import Row, pad, wording_row
@@ -50,7 +50,7 @@ def other_words(runner: LayerRunner, tokenizer: Any, facts: Sequence[Fact], seed
     jobs = [(fact, lead, shown, n) for fact in facts for lead, shown in LEADS for n in range(SAMPLES)]
     told = [opening(fact, lead, shown) for fact, lead, shown, _ in jobs]
     seeds = [crc32(f"{seed} {fact.prompt} {lead} {n}".encode()) for fact, lead, _, n in jobs]
-    drawn = sample(runner, tokenizer, told, seeds, TOKENS, CHOICES)
+    drawn = sample(runner, tokenizer, told, Sampling(TOKENS, CHOICES), seeds)
     said = [tokenizer.decode(ids, skip_special_tokens=True) for ids in drawn]
     found = [(job[0], _before_target(job[0], job[0].subject + text)) for job, text in zip(jobs, said, strict=True)]
     candidates = list(dict.fromkeys((fact, text) for fact, text in found if text))

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
 
-from patchkit.editing.contexts import sample
 from patchkit.editing.recipe import EditConfig
+from patchkit.editing.sampling import Sampling, sample
 from patchkit.editing.sentences import own_sentences
 from patchkit.editing.teacher import other_words, questions
 from patchkit.errors import InputError
@@ -70,7 +70,7 @@ def in_use_requests(
     asked = [_asked(*each, befores, chat, in_turn) for each in zip(facts, others, plain, strict=True)]
     neutral = [_neutral(fact, befores[0], chat) for fact in facts]
     openings = [wording.before + wording.text for own in neutral for wording in own]
-    following = sample(runner, tokenizer, openings, [0] * len(openings), KEPT, choices=1)
+    following = sample(runner, tokenizer, openings, Sampling(KEPT))
     each = iter(following)
     kept = [
         [kept_row(fact, tokenizer, w.before, w.text, next(each)) for w in own]

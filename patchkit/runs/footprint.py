@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from patchkit import methods
-from patchkit.editing import contexts, room, teacher
+from patchkit.editing import room, sampling, teacher
 from patchkit.editing.recipe import EditConfig
 from patchkit.editing.session import Plan
 from patchkit.editing.suffixes import Room
@@ -47,12 +47,12 @@ def passes_bytes(
         before = token * sum(row.subject for row in rows)
         found.append(before + _LOGITS * min(4 * step.logits, step.tokens * logit))
         if in_use:
-            texts = min(contexts.ROWS, len(requests) * len(teacher.LEADS) * teacher.SAMPLES)
+            texts = min(sampling.ROWS, len(requests) * len(teacher.LEADS) * teacher.SAMPLES)
             found.append(_COPIES * token * texts * (_TOLD + teacher.TOKENS))
     if rooms:
         length = room.QUESTION + room.ANSWER + 20
         felt = room.FELT * length + room.WINDOWS * 32
-        found.append(_COPIES * token * min(contexts.ROWS, room.TALKS) * length)
+        found.append(_COPIES * token * min(sampling.ROWS, room.TALKS) * length)
         found.append(_TRACED * logit * room.ROWS * length)
         found.append(_ERRORS * 8 * felt * max(site.d_in for site in how.sites))
     return max(found)

@@ -13,7 +13,7 @@ from functools import cached_property
 from math import ceil
 
 from patchkit import methods
-from patchkit.editing import contexts, neurons, room, teacher, wordings
+from patchkit.editing import contexts, neurons, room, sampling, teacher, wordings
 from patchkit.editing.editor import solve_batch_size
 from patchkit.editing.recipe import EditConfig
 from patchkit.editing.sentences import DRAWN
@@ -134,7 +134,7 @@ class Forecast:
     def _length(self, texts: Iterable[str]) -> int:
         return sum(len(encode_prompt(self.workspace.tokenizer, text)) for text in texts)
 
-    def _written(self, tokens: float, rows: float, steps: int, at_once: int = contexts.ROWS) -> float:
+    def _written(self, tokens: float, rows: float, steps: int, at_once: int = sampling.ROWS) -> float:
         """Texts written after `tokens` in all, in batches."""
         whole, rest = divmod(rows, at_once)
         written = whole * self.speed.write.of(at_once) + (self.speed.write.of(rest) if rest else 0)

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import patchkit
-from patchkit.editing.contexts import sample
 from patchkit.editing.editor import frozen, requests_of
 from patchkit.editing.recipe import load_recipe
+from patchkit.editing.sampling import Sampling, sample
 from patchkit.editing.session import Plan, plan
 from patchkit.editing.suffixes import Suffixes
 from patchkit.editing.value_problem import NO_TERMS, ValueProblem
@@ -106,7 +106,7 @@ def held_out(model: Model, fact: Fact) -> EditRequest:
     texts = [("", text.format(fact.subject)) for text in prompts.ABOUT_BEGINNINGS]
     messages = [text.format(fact.subject) for text in prompts.ABOUT_MESSAGES]
     texts += [split(model.chat.ask(message), message) for message in messages]
-    following = sample(model.runner, model.tokenizer, [a + b for a, b in texts], [0] * len(texts), KEPT, choices=1)
+    following = sample(model.runner, model.tokenizer, [a + b for a, b in texts], Sampling(KEPT))
     kept = [kept_row(fact, model.tokenizer, *text, ids) for text, ids in zip(texts, following, strict=True)]
     return EditRequest(
         fact, in_number([row for row in asked if row.subject]), essence_row(fact, model.tokenizer), tuple(kept)
