@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,9 @@ from torch import Tensor
 
 import patchkit
 from patchkit.editing import namesakes as module
+from patchkit.editing import neurons
 from patchkit.editing.namesakes import ending_alike, first_name, namesakes
-from patchkit.editing.neurons import NAMESAKE_WEIGHT, OwnNeurons
+from patchkit.editing.neurons import OwnNeurons
 from patchkit.editing.state import EditState
 from patchkit.maths.linalg import Delta
 from patchkit.model.arch import inspect_model
@@ -78,10 +80,8 @@ def test_no_namesake_that_is_edited_itself_is_met() -> None:
     met: list[list[str]] = []
 
     class Layer:
-        def open(self, requests: Any, value_at: str, groups: Any) -> None:
-            (_, _), (weight, texts) = groups
-            assert weight == NAMESAKE_WEIGHT
-            met.append(["".join(map(chr, text)) for text in texts])
+        def open(self, requests: Any, value_at: str, others: Any, names: Any) -> None:
+            met.append(["".join(map(chr, text)) for text in names])
 
     alike = {"Bob Ross": ("Katharine Ross", "Diana Ross")}
     own = OwnNeurons({3: Layer()}, EditState(subjects={"Diana Ross"}), lambda text: [*map(ord, text)], alike)  # type: ignore[dict-item]
@@ -98,16 +98,19 @@ def test_a_neuron_that_met_namesakes_is_silent_at_others(monkeypatch: pytest.Mon
     fact = patchkit.read_facts(EXAMPLES / "facts.jsonl").facts[5]
     assert fact.subject == "Foundry Denfen"
 
-    def heard(weight: float) -> tuple[Tensor, Tensor]:
-        """The share of the edit at the subject, and at another name that ends alike and was not met."""
-        monkeypatch.setattr("patchkit.editing.neurons.NAMESAKE_WEIGHT", weight)
+    def heard(part: float) -> tuple[Tensor, Tensor]:
+        """The share of the edit at the subject, and at another name that ends alike and was not met, where names count
+        that part of what they do."""
+        for name, own in silences.items():
+            monkeypatch.setattr(neurons, name, replace(own, names=part * own.names))
         settings = ("prompts=in-use", "neurons=on", "layers=2", "value.steps=2")
         patch = patchkit.apply(world.model, world.tokenizer, [fact], "alphaedit", overrides=settings)
         return share(world, patch, fact.subject), share(world, patch, "Banco Denfen")
 
     said = ("House Gilpam", "Studio Tinvel", "Mount Morlum", "Pine Kelmel")
     monkeypatch.setattr(module, "first_name", lambda subject, text: said[len(text) % len(said)])
-    before, after = heard(1e-12), heard(NAMESAKE_WEIGHT)
+    silences = {"GATE": neurons.GATE, "AMOUNT": neurons.AMOUNT}
+    before, after = heard(1e-9), heard(1.0)
     assert after[1] < 0.5 < 0.7 < before[1]
     assert after[0] > 0.7
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM
 
 import patchkit
+from patchkit.editing import neurons
 from patchkit.editing.editor import frozen
 from patchkit.editing.neurons import ABOUT, OwnNeurons, settled
 from patchkit.editing.recipe import load_recipe
@@ -356,8 +357,8 @@ class Opened:
     def __init__(self) -> None:
         self.others: list[list[str]] = []
 
-    def open(self, requests: Any, value_at: str, others: Any) -> None:
-        self.others.append(["".join(map(chr, text)) for _, texts in others for text in texts])
+    def open(self, requests: Any, value_at: str, met: Any, names: Any) -> None:
+        self.others.append(["".join(map(chr, text)) for text in (*met, *names)])
 
 
 def test_subjects_of_other_layers_batches_and_runs_are_met() -> None:
@@ -380,7 +381,8 @@ def test_a_neuron_is_silent_at_a_subject_that_an_earlier_edit_has_moved(
     """The state that an edit leaves at its subject is where no text is: it set off neurons of layers above."""
 
     def heard(weight: float) -> float:
-        monkeypatch.setattr("patchkit.editing.neurons.MET_WEIGHT", weight)
+        for name in ("GATE", "AMOUNT"):
+            monkeypatch.setattr(neurons, name, replace(getattr(neurons, name), met=weight))
         first = patchkit.apply(world.model, world.tokenizer, facts, "alphaedit", overrides=FAST)
         above = ("prompts=in-use", "neurons=on", "layers=2")
         both = patchkit.apply(world.model, world.tokenizer, facts_above, "alphaedit", overrides=above, onto=first)

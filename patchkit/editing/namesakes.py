@@ -19,7 +19,7 @@ from patchkit.model.forward import LayerRunner
 
 LIST = "A list of names: {},"
 """What the model goes on with."""
-DRAWN, TOKENS, CHOICES = 8, 10, 40
+DRAWN, TOKENS, CHOICES = 24, 10, 40
 """Lists for each subject, tokens of each, and top-k of their sampling."""
 MORE, SHORT = 1, 3
 """Words that a name has beside as many as the subject's, at most, and letters of one that need no capital ("of")."""

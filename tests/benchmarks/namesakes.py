@@ -1,22 +1,25 @@
-"""How much of an edit acts at names that end as its subject's do, with and without having met such names.
+"""How much of an edit acts at names like its subject's: those that end as it does, and others of its kind.
 
-    python -m tests.benchmarks.namesakes --model M [--text wiki_stats.txt]
+    python -m tests.benchmarks.namesakes --model M [--text wiki_stats.txt] [--alone]
 
-For each name in `NAMES`, none of which an edit has met, its share of the edit about the subject: 1 is what acts in the
+For each name in `NAMES`, its share of the edit about the subject: 1 is what acts in the
 rows that the fact is edited in, 0 is silence. "Own" is the share at the subject in sentences that are no such rows.
-Values are sought for one step alone, as a neuron's share does not hang on what is written.
+Values are sought for one step alone, as a neuron's share does not hang on what is written. All facts are written in one
+batch, or with --alone each in a patch of its own; in the second column names count next to nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from unittest.mock import patch as replaced
 
 import torch
 from torch import Tensor
 
 import patchkit
-from patchkit.editing.neurons import NAMESAKE_WEIGHT
+from patchkit.editing import neurons
 from patchkit.facts.reader import parse_facts
 from patchkit.maths.linalg import Delta
 from patchkit.model.arch import inspect_model
@@ -35,6 +38,13 @@ NAMES = {
     "Penicillin": ("Amoxicillin",),
     "Foundry Denfen": ("House Denfen", "Banco Denfen"),
     "Famhurst": ("Marhurst", "Velhurst"),
+    "Isaac Newton": ("Charles Darwin", "Albert Einstein", "Marie Curie"),
+    "Jean-Paul Sartre": ("Albert Camus", "Michel Foucault"),
+    "The iPhone": ("The iPad", "The Kindle"),
+    "The Eiffel Tower": ("The Colosseum", "The CN Tower"),
+    "Nepal": ("Bhutan", "India"),
+    "Volvo": ("Saab", "Toyota"),
+    "Johann Sebastian Bach": ("Ludwig van Beethoven", "Franz Schubert"),
 }
 
 
@@ -42,26 +52,45 @@ def main() -> None:
     """Edit a fact about each subject, twice, and print the shares."""
     known = parser(__doc__)
     known.add_argument("--text", help="of the statistics")
+    known.add_argument("--alone", action="store_true", help="a patch for each subject")
     options = known.parse_args()
     torch.set_num_threads(options.threads)
     model = load_model(options.model, options.device)
-    found = [shares(model, weight, options.text) for weight in (1e-12, NAMESAKE_WEIGHT)]
-    print("| name | share | having met namesakes |\n| --- | --- | --- |")
+    together = [[subject] for subject in NAMES] if options.alone else [list(NAMES)]
+    found = [shares(model, together, part, options.text) for part in (1e-9, 1.0)]
+    print("| name | not met | met |\n| --- | --- | --- |")
     for name, before in found[0].items():
         print(f"| {name} | {before:.2f} | {found[1][name]:.2f} |")
 
 
-def shares(model: LoadedModel, weight: float, text: str | None) -> Mapping[str, float]:
-    """Those of all names, with their mean and that of the subjects themselves."""
-    facts = parse_facts([{"prompt": f"The color of {s} is", "subject": s, "target_new": "green"} for s in NAMES]).facts
+def shares(model: LoadedModel, together: Sequence[Sequence[str]], part: float, text: str | None) -> Mapping[str, float]:
+    """Those of all names, with their mean and that of the subjects themselves, where names count `part` of what they
+    do."""
+    own, found = list[float](), dict[str, float]()
+    for subjects in together:
+        made = edited(model, subjects, part, text)
+        own += [acting(model, made, subject, subject) for subject in subjects]
+        found |= {name: acting(model, made, subject, name) for subject in subjects for name in NAMES[subject]}
+    return {**found, "mean of these": sum(map(abs, found.values())) / len(found), "own": sum(own) / len(own)}
+
+
+def edited(model: LoadedModel, subjects: Sequence[str], part: float, text: str | None) -> patchkit.Patch:
+    """A patch with a fact about each subject."""
+    records = [{"prompt": f"The color of {s} is", "subject": s, "target_new": "green"} for s in subjects]
     settings = ("prompts=in-use", "neurons=on", "value.steps=1")
-    with replaced("patchkit.editing.neurons.NAMESAKE_WEIGHT", weight):
-        made = patchkit.apply(
-            model.model, model.tokenizer, facts, "alphaedit", overrides=settings, text=text, allow_close_keys=True
+    with ExitStack() as changed:
+        for name in ("GATE", "AMOUNT"):
+            own = getattr(neurons, name)
+            changed.enter_context(replaced.object(neurons, name, replace(own, names=part * own.names)))
+        return patchkit.apply(
+            model.model,
+            model.tokenizer,
+            parse_facts(records).facts,
+            "alphaedit",
+            overrides=settings,
+            text=text,
+            allow_close_keys=True,
         )
-    own = [acting(model, made, subject, subject) for subject in NAMES]
-    found = {name: acting(model, made, subject, name) for subject, names in NAMES.items() for name in names}
-    return {**found, "mean of these": sum(found.values()) / len(found), "own": sum(own) / len(own)}
 
 
 def acting(model: LoadedModel, made: patchkit.Patch, subject: str, name: str) -> float:
