@@ -91,11 +91,11 @@ class Suffixes:
         return [bucket for group in groups for _, bucket in in_parts(self._bucket, group, _halved)]
 
     def _turn(self, column: int) -> tuple[int, int]:
-        """Which of the turns the rows of a column have: the asked rows share some, the kept ones others, and the
-        essence prompt has every one."""
-        if column < self._asked:
-            return column % self.turns, self.turns
-        return ((column - self._asked - 1) % self._kept_turns, self._kept_turns) if column > self._asked else (0, 1)
+        """Which of the turns the rows of a column have: the asked rows and the essence prompt share some, the kept ones
+        others."""
+        if column <= self._asked:
+            return column % self._asked % self.turns, self.turns
+        return (column - self._asked - 1) % self._kept_turns, self._kept_turns
 
     def merged(self, buckets: Sequence[Bucket]) -> list[Bucket]:
         """The same rows in fewer buckets, where small ones of the same length can be joined."""

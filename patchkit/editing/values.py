@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from patchkit.editing.buckets import Bucket
+from patchkit.editing.full_steps import FullSteps
 from patchkit.editing.suffixes import Room, Suffixes, in_parts
 from patchkit.editing.value_log import ValueLog
 from patchkit.editing.value_problem import NO_TERMS, ValueAt, ValueProblem, ValueTerms
@@ -34,12 +35,17 @@ class ValueConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    steps: int | None = Field(None, ge=1, le=100_000, description="Adam steps at most; by itself 25, or 60 in use")
+    steps: int | None = Field(
+        None,
+        ge=1,
+        le=100_000,
+        description="steps at most; by itself 25, or in use 30, and 60 with `second_moment=diagonal`",
+    )
     learning_rate: float | None = Field(
         None,
         gt=0,
         le=1e6,
-        description="length of one Adam step, relative to the state's norm; by itself 0.15, or 0.1 in use",
+        description="length of one step, relative to the state's norm; by itself 0.15, or 0.1 in use",
     )
     clamp: float | None = Field(
         None,
@@ -49,6 +55,11 @@ class ValueConfig(BaseModel):
     )
     memory: float | None = Field(
         None, gt=0, lt=1, description="Adam's β2: how long it remembers how large gradients were; by itself 0.999"
+    )
+    second_moment: Literal["diagonal", "full"] | None = Field(
+        None,
+        description="what steps are scaled by: the second moment of each of the gradient's numbers, as Adam's are, or "
+        "of the whole gradient, and then the value is the mean of the last ones; by itself diagonal, or full in use",
     )
     decay: float = Field(0.01, ge=0, description="weight of the squared relative length of the delta")
     kl_weight: float = Field(0.0625, ge=0, description='weight of the drift on "{subject} is a"')
@@ -81,18 +92,33 @@ class ValueConfig(BaseModel):
     def pace(self, turns: bool) -> Pace:
         """How far the optimizer goes. `turns` says whether rows take turns, as those of prompts=in-use do: more of
         them have to be seen, and more is asked of a value (docs/in_use.md)."""
-        steps, rate, clamp, memory = (60, 0.1, 1.5, 0.999) if turns else (25, 0.15, 1.0, 0.999)
-        return Pace(self.steps or steps, self.learning_rate or rate, self.clamp or clamp, self.memory or memory)
+        full = self.second_moment == "full" or (turns and self.second_moment is None)
+        steps, rate, clamp = (30 if full else 60, 0.1, 1.5) if turns else (25, 0.15, 1.0)
+        momentum, averaged = (0.8, 0.7) if full else (0.9, 0.0)
+        return Pace(
+            self.steps or steps,
+            self.learning_rate or rate,
+            self.clamp or clamp,
+            self.memory or 0.999,
+            full,
+            momentum,
+            averaged,
+        )
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Adam's steps at most, the length of one and of the whole delta, relative to the state's norm, and Adam's β2."""
+    """Steps at most, the length of one and of the whole delta, relative to the state's norm, and Adam's β2; whether the
+    second moment is the whole gradient's; Adam's β1; and by which factor each iterate before the last one counts less
+    in the mean that is the value, 0 for the last one alone (Polyak & Juditsky 1992)."""
 
     steps: int
     learning_rate: float
     clamp: float
     memory: float
+    full: bool
+    momentum: float
+    averaged: float
 
 
 @dataclass(frozen=True)
@@ -152,15 +178,15 @@ def optimize(
     return _Optimizer(problem, requests, config, groups, log or ValueLog()).run(advance)
 
 
-_KEPT = ("start", "value", "mean", "square", "scale", "loss", "seen")
+_KEPT = ("start", "value", "mean", "square", "average", "scale", "loss", "seen")
 """The tensors of an optimizer's state."""
 
 
 class _Optimizer:
     """The optimization state of all facts; the `active` ones are in the buckets, others wait or have finished.
 
-    Per fact, n of them: start, value, mean, square (n, places, d), the last three Adam's and in units of scale
-    (n, places, 1); loss, steps (n,).
+    Per fact, n of them: start, value, mean, square, average (n, places, d), all but the first in units of scale
+    (n, places, 1), mean and square Adam's, average that of the values so far; loss, steps (n,).
     """
 
     def __init__(
@@ -182,9 +208,11 @@ class _Optimizer:
         self.buckets: list[Bucket] = []
         device, dtype = problem.runner.device, torch.promote_types(problem.runner.dtype, torch.float32)
         shape = (len(requests), 1 + problem.terms.attention, problem.site.d_out)
-        self.start, self.value, self.mean, self.square = (
-            torch.zeros(shape, device=device, dtype=dtype) for _ in "1234"
+        self.start, self.value, self.mean, self.square, self.average = (
+            torch.zeros(shape, device=device, dtype=dtype) for _ in "12345"
         )
+        pace, room = self.pace, (shape[1], self.pace.steps, shape[2])
+        self.full = FullSteps(room, self.start, pace.momentum, pace.memory) if pace.full else None
         self.scale, self.loss = self.start[..., :1].clone(), self.start[:, 0, 0].clone()
         self.steps, self.step = [0] * len(requests), 0
         # The target loss as last seen, of the rows of each turn, (n, turns).
@@ -201,28 +229,45 @@ class _Optimizer:
             self.seen[places, self.step % self.suffixes.turns] = loss
             self.loss[places] = _mean_of_seen(self.seen[places])
             self.step += 1
-            # The one thing in a step that waits for the device.
-            below = (self.seen[places].mean(1) < self.config.stop_loss).tolist()
+            gradient = self._mean_over_groups(self.active, gradient)
+            below, products = self._told(places, gradient)
             over = [d or self.steps[f] == self.pace.steps for f, d in zip(self.active, below, strict=True)]
             unfinished = {self.group[fact] for fact, o in zip(self.active, over, strict=True) if not o}
             done = [self.group[fact] not in unfinished for fact in self.active]
             advance(sum(done))
             if any(done):
-                going = sent([i for i, d in enumerate(done) if not d], places.device, torch.long)
-                places, gradient = places[going], gradient[going]
+                going = torch.tensor([i for i, d in enumerate(done) if not d], dtype=torch.long)
+                there, products = sent(going, places.device), products[going]
+                places, gradient = places[there], gradient[there]
                 self._retire([fact for fact, d in zip(self.active, done, strict=True) if not d])
                 self.log.retired[self.step] = list(self.active)
             if self.active:
-                self._move(places, self._mean_over_groups(self.active, gradient))
+                self._move(places, gradient, products)
             if self.log.due:
                 self._keep()
-        deltas = self._free(torch.arange(len(self.start), device=self.start.device)).deltas(self.value)
+        all_facts = self._free(torch.arange(len(self.start), device=self.start.device))
+        deltas = all_facts.deltas(self.average if self.pace.averaged else self.value)
         targets = self.start[:, 0] + deltas[:, 0]
         return Values(targets.T, self.start[:, 0].T, self.loss, sent(self.steps, self.loss.device))
 
+    def _told(self, places: Tensor, gradient: Tensor) -> tuple[list[bool], Tensor]:
+        """Which of the active facts are below the loss at which they stop; and, where steps need them, the products of
+        their gradients with those before, on the host. The one thing in a step that waits for the device."""
+        below = self.seen[places].mean(1) < self.config.stop_loss  # (k,)
+        if self.full is None:
+            return below.tolist(), torch.zeros(len(below))
+        products = self.full.meet(gradient, [self.steps[fact] for fact in self.active])  # (k, places, steps)
+        told = torch.cat([below.to(products).unsqueeze(1), products.flatten(1)], 1).cpu()
+        return (told[:, 0] > 0).tolist(), told[:, 1:].view(products.shape)
+
+    def _state(self) -> dict[str, Tensor]:
+        """The tensors that the next steps depend on."""
+        own = {name: getattr(self, name) for name in _KEPT}
+        return own if self.full is None else {**own, "past": self.full.past, "products": self.full.products}
+
     def _keep(self) -> None:
         """Write all that the next steps depend on but the buckets."""
-        tensors = {name: getattr(self, name) for name in _KEPT}
+        tensors = self._state()
         tokens = self.suffixes.tokens
         self.log.keep(tensors, steps=self.steps, step=self.step, parallel=self.parallel, tokens=tokens)
 
@@ -241,8 +286,8 @@ class _Optimizer:
             if self.step in self.log.retired:
                 advance(len(self.active) - len(self.log.retired[self.step]))
                 self._retire(list(self.log.retired[self.step]))
-        for name, tensor in tensors.items():
-            getattr(self, name).copy_(tensor)
+        for name, tensor in self._state().items():
+            tensor.copy_(tensors[name])
         self.steps = notes["steps"]
 
     def _free(self, facts: Tensor) -> _Free:
@@ -266,6 +311,8 @@ class _Optimizer:
         # The median over contexts: at position 0 a model without BOS keeps an attention sink hundreds of times longer.
         self.scale[places] = self._mean_over_groups(new, states.norm(dim=-1).median(1).values.unsqueeze(-1))
         self.active += new
+        if self.full is not None:
+            self.full.admit(len(new))
         self.buckets = self.suffixes.merged([*self.buckets, *(self._with_base(bucket) for bucket in buckets)])
 
     def _mean_over_groups(self, facts: Sequence[int], numbers: Tensor) -> Tensor:
@@ -291,7 +338,10 @@ class _Optimizer:
         return replace(bucket, base=self.problem.logits(essence, none).log_softmax(-1))
 
     def _retire(self, going: list[int]) -> None:
-        self.active, active = going, set(going)
+        active = set(going)
+        if self.full is not None:
+            self.full.retire([i for i, fact in enumerate(self.active) if fact in active])
+        self.active = going
         self.buckets = [left for bucket in self.buckets for left in bucket.of_facts(active)]
 
     def _evaluate(self, free: _Free) -> tuple[Tensor, Tensor]:
@@ -344,24 +394,36 @@ class _Optimizer:
         if len(essence):
             edited = essence.log_softmax(-1)
             divergence = F.kl_div(bucket.base, edited, reduction="none", log_target=True).sum(-1)
-            drift = drift.index_add(0, at[1], config.kl_weight * divergence)
+            drift = drift.index_add(0, at[1], turns * config.kl_weight * divergence)
         if len(kept):
             losses = bucket.kept.drift(kept, config.leak_weight, config.kept_weight)
             drift = drift.index_add(0, at[2], turns * losses)
         return target, drift
 
-    def _move(self, facts: Tensor, gradient: Tensor) -> None:
-        """One step of Adam (Kingma & Ba, algorithm 1), each fact at its own count, then clip to the longest allowed."""
+    def _move(self, facts: Tensor, gradient: Tensor, products: Tensor) -> None:
+        """One step, each fact at its own count, then clip to the longest allowed."""
+        before = [self.steps[fact] for fact in self.active]
         for fact in self.active:
             self.steps[fact] += 1
-        counts, memory = torch.tensor([self.steps[fact] for fact in self.active], dtype=torch.float64), self.pace.memory
-        biases = torch.stack([1 - beta**counts for beta in (0.9, memory)])[:, :, None, None].to(gradient.dtype)
+        counts = torch.tensor([self.steps[fact] for fact in self.active], dtype=torch.float64)
+        if self.full is None:
+            moved = self.value[facts] - self._adam(facts, gradient, counts)
+        else:
+            moved = self.value[facts] - self.pace.learning_rate * self.full.step(products, before)
+        self.value[facts] = moved = moved * (self.pace.clamp / moved.norm(dim=-1, keepdim=True)).clamp_max(1)
+        share = sent((1 / counts).clamp_min(1 - self.pace.averaged)[:, None, None].to(moved.dtype), moved.device)
+        self.average[facts] += share * (moved - self.average[facts])
+
+    def _adam(self, facts: Tensor, gradient: Tensor, counts: Tensor) -> Tensor:
+        """A step of Adam (Kingma & Ba, algorithm 1)."""
+        momentum, memory = self.pace.momentum, self.pace.memory
+        biases = torch.stack([1 - beta**counts for beta in (momentum, memory)])[:, :, None, None].to(gradient.dtype)
         mean_bias, square_bias = sent(biases, gradient.device)
-        self.mean[facts] = mean = 0.9 * self.mean[facts] + 0.1 * gradient
+        self.mean[facts] = mean = momentum * self.mean[facts] + (1 - momentum) * gradient
         self.square[facts] = square = memory * self.square[facts] + (1 - memory) * gradient.square()
         rate = self.pace.learning_rate / self.problem.site.d_out**0.5
-        moved = self.value[facts] - rate * (mean / mean_bias) / ((square / square_bias).sqrt() + 1e-8)
-        self.value[facts] = moved * (self.pace.clamp / moved.norm(dim=-1, keepdim=True)).clamp_max(1)
+        step: Tensor = rate * (mean / mean_bias) / ((square / square_bias).sqrt() + 1e-8)
+        return step
 
 
 def _mean_of_seen(losses: Tensor) -> Tensor:

@@ -207,7 +207,7 @@ class LayerRunner:
                 output = self.arch.model(**inputs)
             except _EndOfSpan:
                 return Span(hidden=found[0])
-        return Span(logits=output.logits[0] if logits_at is not None else output.logits)
+        return Span(logits=output.logits.squeeze(0) if logits_at is not None else output.logits)
 
     def generate(self, **arguments: Any) -> Tensor:
         """The model's own `generate`, (rows, tokens)."""

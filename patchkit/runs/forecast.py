@@ -172,7 +172,7 @@ class Forecast:
         tokens = points = passes = 0.0
         for number in range(asked + 1 + kept):
             column = [row for request in self.requests for row in [_rows(request)[number]]]
-            share = 1 / (1 if number == asked else turns if number < asked else kept_turns)
+            share = 1 / (turns if number <= asked else kept_turns)
             tokens += share * sum(len(suffix(row)) for row in column)
             points += share * sum(max(1, len(row.ids) - row.target + row.kept) for row in column)
         groups = (1 if turns == 1 else 2) if not kept else 3

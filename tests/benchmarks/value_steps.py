@@ -4,7 +4,8 @@
 
 The delta of each fact acts at its subject, as its own neuron would have it, in texts that were optimized ("own") and in
 those that patches are measured on ("held out"): questions alone, after a system prompt and after talk, paraphrases,
-and neutral texts. Nothing is solved or written, so that a row takes a minute where `in_use` takes ten. "to the first"
+and neutral texts. "Leak" is the share of neutral texts in whose continuation by the base the target comes first
+somewhere. Nothing is solved or written, so that a row takes a minute where `in_use` takes ten. "to the first"
 is the ratio of CPU seconds to those of the first row, in the same run.
 """
 
@@ -38,14 +39,14 @@ from patchkit.model.loading import load_model
 
 from .common import parser
 
-ROWS = ("", "value.products=bfloat16")
+ROWS = ("", "value.second_moment=diagonal", "value.products=bfloat16")
 HEADINGS = (
     "row",
     "CPU s",
     "to the first",
     "steps",
     "length",
-    *(f"{w} {n}" for w in ("own", "held out") for n in ("loss", "exact", "KL")),
+    *(f"{w} {n}" for w in ("own", "held out") for n in ("loss", "exact", "KL", "leak")),
 )
 
 
@@ -125,13 +126,11 @@ def in_number(rows: Sequence[Row], count: int = 8) -> tuple[Row, ...]:
 
 
 @torch.no_grad()
-def acting(
-    runner: LayerRunner, requests: Sequence[EditRequest], how: Plan, deltas: Tensor
-) -> tuple[float, float, float]:
-    """With the deltas (n, d): the mean target loss, the share of target tokens that come first, and the mean KL from
-    what the base goes on by in neutral texts."""
+def acting(runner: LayerRunner, requests: Sequence[EditRequest], how: Plan, deltas: Tensor) -> tuple[float, ...]:
+    """With the deltas (n, d): the mean target loss, the share of target tokens that come first, the mean KL from what
+    the base goes on by in neutral texts, and the share of these in which the target comes first somewhere."""
     problem = ValueProblem(runner, how.sites[-1], how.value_at, NO_TERMS)
-    sums = deltas.new_zeros(3)
+    sums, leaks = deltas.new_zeros(3), dict[int, bool]()
     for bucket in Suffixes(runner, requests, problem.start).buckets(range(len(requests))):
         none = deltas.new_zeros(len(bucket.row), 1, deltas.shape[1])
         base, edited = (problem.logits(bucket, rows) for rows in (none, deltas[bucket.fact_of.there].unsqueeze(1)))
@@ -142,8 +141,10 @@ def acting(
             before, after = bucket.segments(base)[2].log_softmax(-1), kept.log_softmax(-1)
             divergence = F.kl_div(after, before, reduction="none", log_target=True).sum(-1)
             sums[2] += (divergence * bucket.kept.weight).sum()
-    loss, exact, divergence = (sums / len(requests)).tolist()
-    return loss, exact, divergence
+            rows = bucket.row.known[bucket.segments(bucket.point_row.known)[2]]
+            for row, first in zip(rows.tolist(), (kept.argmax(-1) == bucket.kept.target).tolist(), strict=True):
+                leaks[row] = leaks.get(row, False) or first
+    return *(sums / len(requests)).tolist(), sum(leaks.values()) / max(1, len(leaks))
 
 
 if __name__ == "__main__":

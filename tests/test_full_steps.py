@@ -1,0 +1,73 @@
+"""Steps scaled by the second moment of the whole gradient, held against the matrix that is never made."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from patchkit.editing.full_steps import DAMPING, FullSteps
+from patchkit.editing.values import ValueConfig, optimize
+from tests.test_values import requests_of, runner_of
+
+MOMENTUM, MEMORY, STEPS, WIDTH = 0.8, 0.97, 7, 12
+
+
+def plain(gradients: list[Tensor]) -> Tensor:
+    """The step (d,) after gradients (d,)."""
+    rows, age = torch.stack(gradients), torch.arange(len(gradients) - 1, -1, -1).double()
+    memory, momentum = (decay**age / (decay**age).sum() for decay in (MEMORY, MOMENTUM))
+    size, vectors = torch.linalg.eigh(rows.T @ (memory.unsqueeze(1) * rows))
+    root = size.clamp_min(0).sqrt()
+    damped = vectors @ torch.diag(1 / (root + DAMPING * size.sum().sqrt())) @ vectors.T
+    step = damped @ (rows.T @ momentum)
+    return step / step.norm().clamp_min(1)
+
+
+def test_steps_are_those_of_the_whole_matrix_for_facts_that_come_and_go() -> None:
+    generator = torch.Generator().manual_seed(0)
+    steps = FullSteps((2, STEPS, WIDTH), torch.zeros(1, dtype=torch.float64), MOMENTUM, MEMORY)
+    seen: list[list[Tensor]] = []  # per fact its gradients, (places, d) each
+    for time in range(STEPS):
+        if time in (0, 2):
+            steps.admit(2)
+            seen += [[], []]
+        if time == 4:
+            steps.retire([0, 2, 3])
+            seen = [seen[0], seen[2], seen[3]]
+        counts = [len(each) for each in seen]
+        gradient = torch.randn(len(seen), 2, WIDTH, generator=generator, dtype=torch.float64)
+        for each, new in zip(seen, gradient, strict=True):
+            each.append(new)
+        found = steps.step(steps.meet(gradient, counts), counts)
+        expected = torch.stack([torch.stack([plain([g[p] for g in each]) for p in range(2)]) for each in seen])
+        assert (found - expected).norm() < 1e-9 * expected.norm()
+
+
+def test_a_gradient_of_zero_is_no_step() -> None:
+    steps = FullSteps((1, 2, WIDTH), torch.zeros(1), MOMENTUM, MEMORY)
+    steps.admit(1)
+    assert not steps.step(steps.meet(torch.zeros(1, 1, WIDTH), [0]), [0]).any()
+
+
+def test_values_are_the_same_alone_and_beside_others() -> None:
+    runner, requests = runner_of("llama"), requests_of()
+    config = ValueConfig(steps=4, stop_loss=0.0, second_moment="full", parallel=2)
+    together = optimize(runner, requests, runner.arch.sites[1], "layer_out", config)
+    for i, request in enumerate(requests):
+        alone = optimize(runner, [request], runner.arch.sites[1], "layer_out", config)
+        assert (alone.targets[:, 0] - together.targets[:, i]).norm() < 1e-9 * alone.targets.norm()
+        assert (alone.targets - alone.start).norm() > 0.05 * alone.start.norm()
+
+
+def test_the_value_is_the_mean_of_the_last_ones() -> None:
+    """After one step it is that step's, of full length; after two, between both."""
+    runner, requests = runner_of("llama"), requests_of()[:1]
+
+    def moved(steps: int) -> float:
+        config = ValueConfig(steps=steps, stop_loss=0.0, decay=0.0, second_moment="full")
+        values = optimize(runner, requests, runner.arch.sites[1], "layer_out", config)
+        return float((values.targets - values.start).norm() / values.start.norm())
+
+    rate = ValueConfig(second_moment="full").pace(turns=False).learning_rate
+    assert 0.9 * rate < moved(1) < 1.1 * rate
+    assert moved(1) < moved(2) < 1.6 * rate
