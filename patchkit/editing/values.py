@@ -59,7 +59,8 @@ class ValueConfig(BaseModel):
     second_moment: Literal["diagonal", "full"] | None = Field(
         None,
         description="what steps are scaled by: the second moment of each of the gradient's numbers, as Adam's are, or "
-        "of the whole gradient, and then the value is the mean of the last ones; by itself diagonal, or full in use",
+        "of the whole gradient, and then the value is the mean of the last ones; by itself diagonal, or full in use "
+        "without `sentences`",
     )
     decay: float = Field(0.01, ge=0, description="weight of the squared relative length of the delta")
     kl_weight: float = Field(0.0625, ge=0, description='weight of the drift on "{subject} is a"')
@@ -67,7 +68,8 @@ class ValueConfig(BaseModel):
     keep_weight: float | None = Field(
         None,
         ge=0,
-        description="weight of the drift on neutral texts about the subject; by itself 1.5, or 6 with `sentences`",
+        description="weight of the drift on neutral texts about the subject; by itself 2.25, or 1.5 with "
+        "`second_moment=diagonal`, or 6 with `sentences`",
     )
     leak_weight: float = Field(
         6.0, ge=0, description="weight of -log(1 - P(target)) on neutral texts, where the base has it below 0.1"
@@ -87,7 +89,8 @@ class ValueConfig(BaseModel):
     @property
     def kept_weight(self) -> float:
         """`keep_weight`, or what it is by itself."""
-        return 1.5 if self.keep_weight is None else self.keep_weight
+        by_itself = 1.5 if self.second_moment == "diagonal" else 2.25
+        return by_itself if self.keep_weight is None else self.keep_weight
 
     def pace(self, turns: bool) -> Pace:
         """How far the optimizer goes. `turns` says whether rows take turns, as those of prompts=in-use do: more of

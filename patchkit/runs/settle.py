@@ -104,9 +104,11 @@ def with_sentences(config: EditConfig, tokenizer: Any, arch: Architecture) -> Ed
 
 
 def _beside_sentences(value: ValueConfig) -> ValueConfig:
-    """With what is decided otherwise where sentences of the model's own are kept (docs/experts.md)."""
+    """With what is decided otherwise where sentences of the model's own are kept (docs/experts.md), beside which full
+    steps have not been measured."""
     weight = 6.0 if value.keep_weight is None else value.keep_weight
-    return value.model_copy(update={"clamp": value.clamp or 1.0, "keep_weight": weight})
+    found = {"clamp": value.clamp or 1.0, "keep_weight": weight, "second_moment": value.second_moment or "diagonal"}
+    return value.model_copy(update=found)
 
 
 def with_network(config: EditConfig, beside: Mapping[int, Beside]) -> EditConfig:
