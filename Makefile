@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test test-slow test-thorough test-llama test-vllm test-bitsandbytes docs pages models table results \
-	results-embedded clean
+	results-embedded results-default clean
 
 .venv/ready: pyproject.toml constraints.txt
 	@echo "installing into .venv: once, some minutes, and up to gigabytes where torch comes with CUDA"
@@ -78,6 +78,10 @@ results: models
 # The same of 50 facts on the embedded model, which show what the papers found: half an hour on one core, no downloads.
 results-embedded: .venv/ready
 	$(BIN)/python -m tests.benchmarks.results --stage embedded
+
+# What the default rests on: 50 facts with methods at their defaults on the embedded model, ten minutes.
+results-default: .venv/ready
+	$(BIN)/python -m tests.benchmarks.results --stage default-one-by-one --stage default-in-batches
 
 clean:
 	rm -rf .venv .venv-vllm out models

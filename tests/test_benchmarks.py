@@ -147,6 +147,11 @@ def test_in_use(options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert len([line for line in said if line.startswith("        before: ")]) >= 1
 
 
+def test_in_use_names_the_layers_that_tracing_found() -> None:
+    assert in_use.named("memit:neurons=off,layers=locate", (2, 3)) == "memit:neurons=off,layers=locate (2, 3)"
+    assert in_use.named("memit:layers=2-3", (2, 3)) == "memit:layers=2-3"
+
+
 def test_generalization(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [files[3], *files[:2], *files[4:], "--limit", "2"]
     assert generalization.main([*arguments, "--only", "the prompt alone", "2 texts, 3 about the subject"]) == 0
@@ -201,6 +206,20 @@ def test_results(options: list[str], monkeypatch: pytest.MonkeyPatch, text: str,
     assert FACTS[1].prompt in whole.read_text(encoding="utf-8")
     assert FACTS[1].prompt not in small.read_text(encoding="utf-8")
     assert "condition change" in small.read_text(encoding="utf-8")
+
+
+def test_results_at_the_defaults_are_a_page_without_charts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stage = ["--stage", "default-in-batches", "--methods", "memit", "--edits", "2", "--batch-size", "2", "--quick"]
+    where = ["--out", str(tmp_path / "out"), "--pages", str(tmp_path / "pages"), "--set", "steps=2"]
+    monkeypatch.setattr("sys.argv", ["results", *stage, *where])
+    results.main()
+    assert [file.name for file in (tmp_path / "pages").iterdir()] == ["default-in-batches.md"]
+    page = (tmp_path / "pages" / "default-in-batches.md").read_text(encoding="utf-8")
+    assert page.startswith(
+        "# Methods in batches of 2 on factworld\n\n2 facts of world.jsonl (world-001 to world-002), "
+    )
+    assert "`make results-default` makes this page.\n" in page
+    assert "| memit | 2 |" in page
 
 
 def row_of(method: str, edits: int, efficacy: float, norm: float) -> Result:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,14 @@ from patchkit.maths.linalg import Delta
 from patchkit.model.hooks import live_deltas
 from patchkit.model.loading import LoadedModel, load_model
 from patchkit.patch.patch import Patch
+from patchkit.runs.advice import advice
 from patchkit.runs.execute import run
 from patchkit.runs.guard import Bounds, Guard
 from patchkit.runs.prepare import Prepared, prepare
 from patchkit.runs.retry import retried
 from patchkit.runs.tally import Tally
 from patchkit.runs.workspace import Workspace
+from patchkit.statistics.corpus import PACKAGE_TEXT
 from tests.helpers import Command, command_line, tree
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -34,6 +38,7 @@ WORLD = str(EXAMPLES / "world.jsonl")
 QUICK = ("steps=6", "contexts=1", "context_length=4")
 PLAIN: dict[str, Any] = {"batch_size": 2, "prompts": "contexts", "neurons": "off"}
 FACTS = patchkit.read_facts(WORLD, limit=24).facts
+MOVED = re.compile(r"plain text has moved by (\S+) nats")
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +110,17 @@ def test_good_edits_pass(loaded: LoadedModel) -> None:
 @pytest.mark.parametrize(
     ("bounds", "after", "reason"),
     [
-        (Bounds(norm=1 + 1e-9), 4, "times its norm"),
-        (Bounds(kl=1e-9), 4, "nats per token"),
+        (Bounds(norm=1 + 1e-9), 4, "times its norm .* they were one batch, so that "),
+        (Bounds(kl=1e-9), 4, "nats per token .* they were one batch, so that "),
         (Bounds(answers=-0.1), 8, "of unrelated answers are empty or loop"),  # asked for at the end, or after 10 facts
     ],
 )
 def test_each_bound_is_one(loaded: LoadedModel, bounds: Bounds, after: int, reason: str) -> None:
     guard = Guard(workspace(loaded), bounds)
-    with pytest.raises(GateError, match=f"guard: after {after} of 8 facts .*{reason}.*none is kept.*--no-guard"):
+    with pytest.raises(
+        GateError,
+        match=f"guard: after {after} of 8 facts .*{reason}.*none is kept and nothing is written. Try --batch-size 1",
+    ):
         run(prepared(loaded, count=8), workspace(loaded), guard=guard)
 
 
@@ -160,10 +168,15 @@ def test_what_is_kept_was_found_to_be_good(loaded: LoadedModel) -> None:
     guard = Scripted(workspace(loaded), Bounds(kl=1.0))
     assert len(guard.run_through((0.1, 0), (0.2, 0), (1.1, 0), (0.2, 0))) == 3
     assert [guard.looked_at, len(guard.kept.facts)] == [3, 2]
-    assert "after 3 of 4 facts plain text has moved by 1.1 nats per token (bound 1); the first 2 are" in guard.told(4)
+    assert "after 3 of 4 facts plain text has moved by 1.1 nats per token (bound 1); the first 2 are" in told(guard, 4)
     assert len(guard.run_through((0.1, 0), (0.3, 0.5), (0.35, 0.6), (0.6, 0.6), (0.6, 0.6))) == 4
     assert [guard.looked_at, len(guard.kept.facts)] == [4, 2]
-    assert "after 4 of 5 facts 60% of unrelated answers are empty or loop (bound 50%)" in guard.told(5)
+    assert "after 4 of 5 facts 60% of unrelated answers are empty or loop (bound 50%)" in told(guard, 5)
+
+
+def told(guard: Guard, asked: int) -> str:
+    guard.tell(asked, ["something else"])
+    return guard.message
 
 
 def test_bounds_are_read() -> None:
@@ -171,6 +184,68 @@ def test_bounds_are_read() -> None:
     for bad in ("kl", "kl=much", "kl=0", "speed=3"):
         with pytest.raises(InputError, match=r"--guard .*write name=number"):
             Bounds.of((bad,))
+
+
+# --- what it advises --------------------------------------------------------------------------------------------------
+
+
+def ended(ready: Prepared, space: Workspace, batch: int, looked_at: int) -> Guard:
+    guard = Guard(space)
+    guard.begin(EditRun(EditState(), []))
+    guard.batch, guard.looked_at = batch, looked_at
+    return guard
+
+
+def test_advice_is_not_to_do_what_was_done(loaded: LoadedModel) -> None:
+    """A batch in which a run ends is to be smaller, which one of a single fact cannot be."""
+    space, ready = workspace(loaded), prepared(loaded)
+    found = advice(ready, ended(ready, space, 24, 24))
+    assert found[0].startswith("--batch-size 6,")
+    assert not any("--method" in each for each in found)  # alphaedit is what was used
+    assert found[-1].startswith("less strict bounds")
+    assert advice(ready, ended(ready, space, 1, 1))[0] == f'the facts without "{FACTS[0].id}"'
+    assert not any("batch" in each or "without" in each for each in advice(ready, ended(ready, space, 1, 20)))
+
+
+def test_advice_hangs_on_the_method_and_on_why_the_run_ended(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("patchkit.editing.neurons.SPACIOUS", 10**6)  # no neurons to give
+    space, ready = workspace(loaded), prepared(loaded, neurons="off")
+    fine_tuned = replace(ready, config=load_recipe("ft"))
+    assert "a method that keeps more (--method alphaedit)" in advice(fine_tuned, ended(fine_tuned, space, 4, 4))
+    assert not any("--text" in each for each in advice(fine_tuned, ended(fine_tuned, space, 4, 4)))
+    assert not any("--text" in each for each in advice(ready, ended(ready, space, 4, 4)))  # the model has its own
+    with_little = replace(space, texts=[PACKAGE_TEXT])
+    assert any("--text" in each for each in advice(ready, ended(ready, with_little, 4, 4)))
+    grown = ended(ready, space, 4, 4)
+    grown._growth[0] = 3.0
+    assert any("--method mose-right" in each for each in advice(ready, grown))
+    turned = replace(ready, config=load_recipe("mose-right"))
+    assert not any("--method" in each for each in advice(turned, grown))
+
+
+@pytest.mark.parametrize(
+    ("method", "how"),
+    [("alphaedit", "--set neurons=auto"), ("rome", "--set neurons=auto"), ("ft", "--method alphaedit")],
+)
+def test_advice_is_neurons_of_subjects_own_where_there_are_any(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, method: str, how: str
+) -> None:
+    """And no more subjects than there are such neurons."""
+    space, ready = workspace(loaded), prepared(loaded)
+    ready = replace(ready, config=load_recipe(method, None, ["prompts=contexts"]))
+    (own,) = (each for each in advice(ready, ended(ready, space, 24, 24)) if "neurons" in each)
+    assert how in own
+    assert "at most" not in own
+    with monkeypatch.context() as few:
+        few.setattr("patchkit.runs.advice.at_most", lambda *_: 20)
+        (own,) = (each for each in advice(ready, ended(ready, space, 24, 24)) if "neurons" in each)
+    assert own.endswith("and at most 20 subjects)")
+    done = replace(ready, config=ready.config.model_copy(update={"neurons": "on"}))
+    assert not any("neurons" in each for each in advice(done, ended(done, space, 24, 24)))
+    monkeypatch.setattr("patchkit.editing.neurons.SPACIOUS", 10**6)
+    assert not any("neurons" in each for each in advice(ready, ended(ready, space, 24, 24)))
 
 
 # --- what it keeps ----------------------------------------------------------------------------------------------------
@@ -186,7 +261,7 @@ def test_a_stopped_runs_patch_is_the_patch_of_the_facts_that_were_good(loaded: L
     assert [fact.id for fact in patch.manifest.facts] == [fact.id for fact in FACTS[:kept]]
     assert patch.manifest.history[-1].facts == tuple(fact.id for fact in FACTS[:kept])
     assert patch.manifest.history[-1].batches == (4, 4, 4, 4, 4)
-    assert "the first 20 are kept" in guard.told(24)
+    assert "the first 20 are kept" in guard.message
 
 
 def test_a_stopped_patch_can_be_continued_and_reverted(loaded: LoadedModel) -> None:
@@ -228,11 +303,34 @@ def test_apply_stops_with_status_1_and_leaves_nothing_where_nothing_is_good(call
     facts = tmp_path / "facts.jsonl"
     facts.write_text("".join(fact.model_dump_json(exclude_defaults=True) + "\n" for fact in FACTS[:2]), "utf-8")
     before = tree(tmp_path)
-    ended = call("apply", "facts.jsonl", "--out", "p", "--quick", "--guard", "kl=1e-9", *SETTINGS)
-    assert ended.status == 1
-    assert "guard: after 2 of 2 facts plain text has moved by" in ended.err
+    stop = ("--quick", "--guard", "kl=1e-9", *SETTINGS)
+    stopped = call("apply", "facts.jsonl", "--out", "p", *stop)
+    assert stopped.status == 1
+    assert "guard: after 2 of 2 facts plain text has moved by" in stopped.err
+    assert "they were one batch, so that none is kept and nothing is written. Try --batch-size 1," in stopped.err
+    assert "--method" not in stopped.err  # what helps is not what was done
     assert tree(tmp_path) == before
     assert call("apply", "facts.jsonl", "--out", "p", "--quick", "--no-guard", *SETTINGS).status == 0
+    facts.write_text("".join(fact.model_dump_json(exclude_defaults=True) + "\n" for fact in FACTS[:4]), "utf-8")
+    before = tree(tmp_path)
+    assert call("apply", "facts.jsonl", "--onto", "p", *stop).status == 1
+    assert tree(tmp_path) == before  # nor is a patch touched that a run goes on from
+
+
+def test_smaller_batches_keep_what_is_good_of_a_batch_that_is_not(call: Command, tmp_path: Path) -> None:
+    """The advice, taken."""
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text("".join(fact.model_dump_json(exclude_defaults=True) + "\n" for fact in FACTS[:8]), "utf-8")
+    usual = ["--out", "p", "--quick", "--set", "neurons=off", "--set", "prompts=contexts", *SETTINGS]
+    moved = MOVED.search(call("apply", "facts.jsonl", *usual, "--guard", "kl=1e-9").err)
+    assert moved
+    bound = f"kl={float(moved[1]) / 2}"
+    whole = call("apply", "facts.jsonl", *usual, "--guard", bound)
+    assert "Try --batch-size 2," in whole.err
+    assert not (tmp_path / "p").exists()
+    parts = call("apply", "facts.jsonl", *usual, "--guard", bound, "--batch-size", "2")
+    assert parts.status == 1
+    assert 0 < len(Patch.load(tmp_path / "p").manifest.facts) < 8
 
 
 def test_a_run_that_collapses_is_stopped_after_the_batch_in_which_it_does(call: Command, tmp_path: Path) -> None:
@@ -247,7 +345,7 @@ def test_a_run_that_collapses_is_stopped_after_the_batch_in_which_it_does(call: 
     told = [line for line in ended.err.splitlines() if "guard:" in line]
     assert len(told) == 1
     assert "guard: after 2 of 4 facts plain text has moved by" in told[0]
-    assert "the first one is kept. Try a method that keeps more (alphaedit, mose), more text" in told[0]
+    assert "the first one is kept. Try neurons of subjects' own (--method alphaedit); or less strict" in told[0]
     kept = Patch.load(tmp_path / "p")
     assert [fact.id for fact in kept.manifest.facts] == [FACTS[0].id]
     assert call("apply", "facts.jsonl", "--out", "all", *usual, "--no-guard").status == 0

@@ -198,8 +198,8 @@ def apply_file(
     patch = patch.with_metrics(report.summary(), report.outcomes(), origin)
     _save(patch, folder, in_place(prepared.onto, request.onto, folder), prepared.read, say)
     keep_page(folder, patch.manifest, report, say)
-    stopped = guard.told(len(prepared.incoming.new)) if guard and guard.reason else None
-    return Applied(patch, report, folder, prepared.incoming, loaded.name, again.facts, stopped)
+    stopped = guard.message if guard else ""
+    return Applied(patch, report, folder, prepared.incoming, loaded.name, again.facts, stopped or None)
 
 
 def _origin(command: Sequence[str], report: Report, read: FactFile) -> Origin:

@@ -121,10 +121,17 @@ def settled(config: EditConfig, tokenizer: Any, arch: Architecture, subjects: in
         if config.neurons == "on":
             raise
         return config.model_copy(update={"neurons": "off"})
+    enough = subjects + taken <= at_most(config, tokenizer, arch)
+    return own if config.neurons == "on" or enough else config.model_copy(update={"neurons": "off"})
+
+
+def at_most(config: EditConfig, tokenizer: Any, arch: Architecture) -> int:
+    """How many subjects get neurons of their own where neurons=auto, in a model that has any to give."""
+    own = config.model_copy(update={"neurons": "on"})
+    sites = [arch.sites[layer] for layer in layers_of(own, len(arch.layers))]
     rooms = [capacity(site) for site in sites]
     wide = config.in_use(tokenizer) or (min(rooms) >= SPACIOUS and all(site.direct for site in sites))
-    enough = wide and subjects + taken <= sum(rooms)
-    return own if config.neurons == "on" or enough else config.model_copy(update={"neurons": "off"})
+    return sum(rooms) if wide else 0
 
 
 @dataclass

@@ -23,6 +23,8 @@ from patchkit.methods import MethodConfig
 
 LOCATE = "locate"
 """Of `layers`: what `patchkit locate` recommends for the run's own facts, which then stands in the patch's recipe."""
+BY_ITSELF = "alphaedit"
+"""The method where none is asked for."""
 SWEEPS = 1000
 MOST = 1_000_000
 """Bounds on settings: what is beyond them is a slip, or is meant to hang whoever reads it."""
@@ -192,8 +194,8 @@ def _meant(key: str, method: str) -> str:
 
 
 def _read(method: str | None, recipe: str | None) -> tuple[dict[str, Any], str]:
-    methods.get(method or "alphaedit")
-    folder = recipes_folder() / methods.plain_name(method or "alphaedit")
+    methods.get(method or BY_ITSELF)
+    folder = recipes_folder() / methods.plain_name(method or BY_ITSELF)
     path = Path(recipe) if recipe else folder / "default.yaml"
     if recipe and not path.is_file():
         path = folder / f"{recipe}.yaml"

@@ -27,6 +27,7 @@ from patchkit.patch.manifest import BaseInfo, EditedFact, Run
 from patchkit.patch.patch import Patch
 from patchkit.patch.resolve import Sites, assemble, state_of, with_run
 from patchkit.patch.superseded import superseding, waiting_in, without_these
+from patchkit.runs.advice import advice
 from patchkit.runs.guard import Guard
 from patchkit.runs.journals import journal_for
 from patchkit.runs.key_check import KeyCheck
@@ -121,9 +122,10 @@ def run(
 
 
 def _only_written(prepared: Prepared, edited: EditRun, guard: Guard) -> Prepared:
-    """The run with the facts alone that it has written; raises GateError if there are none."""
+    """The run that the guard has ended, with the facts alone that it has written; GateError if there are none."""
+    guard.tell(len(prepared.incoming.new), advice(prepared, guard))
     if not edited.facts:
-        raise GateError(guard.told(len(prepared.incoming.new)))
+        raise GateError(guard.message)
     written = {each.fact.id for each in edited.facts}
     new = tuple(fact for fact in prepared.incoming.new if fact.id in written)
     superseded = {old: by for old, by in prepared.incoming.superseded.items() if by in written}

@@ -82,14 +82,18 @@ class Guard:
     Attributes:
         kept: as `patchkit.editing.editor.Guard` has it.
         looked_at: facts that had been written when it last looked.
+        batch: how many of them the last batch had.
         reason: why it ended the run, if it did, with the facts written by then.
+        message: of a run that it ended, in words for the user.
     """
 
     workspace: Workspace
     bounds: Bounds = Bounds()
     kept: EditRun = field(init=False)
     looked_at: int = field(default=0, init=False)
+    batch: int = field(default=0, init=False)
     reason: str = field(default="", init=False)
+    message: str = field(default="", init=False)
     _text: Mapping[Ask, Said] = field(default_factory=dict)
     _answers: Mapping[Ask, Said] = field(default_factory=dict)
     _growth: dict[int, float] = field(default_factory=dict, init=False)
@@ -112,7 +116,7 @@ class Guard:
 
     def begin(self, run: EditRun) -> None:
         """Before the first batch."""
-        self.looked_at, self.reason = 0, ""
+        self.looked_at, self.reason, self.message = 0, "", ""
         self.kept, self._growth = run.copy(), norm_growth(self.workspace.runner, run.state, run.state.sites)
         self._asked = _Asked(self.kept)
 
@@ -120,7 +124,7 @@ class Guard:
         """Look; where all is well, that is what is kept from now on. Of a run in which answers are spoiled, what is
         kept is from when they were last asked for."""
         self.reason, asked = world().from_first(lambda: self._fault(run, last))
-        self.looked_at = len(run.facts)
+        self.batch, self.looked_at = len(run.facts) - self.looked_at, len(run.facts)
         if self.reason:
             self.kept = self._asked.kept if asked else self.kept
             return True
@@ -129,16 +133,13 @@ class Guard:
             self._asked = replace(self._asked, kept=self.kept) if asked else self._asked
         return False
 
-    def told(self, asked: int) -> str:
-        """In words: after how many edits it stopped, why, what is kept, and what to do. `asked`: facts in all."""
-        count = len(self.kept.facts)
-        kept = {0: "none is kept", 1: "the first one is kept"}.get(count, f"the first {count} are kept")
-        smaller = "" if self.looked_at == count + 1 else "a smaller --batch-size, "
-        return (
-            f"guard: after {self.looked_at} of {asked} facts {self.reason}; {kept}. Try a method that keeps more "
-            f"(alphaedit, mose), {smaller}more text for the statistics (--text), or less strict bounds "
-            "(--guard NAME=X, --no-guard)"
-        )
+    def tell(self, asked: int, advice: Sequence[str]) -> None:
+        """Put into words after how many edits it stopped, why, what is kept, and what to do. `asked`: facts in all."""
+        count, together = len(self.kept.facts), 1 < self.batch == self.looked_at
+        none = f"{'they were one batch, so that ' * together}none is kept and nothing is written"
+        kept = {0: none, 1: "the first one is kept"}.get(count, f"the first {count} are kept")
+        stopped = f"guard: after {self.looked_at} of {asked} facts {self.reason}; {kept}"
+        self.message = f"{stopped}. Try {'; or '.join(advice)}"
 
     def _fault(self, run: EditRun, last: bool) -> tuple[str, bool]:
         """What is past its bound, empty if nothing is; and whether the questions were asked."""
@@ -158,6 +159,11 @@ class Guard:
         if spoiled > self.bounds.answers:
             return f"{spoiled:.0%} of unrelated answers are empty or loop (bound {self.bounds.answers:.0%})", True
         return "", True
+
+    @property
+    def grown(self) -> bool:
+        """Whether an edited weight is past its bound, or no number."""
+        return any(not growth <= self.bounds.norm for growth in self._growth.values())
 
     def growth(self, run: EditRun) -> Mapping[int, float]:
         """By layer, ‖W'‖/‖W‖ of its edited weight; only of those edited since the last look is it computed."""

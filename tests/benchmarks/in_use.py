@@ -3,8 +3,9 @@
     python -m tests.benchmarks.in_use --facts F [--skip 2000] [--count 8] [--model M] [--text T] [--eval-text E]
         [--row METHOD[:KEY=VALUE[,KEY=VALUE]] ...] [--raw 20]
 
-All facts are edited in one batch. Rows with the same prompts share their values. `--raw` prints so many answers and
-texts of each row as they are, before and after, to be read before its rates are believed.
+All facts are edited in one batch. Rows with the same prompts share their values. Where layers are located, the row
+names those that were found. `--raw` prints so many answers and texts of each row as they are, before and after, to be
+read before its rates are believed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 import patchkit
+from patchkit.editing.recipe import LOCATE
 from patchkit.editing.session import ValueCache
 from patchkit.editing.teacher import SURE, sure_of
 from patchkit.evaluate.report import Report
@@ -62,9 +64,15 @@ def main() -> None:
         )
         spent = (time.process_time() - began) / len(facts)
         report = patchkit.measure(loaded.model, loaded.tokenizer, patch, text=options.eval_text)
-        print(f"| {' | '.join(cells(row, report, asking, spent))} |", flush=True)
+        name = named(row, patch.manifest.history[-1].layers)
+        print(f"| {' | '.join(cells(name, report, asking, spent))} |", flush=True)
         for line in list(raw(report))[: options.raw]:
             print(line)
+
+
+def named(row: str, layers: Sequence[int]) -> str:
+    """The row, and if it leaves its layers to tracing, those that were edited."""
+    return f"{row} ({', '.join(map(str, layers))})" if f"layers={LOCATE}" in row else row
 
 
 def that_ask(loaded: LoadedModel, facts: Sequence[patchkit.Fact]) -> set[tuple[str, str]]:

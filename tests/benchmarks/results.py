@@ -3,12 +3,14 @@
     python -m tests.benchmarks.results --facts F --text T --eval-text E [--model M] [--skip N] [--set KEY=VALUE]
         [--stage one-by-one|in-batches] [--edits N] [--batch-size B] [--checkpoints K,L] [--methods A,B]
     python -m tests.benchmarks.results --stage embedded
+    python -m tests.benchmarks.results --stage default-one-by-one --stage default-in-batches
 
 runs `patchkit bench` into out/results/<stage>, where a run that was killed goes on, and writes docs/results/<stage>.md
 from its rows, docs/results/<stage>-charts.html, the report without facts, and out/results/<stage>.html, all of it.
 `make results` runs two stages as they stand in STAGES: 100 facts one by one for all methods of the four papers and
 their baselines, 1,000 in batches of 100 for six. `make results-embedded` runs the third, on the embedded model, in
-half an hour.
+half an hour; `make results-default` the last two, 50 facts with methods at their defaults, in ten minutes. These have
+no charts among the pages.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ PAPERS = (
     *("alphaedit", "adaedit", "oedit", "oedit+", "mose", "mose-right"),
 )
 BEST = ("alphaedit", "memit", "encore", "betaedit", "mose-right", "locft")
+CANDIDATES = ("alphaedit", "memit", "encore", "betaedit", "rome", "locft")
+"""For the default: those that can have neurons of subjects' own, and the strongest fine-tuning."""
 COLUMNS = (
     *("in_use_asked", "in_use_overfit", "in_use_unrelated", "in_use_fluency", "efficacy_exact", "efficacy_generated"),
     *("generalization_exact", "locality_unchanged", "perplexity_ratio"),
@@ -45,7 +49,13 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Stage:
-    """One table: what is edited, how, and what is looked at on the way."""
+    """One table: what is edited, how, and what is looked at on the way.
+
+    Attributes:
+        embedded: on the embedded model and its world.
+        made: what makes it.
+        published: methods are as their papers have them, so that what these found is looked for; there are charts.
+    """
 
     methods: Sequence[str]
     edits: int
@@ -53,13 +63,19 @@ class Stage:
     checkpoints: Sequence[int]
     settings: Sequence[str] = ()
     embedded: bool = False
+    made: str = "make results"
+    published: bool = True
 
 
+# As many as there are neurons of subjects' own in the embedded model's one layer for them.
+_DEFAULT = Stage(CANDIDATES, 50, 25, (), embedded=True, made="make results-default", published=False)
 STAGES = {
     "one-by-one": Stage(PAPERS, 100, 1, (10, 50)),
     "in-batches": Stage(BEST, 1000, 100, (100, 500)),
     # As published: no neurons of subjects' own, which keep even ROME's edits apart.
-    "embedded": Stage(PAPERS, 50, 1, (10, 25), ("prompts=contexts",), embedded=True),
+    "embedded": Stage(PAPERS, 50, 1, (10, 25), ("prompts=contexts",), embedded=True, made="make results-embedded"),
+    "default-one-by-one": replace(_DEFAULT, methods=("alphaedit", "memit", "locft"), batch_size=1),
+    "default-in-batches": _DEFAULT,
 }
 UNPROTECTED = ("ft", "rome", "r-rome")
 """What the papers show collapsing: nothing in it knows of earlier edits."""
@@ -106,7 +122,8 @@ def main() -> None:
         )
         options.pages.mkdir(parents=True, exist_ok=True)
         (options.pages / f"{name}.md").write_text(page(name, out, done.stopped), encoding="utf-8")
-        write_page(bench_page(out, facts=False), options.pages / f"{name}-charts.html")
+        if stage.published:
+            write_page(bench_page(out, facts=False), options.pages / f"{name}-charts.html")
         write_page(bench_page(out), options.out / f"{name}.html")
 
 
@@ -139,20 +156,21 @@ def page(name: str, out: Path, stopped: dict[str, str]) -> str:
     stage, rows = STAGES[name], Results(out, "").table(max(row.facts for row in Results(out, "").rows()))
     run = json.loads((out / "run.json").read_text(encoding="utf-8"))[-1]
     first, last = run["facts"][0], run["facts"][-1]
-    made = "make results-embedded" if stage.embedded else "make results"
     settings = f", {', '.join(stage.settings)}" if stage.settings else ""
-    how = "one by one" if stage.batch_size == 1 else "in batches"
+    size = next(iter(run["methods"].values()))["batch_size"]
+    how = "one by one" if size == 1 else f"in batches of {size}"
+    makes = f"`{stage.made}` makes this page" + (f" and [its charts]({name}-charts.html)" if stage.published else "")
     head = (
         f"# Methods {how} on {run['model']}\n\n{len(run['facts'])} facts of {run['data']} ({first} to {last})"
-        f"{settings}, with torch {run['versions']['torch']}. `{made}` makes this page and "
-        f"[its charts]({name}-charts.html).\n\n"
+        f"{settings}, with torch {run['versions']['torch']}. {makes}.\n\n"
     )
     ended = "".join(f"\n`{method}` {why}\n" for method, why in stopped.items())
     below = (
         "\nIn parentheses: 95 % intervals over facts, for unrelated over answers. Score is the harmonic mean of exact "
         "efficacy, generalization success and unchanged locality. Seconds are the wall's.\n"
     )
-    return head + "".join(findings(rows)) + "\n".join(table(rows)) + "\n" + below + ended
+    found = "".join(findings(rows)) if stage.published else ""
+    return head + found + "\n".join(table(rows)) + "\n" + below + ended
 
 
 def findings(rows: Sequence[Result]) -> Iterator[str]:
