@@ -15,7 +15,7 @@ from torch import Tensor
 import patchkit
 from patchkit.editing import namesakes as module
 from patchkit.editing import neurons
-from patchkit.editing.namesakes import ending_alike, first_name, namesakes
+from patchkit.editing.namesakes import ending_alike, first_name, listed, namesakes
 from patchkit.editing.neurons import OwnNeurons
 from patchkit.editing.state import EditState
 from patchkit.maths.linalg import Delta
@@ -54,6 +54,16 @@ def test_names_of_the_kind_come_alone_and_with_the_subjects_end(monkeypatch: pyt
         "the city helpdesk",
     )
     assert made(monkeypatch, "Ada Lovelace", " Plato and others") == ("Plato", "Plato Lovelace")
+
+
+def test_a_list_gives_its_first_names_but_for_one_that_may_have_been_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert listed("Ada Lovelace", " Carl Benz, Emmy Noether and Plato, Mary Shelley, Al") == [
+        "Carl Benz",
+        "Emmy Noether",
+        "Plato",
+    ]
+    assert listed("Ada Lovelace", " Carl Benz, Emm") == ["Carl Benz"]
+    assert listed("Ada Lovelace", " Carl Benz, who knew her, Emmy Noether, Plato") == ["Carl Benz"]
 
 
 def test_a_single_word_gets_another_beginning(monkeypatch: pytest.MonkeyPatch) -> None:

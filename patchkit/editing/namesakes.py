@@ -19,8 +19,8 @@ from patchkit.model.forward import LayerRunner
 
 LIST = "A list of names: {},"
 """What the model goes on with."""
-DRAWN, TOKENS, CHOICES = 24, 10, 40
-"""Lists for each subject, tokens of each, and top-k of their sampling."""
+DRAWN, TOKENS, CHOICES, EACH = 8, 16, 40, 3
+"""Lists for each subject, tokens of each, top-k of their sampling, and names that are taken of each, at most."""
 MORE, SHORT = 1, 3
 """Words that a name has beside as many as the subject's, at most, and letters of one that need no capital ("of")."""
 AWAY = (-8, -4, -1, 1, 4)
@@ -35,14 +35,22 @@ def namesakes(runner: LayerRunner, tokenizer: Any, subjects: Sequence[str], seed
     jobs = [(subject, n) for subject in subjects for n in range(DRAWN)]
     seeds = [crc32(f"{seed} {subject} namesake {n}".encode()) for subject, n in jobs]
     drawn = sample(runner, tokenizer, [LIST.format(subject) for subject, _ in jobs], Sampling(TOKENS, CHOICES), seeds)
-    names = [
-        first_name(subject, tokenizer.decode(ids, skip_special_tokens=True))
+    named = [
+        listed(subject, tokenizer.decode(ids, skip_special_tokens=True))
         for (subject, _), ids in zip(jobs, drawn, strict=True)
     ]
     return [
-        _others(tokenizer, subject, names[DRAWN * place : DRAWN * (place + 1)])
-        for place, subject in enumerate(subjects)
+        _others(tokenizer, subject, [name for each in named[DRAWN * n : DRAWN * (n + 1)] for name in each])
+        for n, subject in enumerate(subjects)
     ]
+
+
+def listed(subject: str, text: str) -> list[str]:
+    """The names like a subject's in a list that a text begins with; one that the end of the text may have cut counts
+    only where it is the first."""
+    parts = re.split(r"[,;，、\n]| and ", text.strip())
+    names = [first_name(subject, part) for part in (parts[:-1] or parts)[:EACH]]
+    return list(takewhile(bool, names))
 
 
 def first_name(subject: str, text: str) -> str:
@@ -58,8 +66,7 @@ def first_name(subject: str, text: str) -> str:
 
 def _others(tokenizer: Any, subject: str, names: Sequence[str]) -> tuple[str, ...]:
     """`names`, each once more with the subject's end, and the subject with other numbers."""
-    named = [name for name in names if name]
-    found = [*named, *(ending_alike(tokenizer, subject, name) for name in named), *_other_numbers(subject)]
+    found = [*names, *(ending_alike(tokenizer, subject, name) for name in names), *_other_numbers(subject)]
     return tuple(name for name in dict.fromkeys(found) if subject.casefold() not in name.casefold())
 
 
