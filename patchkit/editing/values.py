@@ -39,7 +39,7 @@ class ValueConfig(BaseModel):
         None,
         ge=1,
         le=100_000,
-        description="steps at most; by itself 25, or in use 30, and 60 with `second_moment=diagonal`",
+        description="steps at most; by itself 25, or in use 60, and 30 with `second_moment=full`",
     )
     learning_rate: float | None = Field(
         None,
@@ -60,7 +60,7 @@ class ValueConfig(BaseModel):
         None,
         description="what steps are scaled by: the second moment of each of the gradient's numbers, as Adam's are, or "
         "of the whole gradient, and then the value is the mean of the last ones; by itself diagonal, or full in use "
-        "without `sentences`",
+        "in chat",
     )
     decay: float = Field(0.01, ge=0, description="weight of the squared relative length of the delta")
     kl_weight: float = Field(0.0625, ge=0, description='weight of the drift on "{subject} is a"')
@@ -68,8 +68,8 @@ class ValueConfig(BaseModel):
     keep_weight: float | None = Field(
         None,
         ge=0,
-        description="weight of the drift on neutral texts about the subject; by itself 2.25, or 1.5 with "
-        "`second_moment=diagonal`, or 6 with `sentences`",
+        description="weight of the drift on neutral texts about the subject; by itself 1.5, or 2.25 with "
+        "`second_moment=full`, or 6 with `sentences`",
     )
     leak_weight: float = Field(
         6.0, ge=0, description="weight of -log(1 - P(target)) on neutral texts, where the base has it below 0.1"
@@ -89,13 +89,13 @@ class ValueConfig(BaseModel):
     @property
     def kept_weight(self) -> float:
         """`keep_weight`, or what it is by itself."""
-        by_itself = 1.5 if self.second_moment == "diagonal" else 2.25
+        by_itself = 2.25 if self.second_moment == "full" else 1.5
         return by_itself if self.keep_weight is None else self.keep_weight
 
     def pace(self, turns: bool) -> Pace:
         """How far the optimizer goes. `turns` says whether rows take turns, as those of prompts=in-use do: more of
         them have to be seen, and more is asked of a value (docs/in_use.md)."""
-        full = self.second_moment == "full" or (turns and self.second_moment is None)
+        full = self.second_moment == "full"
         steps, rate, clamp = (30 if full else 60, 0.1, 1.5) if turns else (25, 0.15, 1.0)
         momentum, averaged = (0.8, 0.7) if full else (0.9, 0.0)
         return Pace(

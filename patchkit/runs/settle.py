@@ -83,7 +83,7 @@ def decided(
     """
     taken = {fact.subject for fact in earlier if fact.neuron is not None}
     config = settled(config, tokenizer, arch, len({fact.subject for fact in facts}), len(taken))
-    config = with_sentences(config, tokenizer, arch)
+    config = with_steps(with_sentences(config, tokenizer, arch), tokenizer)
     return config.model_copy(update={"sweeps": plan(arch, config).sweeps})
 
 
@@ -104,11 +104,19 @@ def with_sentences(config: EditConfig, tokenizer: Any, arch: Architecture) -> Ed
 
 
 def _beside_sentences(value: ValueConfig) -> ValueConfig:
-    """With what is decided otherwise where sentences of the model's own are kept (docs/experts.md), beside which full
-    steps have not been measured."""
+    """With what is decided otherwise where sentences of the model's own are kept (docs/experts.md)."""
     weight = 6.0 if value.keep_weight is None else value.keep_weight
-    found = {"clamp": value.clamp or 1.0, "keep_weight": weight, "second_moment": value.second_moment or "diagonal"}
-    return value.model_copy(update=found)
+    return value.model_copy(update={"clamp": value.clamp or 1.0, "keep_weight": weight})
+
+
+def with_steps(config: EditConfig, tokenizer: Any) -> EditConfig:
+    """The recipe with it decided what steps are scaled by: the whole second moment where facts are edited in use in a
+    chat template. The embedded model, which has none, carries facts over to other words less with it
+    (`tests/benchmarks/results`)."""
+    chatting = config.uses_chat and chat_template(tokenizer) is not None and config.in_use(tokenizer)
+    if not chatting or config.value.second_moment is not None:
+        return config
+    return config.model_copy(update={"value": config.value.model_copy(update={"second_moment": "full"})})
 
 
 def with_network(config: EditConfig, beside: Mapping[int, Beside]) -> EditConfig:

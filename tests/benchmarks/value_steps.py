@@ -36,6 +36,7 @@ from patchkit.facts.schema import Fact
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import load_model
+from patchkit.runs.settle import with_steps
 
 from .common import parser
 
@@ -78,13 +79,15 @@ def main() -> None:
 
 def measure(model: Model, facts: Sequence[Fact], rows: Sequence[str]) -> None:
     """Print a row of the table for each of `rows`."""
-    config = load_recipe("alphaedit", None, ["neurons=on"])
+    config = with_steps(load_recipe("alphaedit", None, ["neurons=on"]), model.tokenizer)
     how = plan(model.runner.arch, config)
     requests = requests_of(model.runner, model.tokenizer, facts, [""], config)
     held, first = [held_out(model, fact) for fact in facts], 0.0
     print(f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}", flush=True)
     for row in rows:
-        chosen = load_recipe("alphaedit", None, ["neurons=on", *(row.split(",") if row else [])])
+        chosen = with_steps(
+            load_recipe("alphaedit", None, ["neurons=on", *filter(None, row.split(","))]), model.tokenizer
+        )
         began = time.process_time()
         values = optimize(model.runner, requests, how.sites[-1], how.value_at, chosen.value)
         spent = time.process_time() - began
