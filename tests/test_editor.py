@@ -20,7 +20,8 @@ from patchkit.editing.editor import edit
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
 from patchkit.editing.state import EditRun
-from patchkit.editing.values import ValueConfig, Values, optimize
+from patchkit.editing.value_config import ValueConfig
+from patchkit.editing.values import Values, optimize
 from patchkit.evaluate.readings import read_targets
 from patchkit.facts.reader import parse_facts
 from patchkit.facts.requests import EditRequest, build_request

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from patchkit.editing.full_steps import DAMPING, FullSteps
-from patchkit.editing.values import ValueConfig, optimize
+from patchkit.editing.value_config import ValueConfig
+from patchkit.editing.values import optimize
 from tests.test_values import requests_of, runner_of
 
 MOMENTUM, MEMORY, STEPS, WIDTH = 0.8, 0.97, 7, 12

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from patchkit.editing.recipe import layers_of, load_recipe, resolve_layers
-from patchkit.editing.values import ValueConfig
+from patchkit.editing.value_config import ValueConfig
 from patchkit.errors import InputError
 
 

@@ -10,7 +10,8 @@ import torch
 
 from patchkit.editing import suffixes
 from patchkit.editing.suffixes import Suffixes
-from patchkit.editing.values import ValueConfig, optimize
+from patchkit.editing.value_config import ValueConfig
+from patchkit.editing.values import optimize
 from patchkit.errors import InputError
 from patchkit.facts.requests import EditRequest, build_request, pad
 from patchkit.model.arch import inspect_model

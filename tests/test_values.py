@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchkit.editing.value_config import ValueConfig
 from patchkit.editing.value_problem import ValueAt, ValueTerms
-from patchkit.editing.values import ValueConfig, optimize
+from patchkit.editing.values import optimize
 from patchkit.errors import InputError
 from patchkit.facts.requests import EditRequest, build_request
 from patchkit.facts.schema import Fact

@@ -16,7 +16,8 @@ from patchkit.editing.editor import requests_of
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.suffixes import Suffixes
 from patchkit.editing.teacher import _before_target
-from patchkit.editing.values import ValueConfig, optimize
+from patchkit.editing.value_config import ValueConfig
+from patchkit.editing.values import optimize
 from patchkit.editing.wordings import (
     NEUTRAL,
     NEUTRAL_CHAT,

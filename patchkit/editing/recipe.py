@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from patchkit import methods
-from patchkit.editing.values import ValueConfig
+from patchkit.editing.value_config import ValueConfig
 from patchkit.errors import InputError
 from patchkit.facts.chat import chat_template
 from patchkit.io.places import shipped

@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from patchkit.editing.value_config import ValueConfig
 from patchkit.editing.value_log import ValueLog
 from patchkit.editing.value_problem import ValueAt, ValueTerms
-from patchkit.editing.values import ValueConfig, Values, optimize
+from patchkit.editing.values import Values, optimize
 from patchkit.facts.requests import EditRequest
 from patchkit.model.devices import sent
 from patchkit.model.forward import LayerRunner

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from patchkit import methods
 from patchkit.editing.editor import frozen
 from patchkit.editing.recipe import EditConfig
-from patchkit.editing.values import ValueConfig
+from patchkit.editing.value_config import ValueConfig
 from patchkit.errors import GateError
 from patchkit.evaluate.trial import Trial
 from patchkit.evaluate.verify import facts_held

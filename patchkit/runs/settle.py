@@ -11,7 +11,7 @@ from patchkit.editing.editor import Progress
 from patchkit.editing.neurons import settled
 from patchkit.editing.recipe import LOCATE, EditConfig
 from patchkit.editing.session import plan
-from patchkit.editing.values import ValueConfig
+from patchkit.editing.value_config import ValueConfig
 from patchkit.errors import InputError
 from patchkit.facts.chat import chat_template
 from patchkit.facts.schema import Fact

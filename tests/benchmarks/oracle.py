@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from patchkit import methods
 from patchkit.editing.recipe import EditConfig
 from patchkit.editing.session import Plan, plan
-from patchkit.editing.values import ValueConfig
+from patchkit.editing.value_config import ValueConfig
 from patchkit.facts.requests import EditRequest, Row
 from patchkit.maths.covariance import Covariance
 from patchkit.methods.alphaedit import AlphaEditConfig

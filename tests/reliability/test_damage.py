@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from patchkit import InputError
 from patchkit.editing.recipe import EditConfig, load_recipe
-from patchkit.editing.values import ValueConfig
+from patchkit.editing.value_config import ValueConfig
 from patchkit.patch.card import model_card
 from patchkit.patch.provenance import provenance
 from patchkit.patch.stored import parsed, with_digest
