@@ -5,7 +5,7 @@
 For each name in `NAMES`, its share of the edit about the subject: 1 is what acts in the
 rows that the fact is edited in, 0 is silence. "Own" is the share at the subject in sentences that are no such rows.
 Values are sought for one step alone, as a neuron's share does not hang on what is written. All facts are written in one
-batch, or with --alone each in a patch of its own; in the second column names count next to nothing.
+batch, or with --alone each in a patch of its own; in the first column names count next to nothing.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
     model = load_model(options.model, options.device)
     together = [[subject] for subject in NAMES] if options.alone else [list(NAMES)]
     found = [shares(model, together, part, options.text) for part in (1e-9, 1.0)]
-    print("| name | not met | met |\n| --- | --- | --- |")
+    print("| name | names do not count | as it is |\n| --- | --- | --- |")
     for name, before in found[0].items():
         print(f"| {name} | {before:.2f} | {found[1][name]:.2f} |")
 
