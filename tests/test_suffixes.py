@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from patchkit.editing.value_config import ValueConfig
 from patchkit.editing.values import optimize
 from patchkit.errors import InputError
 from patchkit.facts.requests import EditRequest, build_request, pad
+from patchkit.model import stems
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner, Prefix
 from tests.test_oracle import CONTEXTS, FACTS
@@ -62,12 +62,12 @@ def test_a_prefix_read_in_two_pieces_is_the_same(family: str) -> None:
 
 
 def test_little_of_a_bucket_is_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(suffixes.ROOM, "cpu", replace(suffixes.ROOM["cpu"], alone=0))
+    monkeypatch.setitem(stems.PASS, "cpu", 0)
     buckets = Suffixes(runner_of(), requests(), 2).buckets(range(len(FACTS)))
     assert sum(len(bucket.row) for bucket in buckets) == len(FACTS) * (len(CONTEXTS) + 1)
     assert len(buckets) < len(FACTS) * (len(CONTEXTS) + 1) / 2
     for bucket in buckets:
-        assert 1 - bucket.mask.double().mean() <= suffixes.PADDING
+        assert 1 - bucket.mask.double().mean() <= stems.PADDING
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
@@ -110,3 +110,25 @@ def limited(monkeypatch: pytest.MonkeyPatch, most: int, error: RuntimeError) -> 
 
     monkeypatch.setattr(LayerRunner, "run", short)
     return refused
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_values_at_several_layers_are_found_in_the_same_passes(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, layers = runner_of(family), [0, 1, 0, 1, 1][: len(FACTS)]
+    expected, passes, run = dict[int, Any](), list[int](), LayerRunner.run
+    for layer in (0, 1):
+        some = [request for request, at in zip(requests(), layers, strict=True) if at == layer]
+        expected[layer] = optimize(runner, some, runner.arch.sites[layer], "layer_out", STOPPING)
+
+    def noted(self: LayerRunner, inputs: dict[str, Any], **options: Any) -> Any:
+        passes.append(options.get("start", 0))
+        return run(self, inputs, **options)
+
+    monkeypatch.setattr(LayerRunner, "run", noted)
+    found = optimize(runner, requests(), runner.arch.sites[0], "layer_out", STOPPING, layers=layers)
+    assert 2 not in passes
+    for layer, values in expected.items():
+        ours = found.of([place for place, at in enumerate(layers) if at == layer])
+        assert torch.allclose(ours.start, values.start, rtol=1e-8)
+        assert torch.allclose(ours.targets, values.targets, rtol=1e-8)
+        assert ours.steps.tolist() == values.steps.tolist()

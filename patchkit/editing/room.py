@@ -289,7 +289,8 @@ def _heard(
     some = text[:: max(1, sum(map(len, text)) // wanted)]
     found: dict[int, list[Tensor]] = {layer: [] for layer in opened}
     for first in range(0, len(some), ROWS):
-        read, mask = reading(runner, opened, some[first : first + ROWS])
+        ids, mask = pad(some[first : first + ROWS], runner.device)
+        read = reading(runner, opened, {"input_ids": ids, "attention_mask": mask, "use_cache": False})
         for layer, states in read.items():
             found[layer].append(states[mask.to(states.device).bool()])
     whole = {layer: exact(torch.cat(parts), solve_device(_reader(opened[layer]))) for layer, parts in found.items()}
@@ -297,22 +298,18 @@ def _heard(
 
 
 @torch.no_grad()
-def reading(
-    runner: LayerRunner, opened: Mapping[int, Openers], texts: Sequence[Sequence[int]]
-) -> tuple[dict[int, Tensor], Tensor]:
-    """By layer, what the feed-forward layers read in texts of token ids, (texts, tokens, hidden), and where there are
-    tokens, (texts, tokens)."""
+def reading(runner: LayerRunner, opened: Mapping[int, Openers], inputs: dict[str, Any]) -> dict[int, Tensor]:
+    """By layer, what the feed-forward layers read in a pass over `inputs`, (texts, tokens, hidden)."""
     seen: dict[int, Tensor] = {}
 
     def note(layer: int, states: Tensor, output: Tensor) -> None:
         seen[layer] = states
 
-    ids, mask = pad(texts, runner.device)
     with ExitStack() as stack:
         for layer, each in opened.items():
-            stack.enter_context(watching(_reader(each), len(texts), partial(note, layer)))
-        runner.run({"input_ids": ids, "attention_mask": mask, "use_cache": False}, stop=max(opened) + 1)
-    return seen, mask
+            stack.enter_context(watching(_reader(each), len(inputs["input_ids"]), partial(note, layer)))
+        runner.run(inputs, stop=max(opened) + 1)
+    return seen
 
 
 def _reader(opened: Openers) -> nn.Module:

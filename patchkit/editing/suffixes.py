@@ -1,7 +1,7 @@
 """Prompts cut before the subject's last token: the KV cache of the prefix is computed once, suffixes go into buckets.
 
-Texts with the same beginning, as all facts' prompts after one context have, share it. Rows of similar suffix length run
-together, as many as memory allows and as long as that is faster.
+Texts with the same beginning share it (`patchkit.model.stems`). Rows of similar suffix length run together, as many as
+memory allows and as long as that is faster.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from patchkit.editing.buckets import Bucket, Index, Kept
 from patchkit.errors import InputError, out_of_memory
 from patchkit.facts.requests import EditRequest, Row, pad
-from patchkit.model.devices import sent
+from patchkit.model.devices import at, sent
 from patchkit.model.forward import LayerRunner, Prefix
+from patchkit.model.stems import alike, read, worth_a_pass
 
-PADDING = 0.15
-"""The share of a bucket that may be padding."""
 ASKED, KEPT = 3, 1
 """Rows of a fact in one step where rows take turns: of those that ask for its target, and of kept texts. With 4 and 2,
 values say the same in texts that nobody optimized and cost a third more (tests/benchmarks/results)."""
@@ -36,14 +36,11 @@ class Room:
     Attributes:
         facts: that share a step, where the recipe does not say.
         tokens: in a bucket; beyond these, more are no faster and only take more memory.
-        alone: padding tokens that cost less than a bucket of its own, which reads all weights once more, and launches
-            every kernel.
         logits: most numbers in one bucket's logits.
     """
 
     facts: int
     tokens: int
-    alone: int
     logits: int
 
     @staticmethod
@@ -52,7 +49,9 @@ class Room:
         return ROOM.get(device.type, ROOM["cpu"])
 
 
-ROOM = {"cpu": Room(32, 256, 12, 2**25), "cuda": Room(100, 4096, 512, 2**27)}
+ROOM = {"cpu": Room(32, 256, 2**25), "cuda": Room(100, 4096, 2**27)}
+READ = 2048
+"""Tokens of prefixes that are read together."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -69,26 +68,30 @@ class Suffixes:
         self.turns = -(-self._asked // ASKED) if kept else 1
         self._kept_turns = max(1, -(-kept // KEPT))
         self._targets = [request.target_ids[0] for request in requests]
-        self._stems = [common_start([row.prefix for row in alike]) for alike in zip(*self.rows, strict=True)]
-        self._states = Prefix.read(runner, *pad(self._stems, runner.device, width=1))
-        memory = free_memory(runner.device)
+        memory, self._room = free_memory(runner.device), Room.on(runner.device)
         longest = max(len(row.prefix) for rows in self.rows for row in rows)
-        kept = len(self._stems) * (longest + 1) * self._states.from_layer(start).token_bytes
+        one = torch.zeros(1, 1, dtype=torch.long, device=runner.device)
+        kept = len(self.rows[0]) * (longest + 1) * Prefix.read(runner, one, one + 1).from_layer(start).token_bytes
         self.facts = max(1, int(memory / 4 / kept))  # that may be active at a time
-        self._room = Room.on(runner.device)
         self.tokens = max(1, min(self._room.tokens, int(memory / 2 / graph_bytes(runner, start))))
         self._points = max(1, self._room.logits // runner.vocabulary)
 
     @torch.no_grad()
     def buckets(self, facts: Iterable[int]) -> list[Bucket]:
         """The buckets of the facts with these numbers."""
-        per_fact = len(self._stems)
+        per_fact = len(self.rows[0])
         numbers = [fact * per_fact + i for fact in facts for i in range(per_fact)]
         by_turn: dict[tuple[int, int], list[int]] = {}
         for number in numbers:
             by_turn.setdefault(self._turn(number % per_fact), []).append(number)
         groups = [group for some in by_turn.values() for group in self._alike(some)]
-        return [bucket for group in groups for _, bucket in in_parts(self._bucket, group, _halved)]
+        passes = list[list[list[int]]]()
+        for group in groups:
+            if passes and sum(len(self._row(n).prefix) for g in (*passes[-1], group) for n in g) <= READ:
+                passes[-1].append(group)
+            else:
+                passes.append([group])
+        return [bucket for some in passes for _, made in in_parts(self._buckets, some, _halved) for bucket in made]
 
     def _turn(self, column: int) -> tuple[int, int]:
         """Which of the turns the rows of a column have: the asked rows and the essence prompt share some, the kept ones
@@ -114,60 +117,66 @@ class Suffixes:
         return tokens <= self.tokens and sum(len(bucket.point_row) for bucket in buckets) <= self._points
 
     def _row(self, number: int) -> Row:
-        return self.rows[number // len(self._stems)][number % len(self._stems)]
+        return self.rows[number // len(self.rows[0])][number % len(self.rows[0])]
 
     def _alike(self, numbers: Sequence[int]) -> list[list[int]]:
         """Numbers of rows in groups of similar suffix length, with little padding."""
-        groups: list[list[int]] = []
-        real = points = 0
-        for number in sorted(numbers, key=lambda number: len(suffix(self._row(number)))):
-            row = self._row(number)
-            width, asked = len(suffix(row)), max(1, len(row.ids) - row.target + row.kept)
-            total = width * (len(groups[-1]) + 1) if groups else 0
-            waste = total - real - width
-            fits = total <= self.tokens and points + asked <= self._points
-            if groups and fits and waste <= max(PADDING * total, self._room.alone):
-                groups[-1].append(number)
-                real, points = real + width, points + asked
-            else:
-                groups.append([number])
-                real, points = width, asked
-        return groups
+        rows = [self._row(number) for number in numbers]
+        widths = [len(suffix(row)) for row in rows]
+        points = [max(1, len(row.ids) - row.target + row.kept) for row in rows]
 
-    def _bucket(self, numbers: Sequence[int]) -> Bucket:
+        def fits(some: list[int]) -> bool:
+            return widths[some[-1]] * len(some) <= self.tokens and sum(points[i] for i in some) <= self._points
+
+        return [[numbers[i] for i in some] for some in alike(widths, worth_a_pass(self.runner.device), fits)]
+
+    def _buckets(self, groups: Sequence[Sequence[int]]) -> list[Bucket]:
+        """A bucket for each group of row numbers; what they read is read for all of them together."""
+        rows = [self._row(number) for group in groups for number in group]
+        known, first, found = read(self.runner, [row.prefix for row in rows]), 0, list[Bucket]()
+        hidden = self._hidden(rows, known) if self.start > 0 else None
+        for group in groups:
+            places = sent(torch.arange(first, first + len(group)), self.runner.device)
+            longest = max(len(self._row(number).prefix) for number in group)
+            bucket = self._bucket(group, known.rows(places).last(max(1, longest)).from_layer(self.start))
+            if hidden is not None:
+                bucket = replace(bucket, hidden=at(hidden, places)[:, : bucket.ids.shape[1]])
+            found.append(bucket)
+            first += len(group)
+        return found
+
+    def _hidden(self, rows: Sequence[Row], known: Prefix) -> Tensor:
+        """What the first layer of a step reads of the rows' suffixes, (rows, the longest, d)."""
+        texts, found, order = [suffix(row) for row in rows], list[Tensor](), list[int]()
+        widths, spare = [len(text) for text in texts], worth_a_pass(self.runner.device)
+        for places in alike(widths, spare, lambda some: widths[some[-1]] * len(some) <= READ):
+            ids, mask = pad([texts[i] for i in places], self.runner.device)
+            before = known.rows(sent(places, self.runner.device))
+            hidden = self.runner.run(before.inputs(ids, mask), stop=self.start).hidden
+            assert hidden is not None
+            found.append(F.pad(hidden, (0, 0, 0, max(widths) - hidden.shape[1])))
+            order += places
+        return torch.cat(found)[sent(torch.tensor(order).argsort(), found[0].device)]
+
+    def _bucket(self, numbers: Sequence[int], prefix: Prefix) -> Bucket:
         device, rows = self.runner.device, [self._row(number) for number in numbers]
-        row = torch.tensor(numbers)
-        fact_of, stem = row // len(self._stems), row % len(self._stems)
+        row, per_fact = torch.tensor(numbers), len(self.rows[0])
+        fact_of = row // per_fact
         ids, mask = pad([suffix(row) for row in rows], device)
         offsets = sent([row.subject for row in rows], device).unsqueeze(1)  # (rows, 1)
         positions = offsets + torch.arange(ids.shape[1], device=device)
-        prefix = self._prefix(rows, stem)
         none, firsts = torch.empty(0, device=device), [self._targets[fact] for fact in fact_of.tolist()]
         points = _points(rows, self._asked, torch.promote_types(self.runner.dtype, torch.float32), device)
-        kept = _kept(rows, firsts, len(self._stems) - self._asked - 1, device)
-        bucket = Bucket(
+        kept = _kept(rows, firsts, per_fact - self._asked - 1, device)
+        return Bucket(
             Index(row, device),
             Index(fact_of, device),
             *(ids, mask, positions, prefix, None),
             *points,
             none,
             kept,
-            self._turn(int(stem[0])),
+            self._turn(numbers[0] % per_fact),
         )
-        if self.start > 0:
-            bucket = replace(bucket, hidden=self.runner.run(bucket.inputs(), stop=self.start).hidden)
-        return replace(bucket, prefix=prefix.from_layer(self.start))
-
-    def _prefix(self, rows: Sequence[Row], stem: Tensor) -> Prefix:
-        known = self._states.rows(sent(stem, self.runner.device))
-        rest = [row.prefix[len(self._stems[i]) :] for row, i in zip(rows, stem.tolist(), strict=True)]
-        return Prefix.read(self.runner, *pad(rest, self.runner.device), before=known) if any(rest) else known
-
-
-def common_start(texts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The longest common prefix of all texts, which is that of the first and the last in sorted order."""
-    first, last = min(texts), max(texts)
-    return next((first[:i] for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), first)
 
 
 def suffix(row: Row) -> tuple[int, ...]:
@@ -260,6 +269,10 @@ def in_parts(
     return [done for part in parts for done in in_parts(work, part, halves)]
 
 
-def _halved(numbers: list[int]) -> list[list[int]]:
-    middle = len(numbers) // 2
-    return [numbers[:middle], numbers[middle:]] if middle else [numbers]
+def _halved(groups: list[list[int]]) -> list[list[list[int]]]:
+    """The groups in two parts, or the halves of the one that there is."""
+    if len(groups) > 1:
+        middle = len(groups) // 2
+        return [groups[:middle], groups[middle:]]
+    middle = len(groups[0]) // 2
+    return [[groups[0][:middle]], [groups[0][middle:]]] if middle else [groups]

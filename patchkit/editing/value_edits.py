@@ -29,23 +29,30 @@ class ValueTargets:
         self.session = session
 
     def find(
-        self, requests: Sequence[EditRequest], site: Site, advance: Callable[[int], None] = lambda finished: None
+        self,
+        requests: Sequence[EditRequest],
+        site: Site,
+        advance: Callable[[int], None] = lambda finished: None,
+        layers: Sequence[int] = (),
     ) -> Values:
         """Values (d, n) of all requests at `site`, those found earlier on the untouched model where they are known.
 
         Args:
             advance: told how many facts have finished.
+            layers: as in `ValueProblem`.
         """
         session = self.session
         terms, value_at, config = self._terms(requests, site), session.plan.value_at, session.config.value
-        key = (site.layer, value_at, config, tuple(requests))
+        key = (site.layer, *layers, value_at, config, tuple(requests))
         shared = None if session.run.state.sites or terms != ValueTerms() else session.known
         if shared is not None and key in shared:
             advance(len(requests))
             return shared[key]
         with session.run.timed("values"):
             groups, log = by_subject(requests), session.journal.values_in_flight()
-            values = optimize_together(session.runner, requests, site, value_at, config, advance, terms, groups, log)
+            values = optimize_together(
+                session.runner, requests, site, value_at, config, advance, terms, groups, log, layers
+            )
         if shared is not None:
             shared[key] = values
         return values
@@ -131,11 +138,10 @@ class ValueEdits:
         """The whole batch with its values; or the facts of one layer at a time, if layers are selected per fact."""
         sites, own = self.session.plan.sites, self.session.own
         if own is not None:
+            shares = own.shared_out(requests)
+            values_of = self._values_by_layer(requests, shares, advance)
             by_layer = {site.layer: site for site in sites}
-            return [
-                _Part(tuple(members), (by_layer[layer],), self._values_of(requests, members, by_layer[layer], advance))
-                for layer, members in own.shared_out(requests).items()
-            ]
+            return [_Part(tuple(members), (by_layer[layer],), values_of[layer]) for layer, members in shares.items()]
         if not selects_layers(self.session):
             values = self.targets.find(requests, sites[-1], advance)
             return [_Part(tuple(range(len(requests))), sites, values)]
@@ -149,14 +155,21 @@ class ValueEdits:
             parts.append(_Part(members, sites[max(0, place - around) : upper + 1], values_at[upper].of(members)))
         return parts
 
-    def _values_of(
-        self,
-        requests: Sequence[EditRequest],
-        members: Sequence[int],
-        site: Site,
-        advance: Callable[[int], None],
-    ) -> Values:
-        return self.targets.find([requests[i] for i in members], site, advance)
+    def _values_by_layer(
+        self, requests: Sequence[EditRequest], shares: Mapping[int, Sequence[int]], advance: Callable[[int], None]
+    ) -> dict[int, Values]:
+        """The values of those requests whose places each layer has, at its site; in passes for all of them together,
+        where a value is at the output of its layer."""
+        site_of = {site.layer: site for site in self.session.plan.sites}
+        if self.session.plan.value_at == "layer_out" and not self.session.method.attention and len(shares) > 1:
+            layer_of = {place: layer for layer, members in shares.items() for place in members}
+            layers = [layer_of[place] for place in range(len(requests))]
+            values = self.targets.find(requests, site_of[min(shares)], advance, layers)
+            return {layer: values.of(members) for layer, members in shares.items()}
+        return {
+            layer: self.targets.find([requests[place] for place in members], site_of[layer], advance)
+            for layer, members in shares.items()
+        }
 
     def _select(self, requests: Sequence[EditRequest], values_at: Sequence[Values]) -> list[int]:
         """For each fact, the place among the plan's sites that the method selects, given its values at all of them."""

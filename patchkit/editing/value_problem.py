@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from patchkit.editing.buckets import Bucket
 from patchkit.model.arch import attention_of
+from patchkit.model.devices import sent
 from patchkit.model.forward import LayerRunner, watching_output, widen
 from patchkit.model.inputs import watching_site
 from patchkit.model.weights import Site
@@ -48,14 +49,22 @@ class ValueProblem:
 
     Deltas and states have one place per module they are added at: (..., places, d), the value's own first, then the
     attention's if the terms ask for it.
+
+    Args:
+        layers: for each fact the layer at whose output its value is, where they are not all `site`'s, which is the
+            lowest; only for values at the output of layers, without attention.
     """
 
-    def __init__(self, runner: LayerRunner, site: Site, value_at: ValueAt, terms: ValueTerms) -> None:
+    def __init__(
+        self, runner: LayerRunner, site: Site, value_at: ValueAt, terms: ValueTerms, layers: Sequence[int] = ()
+    ) -> None:
         self.runner, self.site, self.terms = runner, site, terms
         self.attention = attention_of(runner.arch.layers[site.layer]) if terms.attention else None
         self.at_module = value_at == "module_out"
         # A delta inside the layer means that the layer itself runs at every step.
         self.start = site.layer if self.at_module or terms.attention else site.layer + 1
+        self._layers = sent(layers, runner.device, torch.long)
+        self._above = sorted({*layers} - {site.layer})
 
     def logits(self, bucket: Bucket, rows: Tensor) -> Tensor:
         """Logits (points, vocab) in float32 with deltas (rows, places, d) at the subjects' last token."""
@@ -65,11 +74,21 @@ class ValueProblem:
                 stack.enter_context(self._adding(rows))
             else:
                 assert hidden is not None
-                hidden = _add_first(hidden, rows[:, 0])
+                hidden = _add_first(hidden, self._at(self.site.layer, bucket, rows[:, 0]))
+            for layer in self._above:
+                add = partial(_add_first, rows=self._at(layer, bucket, rows[:, 0]))
+                stack.enter_context(watching_output(self.runner.arch.layers[layer], len(rows), add))
             where = (bucket.point_row.there, bucket.point_at)
             logits = self.runner.run(bucket.inputs(), start=self.start, hidden=hidden, logits_at=where).logits
         assert logits is not None
         return widen(logits)
+
+    def _at(self, layer: int, bucket: Bucket, rows: Tensor) -> Tensor:
+        """Deltas (rows, d) of those whose value is at this layer, and zeros for the others."""
+        return rows * self._is_at(layer, bucket) if self._above else rows
+
+    def _is_at(self, layer: int, bucket: Bucket) -> Tensor:
+        return (self._layers[bucket.fact_of.there] == layer).unsqueeze(1)  # (rows, 1)
 
     @contextmanager
     def _adding(self, rows: Tensor) -> Iterator[None]:
@@ -92,7 +111,7 @@ class ValueProblem:
         """The states that deltas are added to, at every row's subject, (rows, places, d), in float32."""
         if self.start > self.site.layer:
             assert bucket.hidden is not None
-            return widen(bucket.hidden[:, :1])
+            return widen(self._at_layers(bucket, bucket.hidden[:, :1]))
         seen: dict[str, Tensor] = {}
         with ExitStack() as stack:
             stack.enter_context(watching_site(self.site, len(bucket.row), lambda _, out: seen.update(value=out)))
@@ -104,6 +123,21 @@ class ValueProblem:
             assert out is not None
             seen["value"] = out
         return torch.stack([widen(seen[name][:, 0]) for name in sorted(seen, reverse=True)], 1)
+
+    def _at_layers(self, bucket: Bucket, lowest: Tensor) -> Tensor:
+        """The states (rows, 1, d) at each row's own layer, from those at the lowest."""
+        found = {layer: list[Tensor]() for layer in self._above}
+        if not found:
+            return lowest
+        with ExitStack() as stack:
+            for layer, seen in found.items():
+                note = partial(list.append, seen)
+                stack.enter_context(watching_output(self.runner.arch.layers[layer], len(bucket.row), note))
+            self.runner.run(bucket.inputs(), start=self.start, hidden=bucket.hidden, stop=max(found) + 1)
+        for layer, (states,) in found.items():
+            here = self._is_at(layer, bucket).unsqueeze(2).to(lowest.device)
+            lowest = torch.where(here, states[:, :1].to(lowest.device), lowest)
+        return lowest
 
 
 def _add_first(hidden: Tensor, rows: Tensor) -> Tensor:

@@ -71,18 +71,19 @@ def optimize(
     terms: ValueTerms = NO_TERMS,
     groups: Sequence[int] | None = None,
     log: ValueLog | None = None,
+    layers: Sequence[int] = (),
 ) -> Values:
     """Optimize each request's value at `site`'s layer: -log P(target) + KL on the essence prompt + decay (ROME eq. 4).
 
     The drift term is KL(edited ‖ original) as in the published code. `advance` is told how many facts have finished.
     Requests with the same number in `groups` get one delta for all of them, with which all their targets are
     predicted: facts about one subject share a key, which can have only one value (MEMIT-Merge, arXiv 2502.07322).
-    What `log` holds of the same call is gone on from, to the same values.
+    What `log` holds of the same call is gone on from, to the same values. `layers` is as in `ValueProblem`.
 
     Raises:
         InputError: there is not enough memory for a single prompt.
     """
-    problem = ValueProblem(runner, site, value_at, terms)
+    problem = ValueProblem(runner, site, value_at, terms, layers)
     return _Optimizer(problem, requests, config, groups, log or ValueLog()).run(advance)
 
 

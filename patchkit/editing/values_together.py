@@ -29,11 +29,12 @@ def optimize_together(
     terms: ValueTerms,
     groups: Sequence[int],
     log: ValueLog,
+    layers: Sequence[int] = (),
 ) -> Values:
     """`optimize` with the same arguments, the facts shared out among the ranks; those of one group stay together, since
     they get one delta. A fact's value is the same wherever it is found, but for rounding."""
     if world().size == 1:
-        return optimize(runner, requests, site, value_at, config, advance, terms, groups, log)
+        return optimize(runner, requests, site, value_at, config, advance, terms, groups, log, layers)
     finished = 0
 
     def tell(count: int) -> None:
@@ -44,7 +45,8 @@ def optimize_together(
     def find(some: Sequence[list[int]]) -> list[Values]:
         places = [fact for group in some for fact in group]
         own, numbers = [requests[fact] for fact in places], [groups[fact] for fact in places]
-        values = optimize(runner, own, site, value_at, config, tell, _of(terms, places), numbers, log)
+        at = [layers[fact] for fact in places] if layers else ()
+        values = optimize(runner, own, site, value_at, config, tell, _of(terms, places), numbers, log, at)
         return [_on_cpu(values.of([places.index(fact) for fact in group])) for group in some]
 
     together = [[fact for fact, of in enumerate(groups) if of == group] for group in dict.fromkeys(groups)]

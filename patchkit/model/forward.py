@@ -80,12 +80,13 @@ class Prefix:
         positions = known.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device)
         cache = before.growing_cache() if before else Cache(layers=[DynamicLayer() for _ in range(runner.depth)])
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": seen, "position_ids": positions}
+        ran = range(start, runner.depth if stop is None else stop)
         with torch.no_grad():
             inputs |= {"past_key_values": cache, "use_cache": True}
-            runner.run(inputs, start=start, hidden=hidden, stop=runner.depth if stop is None else stop)
+            runner.run(inputs, start=start, hidden=hidden, stop=ran.stop)
         stub = torch.zeros(*whole.shape, 1, 1, device=ids.device, dtype=runner.dtype).transpose(1, 2)
         layers: Any = cache.layers
-        pairs = tuple((layer.keys, layer.values) if layer.is_initialized else (stub, stub) for layer in layers)
+        pairs = tuple((each.keys, each.values) if i in ran else (stub, stub) for i, each in enumerate(layers))
         return Prefix(pairs, whole)._packed()
 
     def _packed(self) -> Prefix:
@@ -98,6 +99,16 @@ class Prefix:
 
         return Prefix(tuple((pick(keys), pick(values)) for keys, values in self.layers), self.mask.gather(1, order))
 
+    def inputs(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+        """Arguments of the model's forward over right-padded texts (rows, seq), each after the same row of these."""
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.cat([self.mask, mask], 1),
+            "position_ids": self.mask.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device),
+            "past_key_values": self.cache(),
+            "use_cache": True,
+        }
+
     @property
     def token_bytes(self) -> int:
         """Bytes that the keys and values of one position take."""
@@ -106,6 +117,16 @@ class Prefix:
     def rows(self, rows: Tensor) -> Prefix:
         """The prefixes with these row numbers, each as often as it is named."""
         return Prefix(tuple((at(keys, rows), at(values, rows)) for keys, values in self.layers), at(self.mask, rows))
+
+    def seen_by(self, rows: Tensor) -> Prefix:
+        """As if those rows had no prefix where `rows` (rows,) is false."""
+        return Prefix(self.layers, self.mask * rows.unsqueeze(1))
+
+    def last(self, tokens: int) -> Prefix:
+        """Those of so many tokens at most, without padding that all rows have."""
+        if tokens >= self.mask.shape[1]:
+            return self
+        return Prefix(tuple((k[:, :, -tokens:], v[:, :, -tokens:]) for k, v in self.layers), self.mask[:, -tokens:])
 
     def from_layer(self, start: int) -> Prefix:
         """Without the keys and values of the layers below `start`, which never run again; stubs keep the length, from

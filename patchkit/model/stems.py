@@ -1,0 +1,133 @@
+"""Texts that begin alike, with a system prompt, a context or the words of a question: what they share is run once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchkit.facts.requests import pad
+from patchkit.model.devices import sent
+from patchkit.model.forward import LayerRunner, Prefix
+
+PASS = {"cpu": 48, "cuda": 512}
+"""Tokens that take a device as long as it takes to begin a pass, which reads all weights and launches every kernel."""
+PADDING = 0.15
+"""The share of a pass that may be padding, where that is more than a pass of its own is worth."""
+ROWS, TOKENS = 256, 4096
+"""In a pass, padding included."""
+Text = Sequence[int]
+
+
+def worth_a_pass(device: torch.device) -> int:
+    """So many tokens more cost less than a pass more."""
+    return PASS.get(device.type, PASS["cpu"])
+
+
+def alike(lengths: Sequence[int], spare: int, fits: Callable[[list[int]], bool]) -> list[list[int]]:
+    """Places of texts in groups of similar length, the shortest first, that fit a pass and have little padding, or
+    less than `spare` tokens of it."""
+    groups: list[list[int]] = []
+    real = 0
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        more, width = [*(groups[-1] if groups else []), place], lengths[place]
+        total = width * len(more)
+        if groups and total - real - width <= max(PADDING * total, spare) and fits(more):
+            groups[-1], real = more, real + width
+        else:
+            groups.append([place])
+            real = width
+    return groups
+
+
+def stem_lengths(texts: Sequence[Text]) -> list[int]:
+    """How much of each text is a stem that others have too, so that reading stems once saves the most tokens. A text's
+    last token is never of its stem."""
+    order = sorted(range(len(texts)), key=lambda place: tuple(texts[place]))
+    found = [0] * len(texts)
+    _, stems = _saved([tuple(texts[place][:-1]) for place in order], 0, len(order))
+    for first, after, length in stems:
+        for place in order[first:after]:
+            found[place] = length
+    return found
+
+
+def _saved(texts: Sequence[tuple[int, ...]], first: int, after: int) -> tuple[int, list[tuple[int, int, int]]]:
+    """The most tokens that stems of the sorted texts from `first` to `after` save, and these stems: from which text to
+    which, and how long. Either all have one, or those whose next tokens are the same are seen to by themselves."""
+    if after - first < 2:
+        return 0, []
+    length = _shared(texts[first], texts[after - 1])
+    whole = (after - first - 1) * length
+    cuts = [i for i in range(first + 1, after) if texts[i - 1][length : length + 1] != texts[i][length : length + 1]]
+    if not cuts:  # all the same text
+        return whole, [(first, after, length)]
+    parts = [_saved(texts, *span) for span in zip([first, *cuts], [*cuts, after], strict=True)]
+    apart = sum(saved for saved, _ in parts)
+    return (whole, [(first, after, length)]) if whole > apart else (apart, [s for _, stems in parts for s in stems])
+
+
+def _shared(one: Text, other: Text) -> int:
+    """How many first tokens two texts share."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What some texts have after their stems, for one pass: their places, ids and mask (rows, seq), and the stems'
+    states, where there are any."""
+
+    places: list[int]
+    ids: Tensor
+    mask: Tensor
+    before: Prefix | None
+
+    def inputs(self) -> dict[str, Any]:
+        """Arguments of the model's forward over the rests."""
+        if self.before is None:
+            return {"input_ids": self.ids, "attention_mask": self.mask, "use_cache": False}
+        return self.before.inputs(self.ids, self.mask)
+
+
+def cut(texts: Sequence[Text], spare: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """The stems of texts, and each text's; none where they save no more than `spare` tokens."""
+    lengths = stem_lengths(texts)
+    own = [tuple(text[:length]) for text, length in zip(texts, lengths, strict=True)]
+    stems = list(dict.fromkeys(stem for stem in own if stem))
+    return (stems, own) if sum(lengths) - sum(map(len, stems)) > spare else ([], [()] * len(texts))
+
+
+def tokens_read(texts: Sequence[Text], spare: int) -> int:
+    """How many tokens of the texts are run, where a pass is worth `spare` of them."""
+    stems, own = cut(texts, spare)
+    left = sum(map(len, texts)) - sum(map(len, own))
+    return left + (tokens_read(stems, spare) if stems else 0)
+
+
+def rests(runner: LayerRunner, texts: Sequence[Text], stop: int | None = None) -> Iterator[Rest]:
+    """Passes over all texts that run what they share once, in layers 0..stop-1. No text is empty."""
+    spare = worth_a_pass(runner.device)
+    stems, own = cut(texts, spare)
+    row = {(): 0} | {stem: place for place, stem in enumerate(stems)}
+    before = read(runner, stems, stop) if stems else None
+    left = [text[len(stem) :] for text, stem in zip(texts, own, strict=True)]
+    widths = [len(text) for text in left]
+    for places in alike(widths, spare, lambda some: len(some) <= ROWS and widths[some[-1]] * len(some) <= TOKENS):
+        ids, mask = pad([left[place] for place in places], runner.device, width=1)
+        some = [own[place] for place in places]
+        known = before and before.rows(sent([row[stem] for stem in some], ids.device))
+        yield Rest(places, ids, mask, known and known.seen_by(sent([bool(stem) for stem in some], ids.device)))
+
+
+def read(runner: LayerRunner, texts: Sequence[Text], stop: int | None = None) -> Prefix:
+    """The KV cache of texts, in layers 0..stop-1, by default all."""
+    parts, order = list[Prefix](), list[int]()
+    for rest in rests(runner, texts, stop):
+        parts.append(Prefix.read(runner, rest.ids, rest.mask, before=rest.before, stop=stop))
+        order += rest.places
+    whole = reduce(Prefix.beside, parts)
+    return whole if order == sorted(order) else whole.rows(sent(torch.tensor(order).argsort(), runner.device))

@@ -1,0 +1,86 @@
+"""What texts have in common is read once, and they come out as if each had been read by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from patchkit.facts.requests import pad
+from patchkit.model import stems
+from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner, Prefix
+from tests.zoo import FAMILIES
+
+SYSTEM, ASKED, TOLD = tuple(range(5, 15)), tuple(range(20, 24)), tuple(range(30, 33))
+TEXTS = [
+    *((*SYSTEM, *ASKED, n, 50) for n in (1, 2, 3)),
+    *((*SYSTEM, *TOLD, n) for n in (1, 2)),
+    (60, 61, 62),
+    (63,),
+]
+
+
+def runner_of(family: str = "llama") -> LayerRunner:
+    return LayerRunner(inspect_model(FAMILIES[family]().double()))
+
+
+def test_the_stems_are_those_that_save_the_most() -> None:
+    """One for all five would save 40 tokens; one each for the three and the two saves 2 · 14 + 13."""
+    assert stems.stem_lengths(TEXTS) == [14, 14, 14, 13, 13, 0, 0]
+    assert stems.stem_lengths(TEXTS[1:4]) == [10] * 3
+    many = [(*SYSTEM, n, n + 1, 9) for n in range(20, 60, 2)]
+    assert stems.stem_lengths([*TEXTS[:2], *many]) == [10] * 22
+
+
+def test_a_texts_last_token_is_of_no_stem() -> None:
+    assert stems.stem_lengths([SYSTEM, SYSTEM, (*SYSTEM, 1)]) == [9, 9, 9]
+    assert stems.stem_lengths([(1,), (1,)]) == [0, 0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon_sequential"])
+def test_texts_with_stems_are_read_as_without(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a sliding window is shorter than the text, and where positions are told by the mask."""
+    monkeypatch.setitem(stems.PASS, "cpu", 0)
+    runner, ran = runner_of(family), list[int]()
+    expected = Prefix.read(runner, *pad(TEXTS, runner.device))
+    counting(monkeypatch, ran)
+    found = stems.read(runner, TEXTS)
+    assert sum(ran) == stems.tokens_read(TEXTS, 0) < 0.6 * sum(map(len, TEXTS))
+    assert torch.equal(found.mask, expected.mask)
+    lower = stems.read(runner, TEXTS, stop=1)
+    assert torch.equal(lower.layers[0][1], found.layers[0][1])
+    assert lower.layers[1][0].shape[2] == found.mask.shape[1]
+    there = expected.mask.bool()[:, None, :, None]
+    for ours, other in zip(found.layers, expected.layers, strict=True):
+        assert torch.allclose(ours[0] * there, other[0] * there, atol=1e-9)
+        assert torch.allclose(ours[1] * there, other[1] * there, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_comes_after_stems_predicts_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(stems.PASS, "cpu", 0)
+    runner = runner_of(family)
+    places = list[int]()
+    for rest in stems.rests(runner, TEXTS):
+        logits = runner.run(rest.inputs()).logits
+        assert logits is not None
+        for row, place in enumerate(rest.places):
+            alone = runner.run({"input_ids": torch.tensor([TEXTS[place]]), "use_cache": False}).logits
+            assert alone is not None
+            assert torch.allclose(logits[row, int(rest.mask[row].sum()) - 1], alone[0, -1], atol=1e-9)
+        places += rest.places
+    assert sorted(places) == list(range(len(TEXTS)))
+
+
+def counting(monkeypatch: pytest.MonkeyPatch, ran: list[int]) -> None:
+    """Note how many tokens, without padding, each pass runs."""
+    run = LayerRunner.run
+
+    def noted(self: LayerRunner, inputs: dict[str, Any], **options: Any) -> Any:
+        ids = inputs["input_ids"]
+        ran.append(int(inputs["attention_mask"][:, -ids.shape[1] :].sum()))
+        return run(self, inputs, **options)
+
+    monkeypatch.setattr(LayerRunner, "run", noted)
