@@ -90,14 +90,14 @@ def test_no_namesake_that_is_edited_itself_is_met() -> None:
     met: list[list[str]] = []
 
     class Layer:
-        def open(self, requests: Any, value_at: str, others: Any, names: Any) -> None:
+        def open(self, requests: Any, others: Any, names: Any) -> None:
             met.append(["".join(map(chr, text)) for text in names])
 
     alike = {"Bob Ross": ("Katharine Ross", "Diana Ross")}
     own = OwnNeurons({3: Layer()}, EditState(subjects={"Diana Ross"}), lambda text: [*map(ord, text)], alike)  # type: ignore[dict-item]
     request: Any = SimpleNamespace(fact=SimpleNamespace(subject="Bob Ross"))
     own.meet([request])
-    own.open(3, [request], "layer_out")
+    own.open(3, [request])
     assert len(met[0]) == 1
     assert met[0][0].endswith("Katharine Ross")
 

@@ -357,7 +357,7 @@ class Opened:
     def __init__(self) -> None:
         self.others: list[list[str]] = []
 
-    def open(self, requests: Any, value_at: str, met: Any, names: Any) -> None:
+    def open(self, requests: Any, met: Any, names: Any) -> None:
         self.others.append(["".join(map(chr, text)) for text in (*met, *names)])
 
 
@@ -368,9 +368,9 @@ def test_subjects_of_other_layers_batches_and_runs_are_met() -> None:
     layer = Opened()
     own = OwnNeurons({3: layer}, EditState(subjects={"Oslo", "Rome"}), lambda text: [*map(ord, text)])  # type: ignore[dict-item]
     own.meet([request("Bonn"), request("Riga")])
-    own.open(3, [request("Bonn")], "layer_out")
+    own.open(3, [request("Bonn")])
     own.meet([request("Kyiv")])
-    own.open(3, [request("Kyiv")], "layer_out")
+    own.open(3, [request("Kyiv")])
     met = [sorted(text.rpartition(" ")[2] for text in texts[:: len(ABOUT)]) for texts in layer.others]
     assert met == [["Oslo", "Riga", "Rome"], ["Bonn", "Oslo", "Riga", "Rome"]]
 

@@ -24,15 +24,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 from zlib import crc32
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from patchkit import methods
-from patchkit.editing.keys import SubjectStates
 from patchkit.editing.recipe import EditConfig, layers_of
 from patchkit.editing.room import Room, capacity, reading
 from patchkit.editing.state import EditState, Neuron, base_weight, made_up_for, rewritten, storable
@@ -44,7 +44,8 @@ from patchkit.model.arch import Architecture
 from patchkit.model.devices import solve_device
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import LiveDelta
-from patchkit.model.openers import Opener, Openers, openers
+from patchkit.model.openers import Opener, Openers, firing, openers
+from patchkit.model.stems import rests
 from patchkit.model.weights import Site, read_weight
 
 SHARPNESS, THRESHOLD = 20.0, 0.5
@@ -85,7 +86,6 @@ CONSTANT_RIDGE = 1e-4
 """The same in the fit of m, where the text's weight is 1."""
 DEAD = 1e-9
 """Of the mean energy of directions, what one has at least."""
-ROWS = 64
 SPACIOUS = 16
 """How many neurons a layer has to have to spare for prompts=auto to turn to them in a model without a chat template;
 in narrower ones, which are toys, a neuron more is much of what there is. Nor does it where a norm comes after the
@@ -156,7 +156,7 @@ class OwnNeurons:
         all that were met before."""
         self.subjects |= self.state.subjects | {request.fact.subject for request in requests}
 
-    def open(self, layer: int, requests: Sequence[EditRequest], value_at: str) -> None:
+    def open(self, layer: int, requests: Sequence[EditRequest]) -> None:
         """Rewrite one neuron of a layer for each subject of some of the batch."""
         own = dict.fromkeys(request.fact.subject for request in requests)
         drawn = sorted(self.subjects - own.keys(), key=lambda subject: (crc32(subject.encode()), subject))[:MET]
@@ -164,7 +164,7 @@ class OwnNeurons:
         alike = dict.fromkeys(name for subject in own for name in self.namesakes.get(subject, ()))
         unedited = [name for name in alike if name not in self.subjects]
         like = [self.encode(ABOUT[n % len(ABOUT)].format(name)) for n, name in enumerate(unedited)]
-        self.layers[layer].open(requests, value_at, met, like)
+        self.layers[layer].open(requests, met, like)
 
     def shared_out(self, requests: Sequence[EditRequest]) -> dict[int, list[int]]:
         """By layer, ascending, the places of the requests whose subjects get a neuron there: so many subjects in each
@@ -221,7 +221,6 @@ class LayerNeurons:
     def open(
         self,
         requests: Sequence[EditRequest],
-        value_at: str,
         met: Sequence[list[int]] = (),
         names: Sequence[list[int]] = (),
     ) -> None:
@@ -231,30 +230,29 @@ class LayerNeurons:
         subjects = list(dict.fromkeys(request.fact.subject for request in requests))
         places = self._free()[: len(subjects)]
         self.of_subject |= dict(zip(subjects, places, strict=True))
-        rows = [row for request in requests for row in (*request.rows, *request.kept)]
-        states = self._ends([row.ids[: row.subject + 1] for row in rows])  # (rows, hidden)
-        owner = [subjects.index(r.fact.subject) for r in requests for _ in (*r.rows, *r.kept)]
-        heard_by = partial(
-            self._listening,
-            states,
-            torch.tensor(owner, device=states.device),
-            {"met": self._ends(met), "names": self._ends(names)},
-        )
+        own = [
+            (subjects.index(request.fact.subject), row)
+            for request in requests
+            for row in (*request.rows, *request.kept)
+        ]
+        states = self._ends([row.ids[: row.subject + 1] for _, row in own])  # (rows, hidden)
+        owner = torch.tensor([subject for subject, _ in own], device=states.device)
+        others = {"met": self._ends(met), "names": self._ends(names)}
         gate, amount = self.openers.gate, self.openers.amount
-        heard = {gate: SHARPNESS * (heard_by(GATE) - THRESHOLD * self._constant)}
+        gates = self._listening(states, owner, others, GATE)
+        heard = {gate: SHARPNESS * (gates - THRESHOLD * self._constant)}
         if amount is not None:
-            heard[amount] = heard_by(AMOUNT)
+            heard[amount] = self._listening(states, owner, others, AMOUNT)
         before = len(self.state.neurons)
         self.state.neurons += self._rewrite(places, heard)
         self._act()
         if amount is not None:
-            firing = SubjectStates(self.runner, requests, [self.site], value_at).read(self.site)[0]  # type: ignore[arg-type]
-            each = torch.stack([firing[self.of_subject[r.fact.subject], i] for i, r in enumerate(requests)])
-            place = torch.tensor([subjects.index(r.fact.subject) for r in requests], device=each.device)
-            mean = torch.zeros(len(subjects), device=each.device, dtype=each.dtype).index_add(0, place, each)
-            mean /= place.bincount()
+            asked = torch.tensor([not row.kept for _, row in own], device=states.device)
+            fired = firing(self.runner.arch, self.site, states[asked])[:, places].to(heard[amount])  # (rows, subjects)
+            mine = F.one_hot(owner[asked]).to(fired)
+            mean = (fired * mine).sum(0) / mine.sum(0)
             wanted = FIRING * self.covariance.matrix.diagonal().sum().sqrt()
-            heard[amount] = heard[amount] * (wanted.to(mean) / mean).to(heard[amount]).unsqueeze(1)
+            heard[amount] = heard[amount] * (wanted.to(mean) / mean).unsqueeze(1)
             self.state.neurons[before:] = self._rewrite(places, heard)
             self._act()
 
@@ -321,13 +319,12 @@ class LayerNeurons:
 
     def _ends(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """What the feed-forward reads at the end of each text of token ids, (texts, hidden)."""
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        found = list[Tensor]()
-        for first in range(0, len(order), ROWS):
-            some = [texts[i] for i in order[first : first + ROWS]]
-            here = reading(self.runner, {self.site.layer: self.openers}, some)[0][self.site.layer]
-            last = torch.tensor([len(text) - 1 for text in some], device=here.device)
-            found.append(here[torch.arange(len(some), device=here.device), last])
+        found, order, layer = list[Tensor](), list[int](), self.site.layer
+        for some in rests(self.runner, texts, stop=layer + 1):
+            here = reading(self.runner, {layer: self.openers}, some.inputs())[layer]
+            ends = some.mask.sum(1) - 1
+            found.append(here[torch.arange(len(ends), device=here.device), ends.to(here.device)])
+            order += some.places
         if not found:
             return self.room.mean.new_zeros(0, len(self.room.mean)).to(self._moments.device)
         return torch.cat(found)[torch.tensor(order, device=found[0].device).argsort()]

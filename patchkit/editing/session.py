@@ -183,7 +183,7 @@ class EditSession:
         has it so."""
         if self.own is not None:
             with self.run.timed("neurons"):
-                self.own.open(layers[-1], requests, self.plan.value_at)
+                self.own.open(layers[-1], requests)
 
     def finished_before(self, number: int, requests: Sequence[EditRequest]) -> bool:
         """Whether the journal has batch `number`, which then is as if it had just been edited: the solves are made once

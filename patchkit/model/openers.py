@@ -6,7 +6,6 @@ As in `patchkit.model.arch`, what is there is found by looking and by trying, ne
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -93,20 +92,32 @@ def openers(arch: Architecture, site: Site) -> Openers:
 
 def _scales(arch: Architecture, site: Site, opener: Opener) -> bool:
     """Whether neurons fire twice as much where the opener says twice as much: then no activation comes after it."""
-    block = arch.model.get_submodule(site.module_name.rpartition(".")[0])
     module, first, last = opener.site.module, opener.first, opener.first + site.d_in
-    weight, before, after = weight_of(module), list[Tensor](), list[Tensor]()
-    numbers = torch.randn(1, 4, arch.hidden_size, generator=torch.Generator().manual_seed(0))
+    weight = weight_of(module)
+    numbers = torch.randn(4, arch.hidden_size, generator=torch.Generator().manual_seed(0))
     x = numbers.to(weight.device, weight.dtype)
 
     def double(_module: nn.Module, args: object, output: Tensor) -> Tensor:
         return torch.cat([output[..., :first], 2 * output[..., first:last], output[..., last:]], -1)
 
-    for seen, hooks in ((before, ()), (after, (double,))):
-        note = in_this_thread(lambda module, args, seen=seen: seen.append(args[0]))
-        with torch.no_grad(), ExitStack() as stack:
-            stack.enter_context(site.module.register_forward_pre_hook(note))
-            for hook in hooks:
-                stack.enter_context(module.register_forward_hook(in_this_thread(hook)))
-            block(x)
-    return bool(torch.allclose(after[0].float(), 2 * before[0].float(), rtol=1e-2, atol=1e-6))
+    before = firing(arch, site, x)
+    handle = module.register_forward_hook(in_this_thread(double))
+    try:
+        after = firing(arch, site, x)
+    finally:
+        handle.remove()
+    return bool(torch.allclose(after.float(), 2 * before.float(), rtol=1e-2, atol=1e-6))
+
+
+@torch.no_grad()
+def firing(arch: Architecture, site: Site, states: Tensor) -> Tensor:
+    """How much each neuron of the site's feed-forward fires, (n, d_in), where the feed-forward reads `states` (n,
+    hidden). Only for those that have two openers, or rows of one, and are blocks of their own."""
+    block, found = arch.model.get_submodule(site.module_name.rpartition(".")[0]), list[Tensor]()
+    note = in_this_thread(lambda module, args: found.append(args[0]))
+    handle = site.module.register_forward_pre_hook(note)
+    try:
+        block(states.unsqueeze(0))
+    finally:
+        handle.remove()
+    return found[0].view(len(states), -1)
