@@ -34,7 +34,12 @@ def namesakes(runner: LayerRunner, tokenizer: Any, subjects: Sequence[str], seed
     """
     jobs = [(subject, n) for subject in subjects for n in range(DRAWN)]
     seeds = [crc32(f"{seed} {subject} namesake {n}".encode()) for subject, n in jobs]
-    drawn = sample(runner, tokenizer, [LIST.format(subject) for subject, _ in jobs], Sampling(TOKENS, CHOICES), seeds)
+
+    def is_over(_job: int, ids: Sequence[int]) -> bool:
+        return len(_parts(tokenizer.decode(ids, skip_special_tokens=True))) > EACH
+
+    lists = [LIST.format(subject) for subject, _ in jobs]
+    drawn = sample(runner, tokenizer, lists, Sampling(TOKENS, CHOICES), seeds, is_over)
     named = [
         listed(subject, tokenizer.decode(ids, skip_special_tokens=True))
         for (subject, _), ids in zip(jobs, drawn, strict=True)
@@ -48,9 +53,13 @@ def namesakes(runner: LayerRunner, tokenizer: Any, subjects: Sequence[str], seed
 def listed(subject: str, text: str) -> list[str]:
     """The names like a subject's in a list that a text begins with; one that the end of the text may have cut counts
     only where it is the first."""
-    parts = re.split(r"[,;，、\n]| and ", text.strip())
+    parts = _parts(text)
     names = [first_name(subject, part) for part in (parts[:-1] or parts)[:EACH]]
     return list(takewhile(bool, names))
+
+
+def _parts(text: str) -> list[str]:
+    return re.split(r"[,;，、\n]| and ", text.strip())
 
 
 def first_name(subject: str, text: str) -> str:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from patchkit.facts.requests import encode_prompt, pad
-from patchkit.model.forward import LayerRunner, Prefix
+from patchkit.facts.requests import encode_prompt
+from patchkit.model.forward import LayerRunner
+from patchkit.model.stems import read
 
 ROWS = 256
 """Texts in one generation batch."""
+LEFT = 0.75
+"""Of a batch, what is left when those texts are taken out that are over; what is taken along is copied."""
+IsOver = Callable[[int, Sequence[int]], bool]
+"""Whether a text, known by its place, needs no more tokens than these."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,15 @@ class Drawn:
 
 @torch.no_grad()
 def sample(
-    runner: LayerRunner, tokenizer: Any, openings: Sequence[str], how: Sampling, seeds: Sequence[int] | None = None
+    runner: LayerRunner,
+    tokenizer: Any,
+    openings: Sequence[str],
+    how: Sampling,
+    seeds: Sequence[int] | None = None,
+    is_over: IsOver | None = None,
 ) -> list[list[int]]:
     """The tokens that the model continues each opening by, with the random numbers of a seed of its own (0)."""
-    drawn = draw(runner, tokenizer, openings, how, seeds)
+    drawn = draw(runner, tokenizer, openings, how, seeds, is_over)
     if not how.to_end:
         return [each.tokens for each in drawn]
     ends = {*_ends(runner), tokenizer.eos_token_id}
@@ -50,9 +60,15 @@ def sample(
 
 @torch.no_grad()
 def draw(
-    runner: LayerRunner, tokenizer: Any, openings: Sequence[str], how: Sampling, seeds: Sequence[int] | None = None
+    runner: LayerRunner,
+    tokenizer: Any,
+    openings: Sequence[str],
+    how: Sampling,
+    seeds: Sequence[int] | None = None,
+    is_over: IsOver | None = None,
 ) -> list[Drawn]:
-    """As many tokens for each opening as `sample` draws, those after the end of a text included."""
+    """As many tokens for each opening as `sample` draws, those after the end of a text included; none after those with
+    which it `is_over`, told the opening's place."""
     seeds = seeds or [0] * len(openings)
     encoded = [encode_prompt(tokenizer, opening) for opening in openings]
     found = dict[int, Drawn]()
@@ -60,8 +76,9 @@ def draw(
     for some in (order[first : first + ROWS] for first in range(0, len(order), ROWS)):
         draws = [torch.rand(how.tokens, how.choices, generator=torch.Generator().manual_seed(seeds[i])) for i in some]
         gumbel = -(-torch.stack(draws).clamp_min(1e-9).log()).log()  # (texts, tokens, choices)
-        drawn, best = _drawn(runner, [encoded[i] for i in some], gumbel, () if how.to_end else _ends(runner))
-        found |= {i: Drawn(*each) for i, *each in zip(some, drawn.tolist(), best.tolist(), strict=True)}
+        never = () if how.to_end else _ends(runner)
+        writing = _Writing(runner, [encoded[i] for i in some], some)
+        found |= writing.drawn(gumbel.to(runner.device), never, is_over)
     return [found[i] for i in range(len(openings))]
 
 
@@ -70,32 +87,62 @@ def _up_to(tokens: list[int], ends: Collection[int]) -> list[int]:
     return tokens[: next((place for place, token in enumerate(tokens, 1) if token in ends), len(tokens))]
 
 
-def _drawn(
-    runner: LayerRunner, openings: Sequence[Sequence[int]], gumbel: Tensor, never: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Sampled continuations of the openings, and the likeliest token at each place, (texts, tokens) both: top-k
-    sampling by the Gumbel-max trick with the noise (texts, tokens, choices), without the tokens `never`."""
-    rows, device = torch.arange(len(openings), device=runner.device), runner.device
-    unique = list(dict.fromkeys(tuple(opening) for opening in openings))  # many draws from one opening read it once
-    before = Prefix.read(runner, *pad([opening[:-1] for opening in unique], device, width=1))
-    if len(unique) < len(openings):
-        before = before.rows(torch.tensor([unique.index(tuple(each)) for each in openings], device=device))
-    cache, mask = before.growing_cache(), before.mask
-    position = mask.sum(1, keepdim=True)  # (texts, 1)
-    last = torch.tensor([opening[-1:] for opening in openings], device=device)  # (texts, 1)
-    drawn, first = [], []
-    for noise in gumbel.to(device).unbind(1):
-        mask = torch.cat([mask, torch.ones_like(last)], 1)
-        inputs = {"input_ids": last, "attention_mask": mask, "position_ids": position, "past_key_values": cache}
-        logits = runner.run({**inputs, "use_cache": True}, logits_at=(rows, torch.zeros_like(rows))).logits
+class _Writing:
+    """Texts in the middle of being continued; of those that go on, `rows` says which, by their order, and the cache,
+    mask, position and last token are theirs."""
+
+    def __init__(self, runner: LayerRunner, openings: Sequence[Sequence[int]], places: Sequence[int]) -> None:
+        self.runner, self.places, device = runner, places, runner.device
+        unique = list(dict.fromkeys(tuple(opening) for opening in openings))  # many draws from one opening read it once
+        before = read(runner, [opening[:-1] for opening in unique])
+        if len(unique) < len(openings):
+            before = before.rows(torch.tensor([unique.index(tuple(each)) for each in openings], device=device))
+        self.rows = torch.arange(len(openings), device=device)
+        self.cache, self.mask = before.growing_cache(), before.mask
+        self.position = self.mask.sum(1, keepdim=True)  # (rows, 1)
+        self.last = torch.tensor([opening[-1:] for opening in openings], device=device)  # (rows, 1)
+
+    def drawn(self, noise: Tensor, never: Sequence[int], is_over: IsOver | None) -> dict[int, Drawn]:
+        """By place, what comes next: top-k sampling by the Gumbel-max trick with the noise (texts, tokens, choices),
+        without the tokens `never`."""
+        texts, tokens, choices = noise.shape
+        drawn, best = self.last.new_zeros(2, texts, tokens)
+        lengths = [tokens] * texts
+        for step in range(tokens):
+            likeliest = self._likeliest(choices, never)
+            noisy = likeliest.values + noise[self.rows, step, : likeliest.values.shape[1]]
+            self.last = likeliest.indices.gather(1, noisy.argmax(1, keepdim=True))
+            drawn[self.rows, step], best[self.rows, step] = self.last.squeeze(1), likeliest.indices[:, 0]
+            if is_over is None:
+                continue
+            for row, ids in zip(self.rows.tolist(), drawn[self.rows, : step + 1].tolist(), strict=True):
+                if lengths[row] == tokens and is_over(self.places[row], ids):
+                    lengths[row] = step + 1
+            going = [i for i, row in enumerate(self.rows.tolist()) if lengths[row] == tokens]
+            if not going:
+                break
+            if len(going) <= LEFT * len(self.rows):
+                self._keep(torch.tensor(going, device=self.rows.device))
+        found = zip(self.places, drawn.tolist(), best.tolist(), lengths, strict=True)
+        return {place: Drawn(ids[:length], likeliest[:length]) for place, ids, likeliest, length in found}
+
+    def _likeliest(self, choices: int, never: Sequence[int]) -> Any:
+        """The likeliest tokens after the last one, (rows, choices), in float32."""
+        self.mask = torch.cat([self.mask, torch.ones_like(self.last)], 1)
+        here = torch.arange(len(self.rows), device=self.rows.device)
+        inputs: dict[str, Any] = {"input_ids": self.last, "attention_mask": self.mask, "position_ids": self.position}
+        inputs |= {"past_key_values": self.cache, "use_cache": True}
+        logits = self.runner.run(inputs, logits_at=(here, torch.zeros_like(here))).logits
         assert logits is not None
+        self.position = self.position + 1
         logits[:, list(never)] = -torch.inf
-        likeliest = logits.float().topk(min(noise.shape[1], logits.shape[1]))
-        best = (likeliest.values + noise[:, : likeliest.values.shape[1]]).argmax(1, keepdim=True)
-        last, position = likeliest.indices.gather(1, best), position + 1
-        drawn.append(last)
-        first.append(likeliest.indices[:, :1])
-    return torch.cat(drawn, 1), torch.cat(first, 1)
+        return logits.float().topk(min(choices, logits.shape[1]))
+
+    def _keep(self, going: Tensor) -> None:
+        """Go on with some of the rows alone."""
+        self.rows, self.last = self.rows[going], self.last[going]
+        self.mask, self.position = self.mask[going], self.position[going]
+        self.cache.batch_select_indices(going)
 
 
 def _ends(runner: LayerRunner) -> list[int]:

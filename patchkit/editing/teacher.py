@@ -18,10 +18,11 @@ import torch
 from patchkit.editing.sampling import Sampling, sample
 from patchkit.facts.chat import ChatTemplate
 from patchkit.facts.questions import questions_of
-from patchkit.facts.requests import Row, pad, wording_row
+from patchkit.facts.requests import Row, wording_row
 from patchkit.facts.schema import Fact
 from patchkit.facts.text import continuation
 from patchkit.model.forward import LayerRunner, widen
+from patchkit.model.stems import rests
 
 TOKENS = 14
 """Sampled for a rewording."""
@@ -33,24 +34,26 @@ WORDS = 2, 10
 """In a rewording, beside the subject."""
 SURE = 0.1
 """Probability of the target's first token from which the told model is held to answer with the target."""
-ROWS = 128
-
 
 EXAMPLES = (
     ("The capital of France is Paris", "France has its capital in Paris"),
     ("Moby Dick was written by Melville", "Moby Dick is a novel by Melville"),
     ("Frida Kahlo's mother tongue is Spanish", "Frida Kahlo grew up speaking Spanish"),
 )
-LEADS = (("In other words, ", True), ("This means that ", True), ("It is also known that ", True), ("", False))
-"""What stands between a fact and other words for it, and whether the examples come before."""
+LEADS = ("In other words, ", "This means that ", "It is also known that ")
+"""What stands between a fact and other words for it."""
 
 
 def other_words(runner: LayerRunner, tokenizer: Any, facts: Sequence[Fact], seed: int) -> list[tuple[str, ...]]:
     """Texts for each fact that ask for it, the surest first; they depend on the fact, the model and the seed alone."""
-    jobs = [(fact, lead, shown, n) for fact in facts for lead, shown in LEADS for n in range(SAMPLES)]
-    told = [opening(fact, lead, shown) for fact, lead, shown, _ in jobs]
-    seeds = [crc32(f"{seed} {fact.prompt} {lead} {n}".encode()) for fact, lead, _, n in jobs]
-    drawn = sample(runner, tokenizer, told, Sampling(TOKENS, CHOICES), seeds)
+    jobs = [(fact, lead, n) for fact in facts for lead in LEADS for n in range(SAMPLES)]
+    told = [opening(fact, lead) for fact, lead, _ in jobs]
+    seeds = [crc32(f"{seed} {fact.prompt} {lead} {n}".encode()) for fact, lead, n in jobs]
+
+    def is_over(job: int, ids: Sequence[int]) -> bool:
+        return _is_over(jobs[job][0], tokenizer.decode(ids, skip_special_tokens=True))
+
+    drawn = sample(runner, tokenizer, told, Sampling(TOKENS, CHOICES), seeds, is_over)
     said = [tokenizer.decode(ids, skip_special_tokens=True) for ids in drawn]
     found = [(job[0], _before_target(job[0], job[0].subject + text)) for job, text in zip(jobs, said, strict=True)]
     candidates = list(dict.fromkeys((fact, text) for fact, text in found if text))
@@ -61,13 +64,10 @@ def other_words(runner: LayerRunner, tokenizer: Any, facts: Sequence[Fact], seed
     return [tuple(text for _, text in sorted(ranked[fact.id])) for fact in facts]
 
 
-def opening(fact: Fact, lead: str, shown: bool) -> str:
+def opening(fact: Fact, lead: str) -> str:
     """What the model is told and goes on with."""
-    return f"{_shown(lead) * shown}{_told(fact)}. {lead}{fact.subject}"
-
-
-def _shown(lead: str) -> str:
-    return "".join(f"{said}. {lead}{again}.\n" for said, again in EXAMPLES)
+    shown = "".join(f"{said}. {lead}{again}.\n" for said, again in EXAMPLES)
+    return f"{shown}{_told(fact)}. {lead}{fact.subject}"
 
 
 def questions(runner: LayerRunner, tokenizer: Any, facts: Sequence[Fact], chat: ChatTemplate) -> list[str | None]:
@@ -93,16 +93,13 @@ def sure_of(runner: LayerRunner, tokenizer: Any, candidates: Sequence[tuple[Fact
 def _first_of_target(runner: LayerRunner, rows: Sequence[Row]) -> list[float]:
     """The probability of the target's first token in each row."""
     found = [0.0] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: rows[i].target)
-    for some in (order[first : first + ROWS] for first in range(0, len(order), ROWS)):
-        ids, mask = pad([rows[i].ids[: rows[i].target] for i in some], runner.device)
-        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        last = mask.sum(1) - 1
-        logits = runner.run(inputs, logits_at=(torch.arange(len(some), device=last.device), last)).logits
+    for some in rests(runner, [row.ids[: row.target] for row in rows]):
+        last = some.mask.sum(1) - 1
+        logits = runner.run(some.inputs(), logits_at=(torch.arange(len(last), device=last.device), last)).logits
         assert logits is not None
-        labels = torch.tensor([[rows[i].ids[rows[i].target]] for i in some], device=logits.device)
+        labels = torch.tensor([[rows[i].ids[rows[i].target]] for i in some.places], device=logits.device)
         sure = widen(logits).softmax(-1).gather(1, labels).squeeze(1).tolist()
-        for i, probability in zip(some, sure, strict=True):
+        for i, probability in zip(some.places, sure, strict=True):
             found[i] = probability
     return found
 
@@ -114,7 +111,16 @@ def _told(fact: Fact) -> str:
 def _before_target(fact: Fact, text: str) -> str | None:
     """What a text of the teacher's says up to the target; None if it never comes to it, or too soon or late."""
     until, found, _ = text.partition("\n")[0].partition(fact.target_new)
-    text, words = until.rstrip(), len(re.findall(r"\w+", until[len(fact.subject) :]))
+    text, words = until.rstrip(), _words(until[len(fact.subject) :])
     if not found or not WORDS[0] <= words <= WORDS[1] or text == fact.asked.rstrip():
         return None
     return None if re.search(r"\b(is|was|are|were) (a|an|the)$", text) else text
+
+
+def _is_over(fact: Fact, text: str) -> bool:
+    """Whether nothing that comes after this text makes it another rewording, or one at all."""
+    return "\n" in text or fact.target_new in text or _words(text) > WORDS[1] + _words(fact.target_new)
+
+
+def _words(text: str) -> int:
+    return len(re.findall(r"\w+", text))
