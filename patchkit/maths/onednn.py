@@ -2,13 +2,16 @@
 
 torch gives float32 products to MKL, which on AMD's processors keeps to half of their vector width; oneDNN, which torch
 brings along as well, uses all of it: on a Zen 5 core 200 to 230 GFLOP/s where MKL has 100, in both directions and from
-16 rows on (`python -m tests.benchmarks.products`). The numbers are float32's either way, apart in their last bits.
+16 rows on (`python -m tests.benchmarks.products`). On Intel's, MKL has gradients. The numbers are float32's either way,
+apart in their last bits.
 `torch.backends.mkldnn.enabled = False` turns it off.
 """
 
 from __future__ import annotations
 
 import platform
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +33,16 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return _product(gradients[0], weight.T, None), None, None
+        return gradients[0] @ weight if _by_intel() else _product(gradients[0], weight.T, None), None, None
+
+
+@cache
+def _by_intel() -> bool:
+    """Whether Intel made the processor. MKL then multiplies by a weight that is not transposed, as gradients are, a
+    fifth to a half faster than oneDNN."""
+    known = Path("/proc/cpuinfo")
+    told = known.read_text() if known.is_file() else platform.processor()
+    return "GenuineIntel" in told
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.products [--threads 1]
 
-Prints GFLOP/s for the shapes of SmolLM2-135M's layers and head. What it found stands in `patchkit/onednn.py`.
+Prints GFLOP/s for the shapes of SmolLM2-135M's layers and head. What it found stands in `patchkit/maths/onednn.py`.
 """
 
 from __future__ import annotations
