@@ -13,7 +13,7 @@ from functools import cached_property
 from math import ceil
 
 from patchkit import methods
-from patchkit.editing import contexts, neurons, room, sampling, teacher, wordings
+from patchkit.editing import contexts, namesakes, neurons, room, sampling, teacher, wordings
 from patchkit.editing.editor import solve_batch_size
 from patchkit.editing.recipe import EditConfig
 from patchkit.editing.sentences import DRAWN
@@ -28,6 +28,7 @@ from patchkit.evaluate.verify import asked_pairs
 from patchkit.facts.questions import questions_of
 from patchkit.facts.requests import SUBJECT, EditRequest, Row, build_request, encode_prompt, encode_target
 from patchkit.facts.schema import Fact
+from patchkit.model import stems
 from patchkit.runs import guard
 from patchkit.runs.retry import MORE
 from patchkit.runs.speed import Speed
@@ -41,6 +42,8 @@ STEPS = {False: 0.8, True: 0.92}
 (`python -m tests.benchmarks.end_to_end`, `value_steps`)."""
 AGAIN = 0.1
 """Of the facts, those that do not hold at first and are edited once more."""
+UNTIL_OVER = 0.6
+"""Of the tokens that a rewording or a list of names may have, those that are drawn until nothing more is wanted."""
 SURE_TEXTS = 8
 """Texts of a fact's that the told model is asked how sure it is after."""
 ALL_EIGENVECTORS, CHOLESKY = 8.0, 2.0
@@ -131,8 +134,9 @@ class Forecast:
         texts = ["", before, *[f"{SUBJECT} is one of the"] * (self.config.contexts - 1)]
         return [build_request(fact, tokenizer, texts[: 1 + self.config.contexts]) for fact in self._sample]
 
-    def _length(self, texts: Iterable[str]) -> int:
-        return sum(len(encode_prompt(self.workspace.tokenizer, text)) for text in texts)
+    def _read(self, texts: Sequence[Sequence[int]]) -> float:
+        """Tokens of all facts' texts that are run, from those of the sample."""
+        return stems.tokens_read(texts, stems.worth_a_pass(self.workspace.runner.device)) * self._more
 
     def _written(self, tokens: float, rows: float, steps: int, at_once: int = sampling.ROWS) -> float:
         """Texts written after `tokens` in all, in batches."""
@@ -146,16 +150,16 @@ class Forecast:
         if not self.in_use:
             slots = count * max(0, config.contexts - 1)
             return texts + self._written(6 * slots, slots, contexts.TOKENS)
-        leads = [teacher.opening(fact, *lead) for fact in self._sample for lead in teacher.LEADS]
-        told = self._length(leads) * self._more
-        rows = count * len(teacher.LEADS) * teacher.SAMPLES
+        leads = [teacher.opening(fact, lead) for fact in self._sample for lead in teacher.LEADS]
+        told = self._read([encode_prompt(self.workspace.tokenizer, lead) for lead in leads])
+        rows = count * len(teacher.LEADS) * teacher.SAMPLES * UNTIL_OVER
         found = texts + self._written(told, rows, teacher.TOKENS)
         prompt = sum(len(each.rows[0].ids) for each in self.requests) / len(self.requests)
-        found += self.speed.read.of(count * SURE_TEXTS * 2 * prompt, 1 + count * SURE_TEXTS / teacher.ROWS)
+        found += self.speed.read.of(count * SURE_TEXTS * prompt, 3 + count * SURE_TEXTS / stems.ROWS)
         if wordings.template_for(self.workspace.tokenizer, config):
             asked = sum(len(questions_of(fact.prompt, fact.subject)) for fact in self._sample) * self._more
             found += self.speed.read.of(asked * 3 * prompt, 1, asked)
-        kept = sum(len(row.ids) - wordings.KEPT for each in self.requests for row in each.kept) * self._more
+        kept = self._read([row.ids[: -wordings.KEPT] for each in self.requests for row in each.kept])
         found += self._written(kept, count * len(self.requests[0].kept), wordings.KEPT)
         if config.sentences:
             found += self._written(count * 2 * prompt, count * DRAWN, SENTENCE_TOKENS)
@@ -180,7 +184,10 @@ class Forecast:
         mean = STEPS[self.in_use] * steps
         rounds = max(1.0, len(self.facts) / parallel * STEPS[self.in_use])
         found = self.speed.step.of(tokens * mean * self._more, passes * steps * rounds, points * mean * self._more)
-        whole = sum(len(row.ids) for request in self.requests for row in _rows(request)) * self._more
+        prefixes = [row.prefix for request in self.requests for row in _rows(request)]
+        whole = (
+            self._read(prefixes) + sum(len(suffix(row)) for each in self.requests for row in _rows(each)) * self._more
+        )
         return found + 1.5 * self.speed.read.of(whole, 2 * groups * rounds, points * self._more)
 
     # --- solves -------------------------------------------------------------------------------------------------------
@@ -188,11 +195,13 @@ class Forecast:
     def _opening(self) -> float:
         """Neurons of subjects' own: what is read at the end of all rows, and of texts about the others, and the keys
         before and after."""
-        rows = [row for request in self.requests for row in (*request.rows, *request.kept)]
-        tokens = sum(row.subject + 1 for row in rows) * self._more
+        rows = [row.ids[: row.subject + 1] for each in self.requests for row in (*each.rows, *each.kept)]
         met = min(len(self.facts), neurons.MET) * len(neurons.ABOUT) * 10
-        passes = 3 + len(rows) * self._more / neurons.ROWS
-        return self.speed.read.of(2.5 * tokens + met, passes) * self._below(self.plan.layers[0])
+        lists = len(self.facts) * namesakes.DRAWN
+        names = 2 * lists * namesakes.EACH
+        passes = 6 + (len(rows) * self._more + names) / stems.ROWS
+        read = self.speed.read.of(1.5 * self._read(rows) + met + 4 * names, passes) * self._below(self.plan.layers[0])
+        return read + self._written(8 * len(self.facts), lists * UNTIL_OVER, namesakes.TOKENS)
 
     def _solving(self, stored: Stored) -> float:
         tokens = sum(row.subject + 1 for request in self.requests for row in request.rows) * self._more
