@@ -33,6 +33,7 @@ SHAPE = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, 
 SMALL = ("--layers", 1, "--set", "contexts=0", "--set", "value.steps=3", "--set", "value.clamp=5", "--quick")
 FACT = {"prompt": "the city of Rome", "subject": "Rome", "target_new": "capital"}
 IDS = torch.arange(3, 15)[None]
+BANNER = "a line on standard output, as gptqmodel prints some"
 
 
 class Packed(nn.Module):
@@ -79,6 +80,7 @@ class _Quantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: Any, **more: Any) -> None:
+        print(BANNER)
         packed_linears(model, fill=False)
 
     def is_serializable(self, *args: Any, **more: Any) -> bool:
@@ -130,6 +132,7 @@ def test_a_quantized_base_is_edited_and_its_full_checkpoint_merged_into(run: Com
     assert made.status == 0, made.err
     patch = Patch.load("p")
     assert patch.manifest.base.quantized == "made-up"
+    assert made.json()["facts"]
     assert run("verify", "p", "--quick", "--json").json()["facts"] == 1
     assert run("export", "p", "--out", "adapter").status == 0
 
@@ -201,8 +204,9 @@ def test_what_cannot_be_unpacked_is_refused(run: Command, packed: Path, monkeypa
     with monkeypatch.context() as patching:
         patching.setattr(Packed, "works", False)
         refused = run("apply", "facts.jsonl", "--model", packed, *SMALL, "--out", "p")
-    assert (refused.status, len(refused.err.splitlines())) == (2, 1)
-    assert "q_proj: quantized (made-up), and its Packed cannot be run here: no kernel" in refused.err
+    banner, told = refused.err.splitlines()
+    assert (refused.status, banner) == (2, BANNER)
+    assert "q_proj: quantized (made-up), and its Packed cannot be run here: no kernel" in told
     monkeypatch.setattr(
         Packed, "forward", lambda self, x: x.new_ones(*x.shape[:-1], self.out_features) + x[..., :1] ** 2
     )
