@@ -1,8 +1,8 @@
 """Quantized bases: edited through the whole numbers that their packed weights multiply with; the packed model takes the
 patch, and the full-precision checkpoint the merge.
 
-A layer class made up here stands for those of GPTQ and AWQ, whose packages do not go with the torch that is tested;
-with bitsandbytes and compressed-tensors it is their own.
+A layer class made up here stands for those that transformers cannot unpack, such as GPTQ's and AWQ's; theirs, and those
+of bitsandbytes, are tested where their packages are installed (`make test-gptq`, `make test-bitsandbytes`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -27,9 +28,10 @@ from patchkit.model.dequantized import unpack
 from patchkit.model.loading import load_model
 from patchkit.patch.patch import Patch
 from tests import zoo
-from tests.helpers import Command, write_facts
+from tests.helpers import Command, apart, write_facts
+from tests.quantizers import GROUP, with_bitsandbytes, with_gptqmodel
 
-SHAPE = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPE = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
 SMALL = ("--layers", 1, "--set", "contexts=0", "--set", "value.steps=3", "--set", "value.clamp=5", "--quick")
 FACT = {"prompt": "the city of Rome", "subject": "Rome", "target_new": "capital"}
 IDS = torch.arange(3, 15)[None]
@@ -224,13 +226,35 @@ def test_stacks_of_packed_experts_are_refused(full: Path) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bitsandbytes(run: Command, full: Path, bits: int) -> None:
-    pytest.importorskip("bitsandbytes")
-    kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if bits == 4 else {"load_in_8bit": True}
-    config = hf.BitsAndBytesConfig(**kind, bnb_4bit_compute_dtype=torch.float32)
-    base = save(
-        hf.AutoModelForCausalLM.from_pretrained(full, quantization_config=config, dtype=torch.float32), full, "bnb"
-    )
+    check_real(run, with_bitsandbytes(full, full.with_name("bnb"), bits), full)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_gptqmodel(run: Command, full: Path, method: str) -> None:
+    base = with_gptqmodel(full, full.with_name(method), method, passages=8)
+    found = load_model(str(base)).model.get_parameter(f"{DOWN}.weight")
+    assert apart(found, in_file(base, method)) < 0.005  # the kernel for CPUs has scales in bfloat16
     check_real(run, base, full)
+
+
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def in_file(base: Path, method: str) -> Tensor:
+    """A weight (d_out, d_in) as a checkpoint of 4 bits in groups has it: scale times (number - zero), with eight numbers
+    in one: for GPTQ of a column, and its zeros less by one; for AWQ of a row, in an order of its own."""
+    stored = load_file(base / "model.safetensors")
+    numbers, zeros, scales = (stored[f"{DOWN}.{name}"] for name in ("qweight", "qzeros", "scales"))
+    places = 4 * torch.tensor([0, 4, 1, 5, 2, 6, 3, 7] if method == "awq" else range(8))
+
+    def in_rows(packed: Tensor) -> Tensor:
+        return ((packed[..., None] >> places) & 15).flatten(1)
+
+    if method == "awq":
+        whole, zero, group = in_rows(numbers), in_rows(zeros), torch.arange(len(numbers)) // GROUP
+    else:
+        whole, zero, group = in_rows(numbers.T).T, in_rows(zeros) + 1, stored[f"{DOWN}.g_idx"].long()
+    return ((whole - zero[group]) * scales.float()[group]).T
 
 
 def test_compressed_tensors(run: Command, full: Path) -> None:
