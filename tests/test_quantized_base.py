@@ -114,10 +114,13 @@ def save(model: Any, full: Path, name: str) -> Path:
 @pytest.fixture
 def packed(full: Path) -> Path:
     """As a GPTQ checkpoint: names and numbers of its own."""
-    model = hf.AutoModelForCausalLM.from_pretrained(full, dtype=torch.float32)
+    return as_packed(hf.AutoModelForCausalLM.from_pretrained(full, dtype=torch.float32), full, "packed")
+
+
+def as_packed(model: Any, full: Path, name: str) -> Path:
     packed_linears(model, fill=True)
     model.half()
-    folder = save(model, full, "packed")
+    folder = save(model, full, name)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "made-up"}}))
     return folder
@@ -151,6 +154,39 @@ def test_a_quantized_base_is_edited_and_its_full_checkpoint_merged_into(run: Com
     plain.model.layers[1].mlp.down_proj.weight.data += delta.float()
     wanted, found = logits(plain), logits(load_model("m").model)
     assert (found - wanted).norm() < 0.02 * (wanted - before).norm()
+
+
+@pytest.fixture
+def folded(full: Path) -> Path:
+    """As an AWQ checkpoint: before the numbers were rounded, columns were multiplied, and the rows of what is before
+    them divided, so that keys are others and the model is the same."""
+    model = hf.AutoModelForCausalLM.from_pretrained(full, dtype=torch.float32)
+    draw = torch.Generator().manual_seed(1)
+    for layer in model.model.layers:
+        heard, kept = (torch.exp(torch.randn(size, generator=draw) * 0.5) for size in (64, 256))
+        layer.post_attention_layernorm.weight.data /= heard
+        for opener in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            opener.weight.data *= heard
+        layer.mlp.up_proj.weight.data /= kept[:, None]
+        layer.mlp.down_proj.weight.data *= kept
+    return as_packed(model, full, "folded")
+
+
+def test_scales_that_were_folded_in_are_taken_out_of_what_goes_elsewhere(
+    run: Command, folded: Path, full: Path
+) -> None:
+    assert run("apply", "facts.jsonl", "--model", folded, *SMALL, "--out", "p").status == 0
+    whole, plain, patch = load_model(str(folded)).model, load_model(str(full)).model, Patch.load("p")
+    before, unpatched = logits(plain), logits(whole)
+    assert apart(unpatched, before) < 0.02
+    with patch.attached(whole):
+        wanted = logits(whole) - unpatched
+    assert run("merge", "p", "--model", full, "--out", "m").status == 0
+    assert apart(logits(load_model("m").model) - before, wanted) < 0.1
+    with pytest.warns(UserWarning, match="by name and shape"), patch.attached(plain):
+        assert apart(logits(plain) - before, wanted) < 0.1
+    assert run("export", "p", "--model", full, "--out", "adapter").status == 0
+    assert apart(logits(PeftModel.from_pretrained(plain, "adapter")) - before, wanted) < 0.1
 
 
 def test_what_is_edited_is_what_the_packed_weights_multiply_with(packed: Path, full: Path) -> None:
@@ -241,8 +277,8 @@ DOWN = "model.layers.1.mlp.down_proj"
 
 
 def in_file(base: Path, method: str) -> Tensor:
-    """A weight (d_out, d_in) as a checkpoint of 4 bits in groups has it: scale times (number - zero), with eight numbers
-    in one: for GPTQ of a column, and its zeros less by one; for AWQ of a row, in an order of its own."""
+    """A weight (d_out, d_in) as a checkpoint of 4 bits in groups has it: scale times (number - zero), eight numbers in
+    one: for GPTQ of a column, and its zeros less by one; for AWQ of a row, in an order of its own."""
     stored = load_file(base / "model.safetensors")
     numbers, zeros, scales = (stored[f"{DOWN}.{name}"] for name in ("qweight", "qzeros", "scales"))
     places = 4 * torch.tensor([0, 4, 1, 5, 2, 6, 3, 7] if method == "awq" else range(8))
