@@ -18,7 +18,7 @@ from patchkit.maths.linalg import Delta
 _SPREAD = 0.05
 """How far, as the root mean square of their logarithms about the mean, factors of norms are apart where scales were
 folded in; rounding to four bits leaves them within a hundredth."""
-_ROUNDS, _CLOSE = 200, 1e-9
+_ROUNDS, _CLOSE = 200, 1e-5
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def folding(weight: Tensor, row_norms: Tensor, column_norms: Tensor) -> Folding:
     By Sinkhorn and Knopp's iteration (1967, Pacific J. Math. 21) on squares: the factors of rows and of columns with
     which a matrix has given sums are unique, up to one number that goes from the ones to the others.
     """
-    squares = weight.double().square().cpu()
-    wanted_rows, wanted_columns = row_norms.double().square()[:, 0], column_norms.double().square()[:, 0]
+    squares = weight.float().square().cpu()
+    wanted_rows, wanted_columns = row_norms.float().square()[:, 0], column_norms.float().square()[:, 0]
     rows, columns = torch.ones_like(wanted_rows), torch.ones_like(wanted_columns)
     for _ in range(_ROUNDS):
         columns = _factors(wanted_columns, rows @ squares)
