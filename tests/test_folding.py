@@ -45,3 +45,4 @@ def test_rounding_alone_is_no_scale(weight: Tensor, bits: int) -> None:
     assert folding(weight, *norms(weight)) is PLAIN
     dense = torch.randn(96, 160, generator=torch.Generator().manual_seed(2))
     assert folding(dense, *norms(rounded(dense, bits))) is PLAIN
+    assert apart(folding(dense, *norms(rounded(dense / 2, bits))).into(dense), dense / 2) < 0.05

@@ -16,8 +16,8 @@ from torch import Tensor
 from patchkit.maths.linalg import Delta
 
 _SPREAD = 0.05
-"""How far, as the root mean square of their logarithms about the mean, factors of norms are apart where scales were
-folded in; rounding to four bits leaves them within a hundredth."""
+"""How far factors of norms are from 1, as the root mean square of their logarithms, where scales were folded in;
+rounding to four bits leaves them within a hundredth."""
 _ROUNDS, _CLOSE = 200, 1e-5
 
 
@@ -83,4 +83,4 @@ def _factors(wanted: Tensor, found: Tensor) -> Tensor:
 
 
 def _spread(factors: Tensor) -> float:
-    return float(factors.log().std(correction=0))
+    return float(factors.log().square().mean().sqrt())
