@@ -38,7 +38,7 @@ QUANTIZERS: dict[str, Callable[[Path, Path], Path]] = {
 @pytest.mark.parametrize("method", QUANTIZERS)
 def test_a_model_of_four_bits_is_edited_served_reverted_and_merged(method: str, run: Command, tmp_path: Path) -> None:
     """The facts, asked as prompts and in chat: nine of ten answers have them where the packed model is served, half of
-    those in the full-precision checkpoint, whose own keys nobody looked at, and a fifth at most without the patch. A fact
+    those in the full-precision checkpoint, whose own keys nobody looked at, and a fifth at most without it. A fact
     taken back is gone in the running server, and all but one of the other answers stay."""
     full = model_folder("smollm2-135m")
     base, patch = edited(run, method, full, tmp_path)
