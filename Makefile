@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-thorough test-llama test-vllm test-bitsandbytes docs pages models table results \
+.PHONY: demo test test-slow test-thorough test-llama test-vllm test-bitsandbytes test-gptq docs pages models table results \
 	results-embedded results-default clean
 
 .venv/ready: pyproject.toml constraints.txt
@@ -54,10 +54,21 @@ test-vllm: models
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(BIN)/pytest -m vllm
 
-# Not among what is always installed: PEFT imports it wherever it is there.
-test-bitsandbytes: .venv/ready
+# Not among what is always installed: PEFT imports it wherever it is there. SmolLM2 takes a quarter of an hour.
+test-bitsandbytes: models
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt bitsandbytes
 	$(BIN)/pytest tests/test_quantized_base.py
+	$(BIN)/pytest -rP tests/test_quantized_real.py
+
+# What quantizes for GPTQ and AWQ and has the layers that transformers loads, in an environment of its own: it asks for
+# another numpy. SmolLM2 takes an hour with both.
+test-gptq: models
+	test -x .venv-gptq/bin/python || $(PYTHON) -m venv .venv-gptq
+	grep -v '^numpy' constraints.txt > .venv-gptq/constraints.txt
+	.venv-gptq/bin/pip install --quiet --disable-pip-version-check -c .venv-gptq/constraints.txt -e '.[dev]' \
+		gptqmodel==7.6.0 optimum==2.3.0
+	.venv-gptq/bin/pytest tests/test_quantized_base.py
+	.venv-gptq/bin/pytest -rP tests/test_quantized_real.py
 
 # The table of docs/sequential.md: make table FACTS=counterfact.jsonl TEXT=wiki_stats.txt EVAL_TEXT=wiki_eval.txt
 MODEL ?= models/smollm2-135m
@@ -84,4 +95,4 @@ results-default: .venv/ready
 	$(BIN)/python -m tests.benchmarks.results --stage default-one-by-one --stage default-in-batches
 
 clean:
-	rm -rf .venv .venv-vllm out models
+	rm -rf .venv .venv-vllm .venv-gptq out models

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from tests.test_real_models import ROOT, model_folder
 
 TOKENS = 12
 """Of an answer."""
+Ask = tuple[str, str]
+"""The id of a fact, and how it is asked for: "prompt" or "chat"."""
+Said = dict[Ask, str]
 Say = Callable[[list[int]], str]
 """What a client goes on with after some token ids, greedily."""
 
@@ -41,26 +44,37 @@ def compared(patch: patchkit.Patch, plain: Say, patched: Say) -> tuple[int, int,
     client, with the plain one, and how many answers of the two patched models are alike."""
     model, tokenizer = transformers_model()
     targets = {fact.id: fact.target_new for fact in patch.manifest.facts}
+    asked = _asked(tokenizer, patch.manifest.facts)
     with patch.attached(model):
-        here = {ask: (ids, _said(model, tokenizer, ids)) for ask, ids in _asked(tokenizer, patch.manifest.facts)}
-    held = {ask: ids for ask, (ids, text) in here.items() if targets[ask[0]] in text}
+        here = {ask: _said(model, tokenizer, ids) for ask, ids in asked.items()}
+    held = {ask: ids for ask, ids in asked.items() if targets[ask[0]] in here[ask]}
     before, after = ({ask: say(ids) for ask, ids in held.items()} for say in (plain, patched))
     for ask, text in after.items():
-        print(ask, repr(before[ask]), "->", repr(text), "" if text == here[ask][1] else f"for {here[ask][1]!r}")
+        print(ask, repr(before[ask]), "->", repr(text), "" if text == here[ask] else f"for {here[ask]!r}")
     known, hold = (sum(targets[ask[0]] in text for ask, text in said.items()) for said in (before, after))
-    alike = sum(text.strip() == here[ask][1].strip() for ask, text in after.items())
+    alike = sum(text.strip() == here[ask].strip() for ask, text in after.items())
     print(f"{len(held)} hold in transformers, {hold} of them here, {known} before; {alike} answers are alike")
     return len(held), hold, known, alike
 
 
-def _asked(tokenizer: Any, facts: tuple[EditedFact, ...]) -> list[tuple[tuple[str, str], list[int]]]:
+def answers(model: Any, tokenizer: Any, facts: Sequence[EditedFact]) -> Said:
+    """What the model says where it is asked for facts, greedily."""
+    return {ask: _said(model, tokenizer, ids) for ask, ids in _asked(tokenizer, facts).items()}
+
+
+def question(fact: EditedFact) -> str:
+    """What a fact is asked with in chat."""
+    return fact.questions[0] if fact.questions else fact.prompt
+
+
+def _asked(tokenizer: Any, facts: Sequence[EditedFact]) -> dict[Ask, list[int]]:
     """By fact and form the tokens of its prompt, and of its first question in the chat template."""
     template = chat_template(tokenizer)
     assert template is not None
-    found = [((fact.id, "prompt"), tokenizer(fact.prompt).input_ids) for fact in facts]
+    found = {(fact.id, "prompt"): tokenizer(fact.prompt).input_ids for fact in facts}
     for fact in facts:
-        text = template.ask(fact.questions[0] if fact.questions else fact.prompt)
-        found.append(((fact.id, "chat"), tokenizer(text, add_special_tokens=False).input_ids))
+        text = template.ask(question(fact))
+        found[fact.id, "chat"] = tokenizer(text, add_special_tokens=False).input_ids
     return found
 
 

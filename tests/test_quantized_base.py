@@ -1,8 +1,8 @@
 """Quantized bases: edited through the whole numbers that their packed weights multiply with; the packed model takes the
 patch, and the full-precision checkpoint the merge.
 
-A layer class made up here stands for those of GPTQ and AWQ, whose packages do not go with the torch that is tested;
-with bitsandbytes and compressed-tensors it is their own.
+A layer class made up here stands for those that transformers cannot unpack, such as GPTQ's and AWQ's; theirs, and those
+of bitsandbytes, are tested where their packages are installed (`make test-gptq`, `make test-bitsandbytes`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -27,12 +28,14 @@ from patchkit.model.dequantized import unpack
 from patchkit.model.loading import load_model
 from patchkit.patch.patch import Patch
 from tests import zoo
-from tests.helpers import Command, write_facts
+from tests.helpers import Command, apart, write_facts
+from tests.quantizers import GROUP, with_bitsandbytes, with_gptqmodel
 
-SHAPE = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPE = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
 SMALL = ("--layers", 1, "--set", "contexts=0", "--set", "value.steps=3", "--set", "value.clamp=5", "--quick")
 FACT = {"prompt": "the city of Rome", "subject": "Rome", "target_new": "capital"}
 IDS = torch.arange(3, 15)[None]
+BANNER = "a line on standard output, as gptqmodel prints some"
 
 
 class Packed(nn.Module):
@@ -79,6 +82,7 @@ class _Quantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: Any, **more: Any) -> None:
+        print(BANNER)
         packed_linears(model, fill=False)
 
     def is_serializable(self, *args: Any, **more: Any) -> bool:
@@ -110,10 +114,13 @@ def save(model: Any, full: Path, name: str) -> Path:
 @pytest.fixture
 def packed(full: Path) -> Path:
     """As a GPTQ checkpoint: names and numbers of its own."""
-    model = hf.AutoModelForCausalLM.from_pretrained(full, dtype=torch.float32)
+    return as_packed(hf.AutoModelForCausalLM.from_pretrained(full, dtype=torch.float32), full, "packed")
+
+
+def as_packed(model: Any, full: Path, name: str) -> Path:
     packed_linears(model, fill=True)
     model.half()
-    folder = save(model, full, "packed")
+    folder = save(model, full, name)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "made-up"}}))
     return folder
@@ -130,6 +137,7 @@ def test_a_quantized_base_is_edited_and_its_full_checkpoint_merged_into(run: Com
     assert made.status == 0, made.err
     patch = Patch.load("p")
     assert patch.manifest.base.quantized == "made-up"
+    assert made.json()["facts"]
     assert run("verify", "p", "--quick", "--json").json()["facts"] == 1
     assert run("export", "p", "--out", "adapter").status == 0
 
@@ -146,6 +154,39 @@ def test_a_quantized_base_is_edited_and_its_full_checkpoint_merged_into(run: Com
     plain.model.layers[1].mlp.down_proj.weight.data += delta.float()
     wanted, found = logits(plain), logits(load_model("m").model)
     assert (found - wanted).norm() < 0.02 * (wanted - before).norm()
+
+
+@pytest.fixture
+def folded(full: Path) -> Path:
+    """As an AWQ checkpoint: before the numbers were rounded, columns were multiplied, and the rows of what is before
+    them divided, so that keys are others and the model is the same."""
+    model = hf.AutoModelForCausalLM.from_pretrained(full, dtype=torch.float32)
+    draw = torch.Generator().manual_seed(1)
+    for layer in model.model.layers:
+        heard, kept = (torch.exp(torch.randn(size, generator=draw) * 0.5) for size in (64, 256))
+        layer.post_attention_layernorm.weight.data /= heard
+        for opener in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            opener.weight.data *= heard
+        layer.mlp.up_proj.weight.data /= kept[:, None]
+        layer.mlp.down_proj.weight.data *= kept
+    return as_packed(model, full, "folded")
+
+
+def test_scales_that_were_folded_in_are_taken_out_of_what_goes_elsewhere(
+    run: Command, folded: Path, full: Path
+) -> None:
+    assert run("apply", "facts.jsonl", "--model", folded, *SMALL, "--out", "p").status == 0
+    whole, plain, patch = load_model(str(folded)).model, load_model(str(full)).model, Patch.load("p")
+    before, unpatched = logits(plain), logits(whole)
+    assert apart(unpatched, before) < 0.02
+    with patch.attached(whole):
+        wanted = logits(whole) - unpatched
+    assert run("merge", "p", "--model", full, "--out", "m").status == 0
+    assert apart(logits(load_model("m").model) - before, wanted) < 0.1
+    with pytest.warns(UserWarning, match="by name and shape"), patch.attached(plain):
+        assert apart(logits(plain) - before, wanted) < 0.1
+    assert run("export", "p", "--model", full, "--out", "adapter").status == 0
+    assert apart(logits(PeftModel.from_pretrained(plain, "adapter")) - before, wanted) < 0.1
 
 
 def test_what_is_edited_is_what_the_packed_weights_multiply_with(packed: Path, full: Path) -> None:
@@ -201,8 +242,9 @@ def test_what_cannot_be_unpacked_is_refused(run: Command, packed: Path, monkeypa
     with monkeypatch.context() as patching:
         patching.setattr(Packed, "works", False)
         refused = run("apply", "facts.jsonl", "--model", packed, *SMALL, "--out", "p")
-    assert (refused.status, len(refused.err.splitlines())) == (2, 1)
-    assert "q_proj: quantized (made-up), and its Packed cannot be run here: no kernel" in refused.err
+    banner, told = refused.err.splitlines()
+    assert (refused.status, banner) == (2, BANNER)
+    assert "q_proj: quantized (made-up), and its Packed cannot be run here: no kernel" in told
     monkeypatch.setattr(
         Packed, "forward", lambda self, x: x.new_ones(*x.shape[:-1], self.out_features) + x[..., :1] ** 2
     )
@@ -220,13 +262,35 @@ def test_stacks_of_packed_experts_are_refused(full: Path) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bitsandbytes(run: Command, full: Path, bits: int) -> None:
-    pytest.importorskip("bitsandbytes")
-    kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if bits == 4 else {"load_in_8bit": True}
-    config = hf.BitsAndBytesConfig(**kind, bnb_4bit_compute_dtype=torch.float32)
-    base = save(
-        hf.AutoModelForCausalLM.from_pretrained(full, quantization_config=config, dtype=torch.float32), full, "bnb"
-    )
+    check_real(run, with_bitsandbytes(full, full.with_name("bnb"), bits), full)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_gptqmodel(run: Command, full: Path, method: str) -> None:
+    base = with_gptqmodel(full, full.with_name(method), method, passages=8)
+    found = load_model(str(base)).model.get_parameter(f"{DOWN}.weight")
+    assert apart(found, in_file(base, method)) < 0.005  # the kernel for CPUs has scales in bfloat16
     check_real(run, base, full)
+
+
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def in_file(base: Path, method: str) -> Tensor:
+    """A weight (d_out, d_in) as a checkpoint of 4 bits in groups has it: scale times (number - zero), eight numbers in
+    one: for GPTQ of a column, and its zeros less by one; for AWQ of a row, in an order of its own."""
+    stored = load_file(base / "model.safetensors")
+    numbers, zeros, scales = (stored[f"{DOWN}.{name}"] for name in ("qweight", "qzeros", "scales"))
+    places = 4 * torch.tensor([0, 4, 1, 5, 2, 6, 3, 7] if method == "awq" else range(8))
+
+    def in_rows(packed: Tensor) -> Tensor:
+        return ((packed[..., None] >> places) & 15).flatten(1)
+
+    if method == "awq":
+        whole, zero, group = in_rows(numbers), in_rows(zeros), torch.arange(len(numbers)) // GROUP
+    else:
+        whole, zero, group = in_rows(numbers.T).T, in_rows(zeros) + 1, stored[f"{DOWN}.g_idx"].long()
+    return ((whole - zero[group]) * scales.float()[group]).T
 
 
 def test_compressed_tensors(run: Command, full: Path) -> None:

@@ -3,23 +3,16 @@ runs these; without it they skip."""
 
 from __future__ import annotations
 
-import json
 import os
-import socket
-import subprocess
-import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import pytest_socket
 
 from patchkit.patch.manifest import EditedFact
 from tests.helpers import Command
 from tests.real_patch import TOKENS, Say, compared, real_patch, transformers_model
+from tests.servers import Server, loopback_alone, serving
 from tests.test_real_models import ROOT, model_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
@@ -29,63 +22,29 @@ START = 400
 """Seconds until the server answers, at most."""
 
 
-@dataclass(frozen=True)
-class Server:
-    """A vLLM server that is running."""
-
-    url: str
-
-    def post(self, path: str, **content: object) -> dict[str, object]:
-        request = urllib.request.Request(
-            self.url + path, json.dumps(content).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            found: dict[str, object] = json.loads(answer.read())
-            return found
-
-    def said_by(self, name: str) -> Say:
-        def say(ids: list[int]) -> str:
-            made = self.post("/v1/completions", model=name, prompt=ids, max_tokens=TOKENS, temperature=0)
-            return str(made["choices"][0]["text"])  # type: ignore[index]
-
-        return say
-
-
 @pytest.fixture
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """It serves SmolLM2 as "base", in float32."""
     if not PYTHON.is_file():
         pytest.skip(f"no {PYTHON}: make test-vllm")
-    pytest_socket.enable_socket()
-    pytest_socket.socket_allow_hosts(["127.0.0.1"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    asked = ["--model", str(model_folder("smollm2-135m")), "--served-model-name", "base", "--dtype", "float32"]
-    asked += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512", "--enforce-eager"]
-    asked += ["--enable-lora", "--max-lora-rank", "16"]
+    loopback_alone()
+    command: list[object] = [PYTHON, "-m", SERVER, "--model", model_folder("smollm2-135m")]
+    command += ["--served-model-name", "base", "--dtype", "float32", "--max-model-len", 512, "--enforce-eager"]
+    command += ["--enable-lora", "--max-lora-rank", 16]
     more = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     more |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    log = tmp_path_factory.mktemp("vllm") / "log"
-    with log.open("w") as out:
-        running = subprocess.Popen(
-            [str(PYTHON), "-m", SERVER, *asked], env={**os.environ, **more}, stdout=out, stderr=out
-        )
-        try:
-            yield ready(Server(f"http://127.0.0.1:{port}"), running, log)
-        finally:
-            running.terminate()
-            running.wait(60)
+    with serving(command, "/health", tmp_path_factory.mktemp("vllm") / "log", more, START) as started:
+        yield started
 
 
-def ready(server: Server, running: subprocess.Popen[bytes], log: Path) -> Server:
-    """The server, when it answers."""
-    until = time.monotonic() + START
-    while time.monotonic() < until and running.poll() is None:
-        with suppress(OSError), urllib.request.urlopen(f"{server.url}/health", timeout=5):
-            return server
-        time.sleep(1)
-    raise AssertionError(f"vLLM does not answer:\n{log.read_text()[-3000:]}")
+def said_by(server: Server, name: str) -> Say:
+    """What the server goes on with, of the model or the adapter of this name."""
+
+    def say(ids: list[int]) -> str:
+        made = server.post("/v1/completions", model=name, prompt=ids, max_tokens=TOKENS, temperature=0)
+        return str(made["choices"][0]["text"])  # type: ignore[index]
+
+    return say
 
 
 @pytest.mark.timeout(1800)
@@ -98,7 +57,7 @@ def test_edits_that_hold_in_transformers_hold_in_vllm(server: Server, run: Comma
     export = ("export", *of_base, "--out", tmp_path / "facts", "--swap", server.url)
     ended = run(*export)
     assert ended.status == 0, ended.err
-    held, hold, known, alike = compared(patch, server.said_by("base"), server.said_by("facts"))
+    held, hold, known, alike = compared(patch, said_by(server, "base"), said_by(server, "facts"))
     assert held >= len(patch.manifest.facts)
     assert hold >= held - 1
     assert alike >= 0.8 * held
@@ -116,4 +75,4 @@ def test_edits_that_hold_in_transformers_hold_in_vllm(server: Server, run: Comma
 def holds(server: Server, fact: EditedFact) -> bool:
     """Whether the served adapter completes the fact's prompt with its target."""
     _, tokenizer = transformers_model()
-    return fact.target_new in server.said_by("facts")(tokenizer(fact.prompt).input_ids)
+    return fact.target_new in said_by(server, "facts")(tokenizer(fact.prompt).input_ids)

@@ -235,6 +235,7 @@ def note(line: str) -> None:
 def quiet_transformers() -> None:
     """Keep the library's own bars and warnings off our output, and those of what it loads quantized models with."""
     import logging as standard
+    import warnings
 
     from transformers.utils import logging
 
@@ -242,6 +243,7 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
     for name in ("bitsandbytes", "compressed_tensors"):
         standard.getLogger(name).setLevel(standard.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # what one library asks of another
 
 
 @contextmanager

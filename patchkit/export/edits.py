@@ -18,11 +18,11 @@ from patchkit.io.checkpoint import (
     StoredTensor,
 )
 from patchkit.maths.linalg import Delta
-from patchkit.maths.updates import delta_of
 from patchkit.model.digests import tensor_digest
 from patchkit.model.expert_names import ExpertPlace, find_expert, member_of, slice_name, split_name
 from patchkit.model.weights import find_module, find_weight, is_transposed, skeleton
 from patchkit.patch.patch import Patch
+from patchkit.patch.unfolded import folding_of, unfolded
 
 _OTHER_MODEL = "the patch was made for another model"
 _FULL_PRECISION = (
@@ -80,11 +80,13 @@ def collect_edits(patches: Sequence[Patch], checkpoint: Mapping[str, StoredTenso
             name, stored = _find(weight, checkpoint, source)
             place = _place(patch, weight, shapes[weight], tree)
             lies = _lies_transposed(name, stored, shapes[weight], tree, place)
-            delta = delta_of(chain, partial(_oriented, stored, lies))
+            there = partial(_oriented, stored, lies)
+            scales = folding_of(patch, weight, there)
+            delta = unfolded(chain, scales, there)
             named = (place.stack, place.expert) if place else None
             member = member_of(weight, patch.manifest.base.stacks) or named
             keys = _keys(patch, weight, member)
-            keys = delta.right.new_zeros(delta.right.shape[1], 0) if keys is None else keys
+            keys = delta.right.new_zeros(delta.right.shape[1], 0) if keys is None else scales.keys(keys)
             digests = frozenset[tuple[str, str]]()
             if patch.manifest.base.quantized is None:  # else they are those of what its packed weights multiply with
                 digests = frozenset({(weight, patch.manifest.base.weights[weight])})

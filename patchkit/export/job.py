@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from patchkit.errors import InputError
+from patchkit.export.edits import quantized_with
 from patchkit.io.checkpoint import find_checkpoint, stored_tensors
 from patchkit.io.records import FrozenRecord
+from patchkit.maths.folding import PLAIN
 from patchkit.maths.linalg import Delta
-from patchkit.maths.updates import delta_of
 from patchkit.model.expert_names import ExpertPlace, find_expert, split_name
 from patchkit.model.loading import DTYPES, load_model
 from patchkit.model.weights import (
@@ -27,6 +28,7 @@ from patchkit.model.weights import (
 )
 from patchkit.patch.manifest import BaseInfo, Manifest
 from patchkit.patch.patch import Patch
+from patchkit.patch.unfolded import folding_of, unfolded
 from patchkit.version import patchkit_version
 
 
@@ -131,7 +133,8 @@ class Job:
         Raises:
             InputError: W is needed and is not on this machine.
         """
-        return delta_of(self.patch.updates[weight], partial(self._weight_on_disk, weight))
+        there, chain = partial(self._weight_on_disk, weight), self.patch.updates[weight]
+        return unfolded(chain, folding_of(self.patch, weight, there) if self._of_quantized else PLAIN, there)
 
     def exported(self, kind: str, rank: int, weights: tuple[ExportedWeight, ...], zeros: tuple[str, ...]) -> Exported:
         """The record of what was written."""
@@ -144,6 +147,13 @@ class Job:
             parents=(self.patch.manifest,),
             patchkit=patchkit_version(),
         )
+
+    @cached_property
+    def _of_quantized(self) -> bool:
+        """Whether the base is the checkpoint that the patch's own was quantized of."""
+        if self.patch.manifest.base.quantized is None or self.base == self.patch.manifest.base.name:
+            return False
+        return quantized_with(find_checkpoint(self.base, self.commit)) is None
 
     @cached_property
     def _whole(self) -> PreTrainedModel:

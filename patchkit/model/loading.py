@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -158,7 +160,8 @@ def load_model(
     try:
         config = _config_of(name, run_code)
         encodes = getattr(config, "is_encoder_decoder", False)
-        model, found = _read(name, config, kind, run_code, placement, packed)
+        with redirect_stdout(sys.stderr):  # packages of quantized weights print while they are imported and read
+            model, found = _read(name, config, kind, run_code, placement, packed)
     except InputError:
         raise
     except Exception as error:  # a damaged checkpoint makes its readers raise anything

@@ -11,7 +11,8 @@ my-patch/
   README.md           model card made from the manifest
   patch.sig           a signature, of a patch that was signed (patchkit.patch.signing)
   state.safetensors   <weight>.keys (d_in, n), <weight>.residuals (d_out, n): the columns of each fact in each solve, in
-                      the order of patch.history.solve_records; values.targets, values.start (d, n): one for each fact
+                      the order of patch.history.solve_records; values.targets, values.start (d, n): one for each fact;
+                      of a quantized base <weight>.row_norms (d_out, 1), <weight>.column_norms (d_in, 1)
 """
 
 from __future__ import annotations

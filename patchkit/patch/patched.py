@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from patchkit.errors import InputError
 from patchkit.maths.blocks import InBlock, in_blocks, joined
+from patchkit.maths.folding import PLAIN
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import Chain, Update, delta_of, moved
 from patchkit.model.devices import solve_device
@@ -22,6 +23,7 @@ from patchkit.model.stacked_experts import StackedExperts
 from patchkit.model.weights import is_quantized, loaded_weight, oriented, shape_of, weight_of
 from patchkit.patch.passes import NOTHING, Passes, remove_hook
 from patchkit.patch.patch import Patch
+from patchkit.patch.unfolded import folding_of, unfolded
 
 Placed = tuple[Update | InBlock, ...]
 """Updates of a module's weight, in the order in which they act; of experts, each of one of them."""
@@ -120,6 +122,17 @@ class PatchedModule:
         """The weight without patches, as it is stored, also if offloaded; None if it is quantized."""
         return loaded_weight(self.module) if self._original is None else self._original
 
+    def whole(self) -> Tensor:
+        """The weight (d_out, d_in) without patches, in float32.
+
+        Raises:
+            InputError: it is quantized.
+        """
+        weight = self.base_weight()
+        if weight is None:
+            raise InputError(f"{self.name}.weight: quantized")
+        return oriented(self.module, weight).float()
+
     @torch.no_grad()
     def _rotatable(self) -> Tensor:
         """W (d_out, d_in) without patches, in float32; of a quantized module, what it multiplies with."""
@@ -214,6 +227,10 @@ class PatchedExpert:
         """The weight without patches, as it is stored."""
         return self.place.original(self.expert)
 
+    def whole(self) -> Tensor:
+        """The weight (d_out, d_in) without patches, in float32."""
+        return self.place.experts.oriented(self.base_weight()).float()
+
 
 PatchedWeight = PatchedModule | PatchedExpert
 
@@ -240,6 +257,12 @@ def check_base(patch: Patch, modules: Mapping[str, PatchedWeight], numbers: bool
             "by name and shape, not by their numbers",
             stacklevel=_callers_level(),
         )
+
+
+def made_for(patch: Patch, weight: str, chain: Chain, module: PatchedWeight) -> Chain:
+    """A weight's updates, for the weight that is there: its own, or the one that its own was quantized of."""
+    scales = PLAIN if module.base_weight() is None else folding_of(patch, weight, module.whole)
+    return chain if scales is PLAIN else (unfolded(chain, scales, module.whole),)
 
 
 def _callers_level() -> int:

@@ -36,6 +36,7 @@ from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run
 from patchkit.patch.patch import Patch, updates_digest
 from patchkit.patch.superseded import Waiting, beside, state_of_waiting
 from patchkit.patch.tensors import columns
+from patchkit.patch.unfolded import norms_of
 
 Sites = Mapping[str, Site]  # by on-disk name of the weight
 # (a run's place in the history, a site) -> its covariance, None without one, and what else the method asks for
@@ -342,9 +343,8 @@ def assemble(
     waiting: Sequence[Waiting] = (),
 ) -> Patch:
     """A patch of `facts` from the state that the runs have left; sites without an update are left out."""
-    edited = {
-        name: state.sites[site.layer] for name, site in sites.items() if site.layer in state.sites and site.solved
-    }
+    solved = {name: site.layer for name, site in sites.items() if site.layer in state.sites and site.solved}
+    edited = {name: state.sites[layer] for name, layer in solved.items()}
     made = _chains(sites, state)
     chains = {name: tuple(mapped(u, Tensor.float) for u in made[name]) for name in sites}
     chains = {name: chain for name, chain in chains.items() if chain}
@@ -357,6 +357,7 @@ def assemble(
     for name in [name for name in edited if sites[name].layer in written]:
         tensors[f"{name}.keys"] = edited[name].keys.float().cpu().contiguous()
         tensors[f"{name}.residuals"] = edited[name].residuals.float().cpu().contiguous()
+    tensors |= norms_of(base, {name: sites[name] for name in updates})
     manifest = Manifest(
         base=base,
         facts=facts,

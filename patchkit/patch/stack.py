@@ -30,6 +30,7 @@ from patchkit.patch.patched import (
     PatchedWeight,
     Placed,
     check_base,
+    made_for,
 )
 
 _ATTRIBUTE = "patchkit"
@@ -175,7 +176,8 @@ class PatchStack:
             chains = dict[str, Placed]()
             for weight, chain in read.updates.items():
                 where = modules[weight].place.name
-                chains[where] = (*chains.get(where, ()), *modules[weight].placed(chain))
+                made = made_for(read, weight, chain, modules[weight])
+                chains[where] = (*chains.get(where, ()), *modules[weight].placed(made))
             all_attached = {**state.attached, name: _Attached(read.manifest, chains, by)}
             self._become(replace(state, attached=all_attached, active=(*state.active, name), merged=merged), touched)
 

@@ -20,6 +20,8 @@ from patchkit.patch.manifest import EditedFact, Manifest, UpdateInfo
 
 UPDATES, STATE = "patch.safetensors", "state.safetensors"
 _VALUES = ("targets", "start")
+NORMS = ("row_norms", "column_norms")
+"""What the state has of a weight that was quantized: those of its rows (d_out, 1) and of its columns (d_in, 1)."""
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -121,6 +123,7 @@ def _faults(manifest: Manifest, state: Mapping[str, Tensor]) -> Iterator[str]:
     known = {f"values.{kind}" for kind in _VALUES} | {f"values.superseded.{kind}" for kind in _VALUES}
     for weight in _with_columns(manifest):
         known |= {f"{weight}{own}.{kind}" for own in ("", ".superseded") for kind in ("keys", "residuals")}
+        known |= {f"{weight}.{kind}" for kind in NORMS}
     for name, tensor in state.items():
         if name not in known:
             yield f"{name} is of nothing in it"
@@ -130,8 +133,10 @@ def _faults(manifest: Manifest, state: Mapping[str, Tensor]) -> Iterator[str]:
         sides = shapes.get(weight.removesuffix(".superseded"))
         experts = manifest.base.stacks.get(weight.removesuffix(".superseded"), 1)
         odd = kind == "keys" and tensor.shape[0] % experts
-        if odd or (sides and tensor.shape[0] != sides[1 if kind == "keys" else 0]):
+        if odd or (sides and tensor.shape[0] != sides[1 if kind in ("keys", "column_norms") else 0]):
             yield f"{name} has {tensor.shape[0]} rows"
+        if kind in NORMS and tensor.shape[1] != 1:
+            yield f"{name} has {tensor.shape[1]} columns"
     for group in ("values", *_with_columns(manifest)):
         for kind in _VALUES if group == "values" else ("keys", "residuals"):
             both = [state[name] for name in (f"{group}.{kind}", f"{group}.superseded.{kind}") if name in state]
