@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,20 @@ def test_scales_that_were_folded_in_are_taken_out_of_what_goes_elsewhere(
         assert apart(logits(plain) - before, wanted) < 0.1
     assert run("export", "p", "--model", full, "--out", "adapter").status == 0
     assert apart(logits(PeftModel.from_pretrained(plain, "adapter")) - before, wanted) < 0.1
+
+
+def test_awqs_scales_are_never_left_in_for_want_of_what_tells_them(run: Command, folded: Path, full: Path) -> None:
+    """A merge that went on without them did nothing to the model, and said so nowhere."""
+    assert run("apply", "facts.jsonl", "--model", folded, *SMALL, "--out", "p").status == 0
+    patch = Patch.load("p")
+    base = patch.manifest.base.model_copy(update={"quantized": "awq"})
+    without = replace(patch, manifest=patch.manifest.model_copy(update={"base": base}), state={})
+    without.save("without")
+    for command in (("merge", "--out", "m"), ("export", "--out", "adapter")):
+        ended = run(command[0], "without", "--model", full, *command[1:])
+        assert ended.status == 2
+        assert "AWQ has scaled" in ended.err
+        assert not Path(command[-1]).exists()
 
 
 def test_what_is_edited_is_what_the_packed_weights_multiply_with(packed: Path, full: Path) -> None:

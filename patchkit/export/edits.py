@@ -22,7 +22,7 @@ from patchkit.model.digests import tensor_digest
 from patchkit.model.expert_names import ExpertPlace, find_expert, member_of, slice_name, split_name
 from patchkit.model.weights import find_module, find_weight, is_transposed, skeleton
 from patchkit.patch.patch import Patch
-from patchkit.patch.unfolded import folding_of, unfolded
+from patchkit.patch.unfolded import folding_at_full_precision, unfolded
 
 _OTHER_MODEL = "the patch was made for another model"
 _FULL_PRECISION = (
@@ -81,7 +81,7 @@ def collect_edits(patches: Sequence[Patch], checkpoint: Mapping[str, StoredTenso
             place = _place(patch, weight, shapes[weight], tree)
             lies = _lies_transposed(name, stored, shapes[weight], tree, place)
             there = partial(_oriented, stored, lies)
-            scales = folding_of(patch, weight, there)
+            scales = folding_at_full_precision(patch, weight, there)
             delta = unfolded(chain, scales, there)
             named = (place.stack, place.expert) if place else None
             member = member_of(weight, patch.manifest.base.stacks) or named

@@ -28,7 +28,7 @@ from patchkit.model.weights import (
 )
 from patchkit.patch.manifest import BaseInfo, Manifest
 from patchkit.patch.patch import Patch
-from patchkit.patch.unfolded import folding_of, unfolded
+from patchkit.patch.unfolded import folding_at_full_precision, unfolded
 from patchkit.version import patchkit_version
 
 
@@ -134,7 +134,9 @@ class Job:
             InputError: W is needed and is not on this machine.
         """
         there, chain = partial(self._weight_on_disk, weight), self.patch.updates[weight]
-        return unfolded(chain, folding_of(self.patch, weight, there) if self._of_quantized else PLAIN, there)
+        return unfolded(
+            chain, folding_at_full_precision(self.patch, weight, there) if self._of_quantized else PLAIN, there
+        )
 
     def exported(self, kind: str, rank: int, weights: tuple[ExportedWeight, ...], zeros: tuple[str, ...]) -> Exported:
         """The record of what was written."""

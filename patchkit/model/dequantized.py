@@ -134,7 +134,7 @@ def _runner(
 def _unknown(name: str, module: nn.Module, method: str, why: str) -> InputError:
     return InputError(
         f"{name}: quantized ({method}), and its {type(module).__name__} {why}; edit the full-precision checkpoint, "
-        "whose patch the quantized one takes"
+        "merge it, and quantize that"
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from patchkit.errors import InputError
 from patchkit.maths.folding import PLAIN, Folding, folding, norms
 from patchkit.maths.linalg import Delta
 from patchkit.maths.updates import Chain, delta_of
@@ -29,6 +30,20 @@ def folding_of(patch: Patch, weight: str, there: Callable[[], Tensor]) -> Foldin
     `PLAIN` where the patch does not say, as it was published without its state or made for whole numbers."""
     rows, columns = (patch.state.get(f"{weight}.{kind}") for kind in NORMS)
     return PLAIN if rows is None or columns is None else folding(there(), rows, columns)
+
+
+def folding_at_full_precision(patch: Patch, weight: str, there: Callable[[], Tensor]) -> Folding:
+    """The same where the weight that is `there` is that of the full-precision checkpoint.
+
+    Raises:
+        InputError: AWQ has scaled the weight that the patch was made for, and the patch does not say how.
+    """
+    if patch.manifest.base.quantized == "awq" and f"{weight}.{NORMS[0]}" not in patch.state:
+        raise InputError(
+            f"{weight}: the patch is for weights that AWQ has scaled, and is here without its state, which tells the "
+            "scales; go to the full-precision checkpoint from the patch with its state.safetensors"
+        )
+    return folding_of(patch, weight, there)
 
 
 def unfolded(chain: Chain, scales: Folding, there: Callable[[], Tensor]) -> Delta:
