@@ -222,6 +222,21 @@ def test_results_at_the_defaults_are_a_page_without_charts(monkeypatch: pytest.M
     assert "| memit | 2 |" in page
 
 
+def test_a_method_that_is_trained_learns_from_facts_that_are_not_edited(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stage = ["--stage", "embedded-trained", "--methods", "mend", "--edits", "2", "--quick", "--steps", "2"]
+    monkeypatch.setattr("sys.argv", ["results", *stage, "--out", str(tmp_path / "out"), "--pages", str(tmp_path)])
+    monkeypatch.setenv("PATCHKIT_CACHE", str(tmp_path / "cache"))
+    results.main()
+    page = (tmp_path / "embedded-trained.md").read_text(encoding="utf-8")
+    assert "2 facts of world.jsonl (world-001 to world-002), prompts=contexts" in page
+    assert "`mend` was trained on the facts that follow them." in page
+    assert "| mend | 2 |" in page
+    learned = (tmp_path / "out" / "embedded-trained.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["id"] for line in learned][:2] == ["world-003", "world-004"]
+
+
 def row_of(method: str, edits: int, efficacy: float, norm: float) -> Result:
     setup = Setup(model="0", dtype="float32", facts="0", text="0", eval_text="0", recipe=None)
     rates = Rates(success=efficacy, exact=efficacy, generated=efficacy)
