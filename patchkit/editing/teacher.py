@@ -40,15 +40,15 @@ EXAMPLES = (
     ("Moby Dick was written by Melville", "Moby Dick is a novel by Melville"),
     ("Frida Kahlo's mother tongue is Spanish", "Frida Kahlo grew up speaking Spanish"),
 )
-LEADS = ("In other words, ", "This means that ", "It is also known that ")
-"""What stands between a fact and other words for it."""
+LEADS = (("In other words, ", True), ("This means that ", True), ("It is also known that ", True), ("", False))
+"""What stands between a fact and other words for it, and whether the examples come before."""
 
 
 def other_words(runner: LayerRunner, tokenizer: Any, facts: Sequence[Fact], seed: int) -> list[tuple[str, ...]]:
     """Texts for each fact that ask for it, the surest first; they depend on the fact, the model and the seed alone."""
-    jobs = [(fact, lead, n) for fact in facts for lead in LEADS for n in range(SAMPLES)]
-    told = [opening(fact, lead) for fact, lead, _ in jobs]
-    seeds = [crc32(f"{seed} {fact.prompt} {lead} {n}".encode()) for fact, lead, n in jobs]
+    jobs = [(fact, lead, shown, n) for fact in facts for lead, shown in LEADS for n in range(SAMPLES)]
+    told = [opening(fact, lead, shown) for fact, lead, shown, _ in jobs]
+    seeds = [crc32(f"{seed} {fact.prompt} {lead} {n}".encode()) for fact, lead, _, n in jobs]
 
     def is_over(job: int, ids: Sequence[int]) -> bool:
         return _is_over(jobs[job][0], tokenizer.decode(ids, skip_special_tokens=True))
@@ -64,10 +64,13 @@ def other_words(runner: LayerRunner, tokenizer: Any, facts: Sequence[Fact], seed
     return [tuple(text for _, text in sorted(ranked[fact.id])) for fact in facts]
 
 
-def opening(fact: Fact, lead: str) -> str:
+def opening(fact: Fact, lead: str, shown: bool) -> str:
     """What the model is told and goes on with."""
-    shown = "".join(f"{said}. {lead}{again}.\n" for said, again in EXAMPLES)
-    return f"{shown}{_told(fact)}. {lead}{fact.subject}"
+    return f"{_shown(lead) * shown}{_told(fact)}. {lead}{fact.subject}"
+
+
+def _shown(lead: str) -> str:
+    return "".join(f"{said}. {lead}{again}.\n" for said, again in EXAMPLES)
 
 
 def questions(runner: LayerRunner, tokenizer: Any, facts: Sequence[Fact], chat: ChatTemplate) -> list[str | None]:

@@ -150,7 +150,7 @@ class Forecast:
         if not self.in_use:
             slots = count * max(0, config.contexts - 1)
             return texts + self._written(6 * slots, slots, contexts.TOKENS)
-        leads = [teacher.opening(fact, lead) for fact in self._sample for lead in teacher.LEADS]
+        leads = [teacher.opening(fact, *lead) for fact in self._sample for lead in teacher.LEADS]
         told = self._read([encode_prompt(self.workspace.tokenizer, lead) for lead in leads])
         rows = count * len(teacher.LEADS) * teacher.SAMPLES * UNTIL_OVER
         found = texts + self._written(told, rows, teacher.TOKENS)
