@@ -43,10 +43,8 @@ def test_texts_that_each_extend_the_one_before_have_stems_however_many() -> None
     assert max(stems.stem_lengths([tuple(range(1 + n)) for n in range(1500)])) == 750
 
 
-def test_a_text_that_ends_where_others_differ_is_of_their_stem() -> None:
-    """Sorted with its last token, one comes between those of the same stem."""
-    assert stems.stem_lengths([(0, 0, 0, 1), (0, 0, 1), (0, 0, 2, 1)]) == [2, 2, 2]
-    assert stems.stem_lengths([(0, 0, 0, 1), (0, 1), (0, 0, 0, 2)]) == [3, 0, 3]
+def test_texts_that_end_where_a_longer_stem_goes_on_share_what_they_have() -> None:
+    assert stems.stem_lengths([(0, 5), (0, 6), (0, 0, 2, 1), (0, 0, 3, 1)]) == [1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon_sequential"])
