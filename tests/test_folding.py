@@ -40,6 +40,12 @@ def test_scales_come_back_from_norms(weight: Tensor, bits: int, off: float) -> N
     assert apart(found.out_of(change).dense() @ found.keys(keys), (change.dense() @ keys) / found.rows) < 1e-5
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_small_columns_that_rounding_has_lost_are_no_scale(weight: Tensor, bits: int) -> None:
+    """An update was multiplied by ten there."""
+    assert folding(weight, *norms(rounded(weight, bits))) is PLAIN
+
+
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_rounding_alone_is_no_scale(weight: Tensor, bits: int) -> None:
     assert folding(weight, *norms(weight)) is PLAIN

@@ -202,6 +202,15 @@ def test_awqs_scales_are_never_left_in_for_want_of_what_tells_them(run: Command,
         assert ended.status == 2
         assert "AWQ has scaled" in ended.err
         assert not Path(command[-1]).exists()
+    plain, whole = load_model(str(full)).model, load_model(str(folded)).model
+    with (
+        pytest.warns(UserWarning, match="by name and shape"),
+        pytest.raises(InputError, match="AWQ has scaled"),
+        without.attached(plain),
+    ):
+        pass
+    with without.attached(whole):  # what it was made for takes it as it is
+        pass
 
 
 def test_what_is_edited_is_what_the_packed_weights_multiply_with(packed: Path, full: Path) -> None:

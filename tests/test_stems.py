@@ -39,6 +39,14 @@ def test_a_texts_last_token_is_of_no_stem() -> None:
     assert stems.stem_lengths([(1,), (1,)]) == [0, 0]
 
 
+def test_texts_that_each_extend_the_one_before_have_stems_however_many() -> None:
+    assert max(stems.stem_lengths([tuple(range(1 + n)) for n in range(1500)])) == 750
+
+
+def test_texts_that_end_where_a_longer_stem_goes_on_share_what_they_have() -> None:
+    assert stems.stem_lengths([(0, 5), (0, 6), (0, 0, 2, 1), (0, 0, 3, 1)]) == [1, 1, 2, 2]
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon_sequential"])
 def test_texts_with_stems_are_read_as_without(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a sliding window is shorter than the text, and where positions are told by the mask."""
@@ -72,6 +80,20 @@ def test_what_comes_after_stems_predicts_the_same(family: str, monkeypatch: pyte
             assert torch.allclose(logits[row, int(rest.mask[row].sum()) - 1], alone[0, -1], atol=1e-9)
         places += rest.places
     assert sorted(places) == list(range(len(TEXTS)))
+
+
+def test_the_states_of_no_more_stems_are_held_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of ten thousand facts asks hundreds of thousands of texts, whose stems would fill the memory."""
+    monkeypatch.setitem(stems.PASS, "cpu", 0)
+    runner, texts = runner_of(), [(*SYSTEM, n, n + 1, m) for n in range(20, 80) for m in (1, 2)]
+    whole = stems.read(runner, texts)
+    monkeypatch.setattr(stems, "HELD", 130)
+    parts = list(stems.rests(runner, texts))
+    assert all(part.before is not None and part.before.mask.numel() <= 130 for part in parts)
+    assert sorted(place for part in parts for place in part.places) == list(range(len(texts)))
+    found = stems.read(runner, texts)
+    for ours, other in zip(found.layers, whole.layers, strict=True):
+        assert torch.allclose(ours[1], other[1], atol=1e-9)
 
 
 def counting(monkeypatch: pytest.MonkeyPatch, ran: list[int]) -> None:

@@ -177,3 +177,15 @@ def test_facts_about_one_subject_need_not_stand_together() -> None:
     ).of([0, 2, 3, 1])
     for name in ("start", "targets", "loss"):
         assert torch.allclose(getattr(found, name), getattr(expected, name), rtol=1e-6), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
+def test_values_at_several_layers_are_those_sought_layer_by_layer(family: str) -> None:
+    """Also at the last layer's output, above which no layer runs."""
+    runner, requests, layers = runner_of(family), requests_of(), [3, 1, 2]
+    site_of = {site.layer: site for site in runner.arch.sites}
+    together = optimize(runner, requests, site_of[1], "layer_out", CONFIG, layers=layers)
+    for fact, layer in enumerate(layers):
+        alone = optimize(runner, [requests[fact]], site_of[layer], "layer_out", CONFIG)
+        assert torch.allclose(together.targets[:, fact], alone.targets[:, 0])
+        assert torch.allclose(together.start[:, fact], alone.start[:, 0])

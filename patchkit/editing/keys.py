@@ -29,13 +29,14 @@ class SubjectStates:
         spare = worth_a_pass(runner.device)
         stems, own = cut(texts, spare)
         rests = [text[len(stem) :] for text, stem in zip(texts, own, strict=True)]
+        number = {stem: place for place, stem in enumerate(stems)}
         groups = alike([len(rest) for rest in rests], spare, lambda some: len(rests[some[-1]]) * len(some) <= TOKENS)
         self._groups = [
             _Group(
                 runner,
                 value_at,
                 [rests[row] for row in rows],
-                [stems.index(own[row]) if own[row] else None for row in rows],
+                [number.get(own[row]) for row in rows],
                 [place for place, row in enumerate(rows) if row % self._contexts == 0],
             )
             for rows in groups

@@ -122,7 +122,7 @@ class _Writing:
             if not going:
                 break
             if len(going) <= LEFT * len(self.rows):
-                self._keep(torch.tensor(going, device=self.rows.device))
+                self._keep(torch.tensor(going))
         found = zip(self.places, drawn.tolist(), best.tolist(), lengths, strict=True)
         return {place: Drawn(ids[:length], likeliest[:length]) for place, ids, likeliest, length in found}
 
@@ -139,7 +139,8 @@ class _Writing:
         return logits.float().topk(min(choices, logits.shape[1]))
 
     def _keep(self, going: Tensor) -> None:
-        """Go on with some of the rows alone."""
+        """Go on with some of the rows alone; their numbers are on the CPU, as layers' caches are on devices of their
+        own."""
         self.rows, self.last = self.rows[going], self.last[going]
         self.mask, self.position = self.mask[going], self.position[going]
         self.cache.batch_select_indices(going)

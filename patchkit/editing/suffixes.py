@@ -227,9 +227,9 @@ def _kept(rows: Sequence[Row], targets: Sequence[int], texts: int, device: torch
 
 def graph_bytes(runner: LayerRunner, start: int) -> int:
     """Rough estimate of what a backward pass through the layers from `start` on keeps per position: in every layer 16
-    vectors as wide as the residual stream and 6 as wide as the feed-forward."""
+    vectors as wide as the residual stream and 6 as wide as the feed-forward; above the last one as much as in it."""
     wide = 16 * runner.arch.hidden_size + 6 * max(site.active for site in runner.arch.sites)
-    return int((runner.depth - start) * wide * runner.dtype.itemsize)
+    return int(max(1, runner.depth - start) * wide * runner.dtype.itemsize)
 
 
 def free_memory(device: torch.device) -> int:

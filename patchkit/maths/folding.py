@@ -17,8 +17,10 @@ from patchkit.maths.linalg import Delta
 
 _SPREAD = 0.05
 """How far factors of norms are from 1, as the root mean square of their logarithms, where scales were folded in;
-rounding to four bits leaves them within a hundredth."""
+rounding to four bits leaves them within a hundredth. Each counts by its energy: small rows and columns may be rounded
+to nothing, which is no scale."""
 _ROUNDS, _CLOSE = 200, 1e-5
+_LEAST = 1e-30
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ def folding(weight: Tensor, row_norms: Tensor, column_norms: Tensor) -> Folding:
             break
     mean = rows.log().mean().exp()
     rows, columns = (rows / mean).sqrt(), (columns * mean).sqrt()
-    rows = rows if _spread(rows) > _SPREAD else torch.ones_like(rows)
-    columns = columns if _spread(columns) > _SPREAD else torch.ones_like(columns)
+    rows = rows if _spread(rows, wanted_rows) > _SPREAD else torch.ones_like(rows)
+    columns = columns if _spread(columns, wanted_columns) > _SPREAD else torch.ones_like(columns)
     if bool((rows == 1).all()) and bool((columns == 1).all()):
         return PLAIN
     return Folding(rows[:, None], columns[None])
@@ -82,5 +84,5 @@ def _factors(wanted: Tensor, found: Tensor) -> Tensor:
     return torch.where((wanted > 0) & (found > 0), wanted / found, 1.0)
 
 
-def _spread(factors: Tensor) -> float:
-    return float(factors.log().square().mean().sqrt())
+def _spread(factors: Tensor, energy: Tensor) -> float:
+    return float(((factors.log().square() * energy).sum() / energy.sum().clamp_min(_LEAST)).sqrt())

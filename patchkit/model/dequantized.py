@@ -49,6 +49,11 @@ def unpacked_from(model: nn.Module) -> str | None:
     return _unpacked.get(model)
 
 
+def quantized_with(model: nn.Module) -> str | None:
+    """The method that a model's weights are quantized with, or were before they were made whole numbers."""
+    return unpacked_from(model) or quantization_of(getattr(model, "config", None))
+
+
 def note_unpacked(model: nn.Module, method: str) -> None:
     """Keep in mind that a model has whole numbers of what was quantized with `method`."""
     _unpacked[model] = method

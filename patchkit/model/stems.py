@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -20,6 +20,8 @@ PADDING = 0.15
 """The share of a pass that may be padding, where that is more than a pass of its own is worth."""
 ROWS, TOKENS = 256, 4096
 """In a pass, padding included."""
+HELD = 2**15
+"""Positions of texts, padding included, whose stems' states are held at a time."""
 Text = Sequence[int]
 
 
@@ -47,28 +49,48 @@ def alike(lengths: Sequence[int], spare: int, fits: Callable[[list[int]], bool])
 def stem_lengths(texts: Sequence[Text]) -> list[int]:
     """How much of each text is a stem that others have too, so that reading stems once saves the most tokens. A text's
     last token is never of its stem."""
-    order = sorted(range(len(texts)), key=lambda place: tuple(texts[place]))
-    found = [0] * len(texts)
-    _, stems = _saved([tuple(texts[place][:-1]) for place in order], 0, len(order))
-    for first, after, length in stems:
+    whole = [tuple(text[:-1]) for text in texts]
+    order, found = sorted(range(len(texts)), key=whole.__getitem__), [0] * len(texts)
+    for first, after, length in _stems([whole[place] for place in order]):
         for place in order[first:after]:
             found[place] = length
     return found
 
 
-def _saved(texts: Sequence[tuple[int, ...]], first: int, after: int) -> tuple[int, list[tuple[int, int, int]]]:
-    """The most tokens that stems of the sorted texts from `first` to `after` save, and these stems: from which text to
-    which, and how long. Either all have one, or those whose next tokens are the same are seen to by themselves."""
-    if after - first < 2:
-        return 0, []
-    length = _shared(texts[first], texts[after - 1])
-    whole = (after - first - 1) * length
-    cuts = [i for i in range(first + 1, after) if texts[i - 1][length : length + 1] != texts[i][length : length + 1]]
-    if not cuts:  # all the same text
-        return whole, [(first, after, length)]
-    parts = [_saved(texts, *span) for span in zip([first, *cuts], [*cuts, after], strict=True)]
-    apart = sum(saved for saved, _ in parts)
-    return (whole, [(first, after, length)]) if whole > apart else (apart, [s for _, stems in parts for s in stems])
+@dataclass
+class _Span:
+    """Sorted texts from `first` on that share `length` tokens, or, where they also end there, one that counts as half:
+    the most that stems of theirs save, and these stems: from which text to which, and how long."""
+
+    first: int
+    length: float
+    saved: int = 0
+    stems: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def close(self, after: int) -> None:
+        """Either all of them up to `after` have one stem, or the spans within are seen to by themselves."""
+        whole = (after - self.first - 1) * int(self.length)
+        if whole > self.saved:
+            self.saved, self.stems = whole, [(self.first, after, int(self.length))]
+
+
+def _stems(texts: Sequence[tuple[int, ...]]) -> list[tuple[int, int, int]]:
+    """The stems of sorted texts that save the most tokens. A span is open as long as the next text shares as much."""
+    spans = [_Span(0, 0)]
+    for after in range(1, len(texts) + 1):
+        here, then = texts[after - 1], texts[after] if after < len(texts) else ()
+        shared, first = _shared(here, then) + 0.5 * (here == then != ()), after - 1
+        while spans[-1].length > shared:
+            span = spans.pop()
+            span.close(after)
+            first = span.first
+            if spans[-1].length < shared:
+                spans.append(_Span(first, shared))
+            spans[-1].saved += span.saved
+            spans[-1].stems += span.stems
+        if spans[-1].length < shared:
+            spans.append(_Span(first, shared))
+    return spans[0].stems
 
 
 def _shared(one: Text, other: Text) -> int:
@@ -110,6 +132,26 @@ def tokens_read(texts: Sequence[Text], spare: int) -> int:
 
 def rests(runner: LayerRunner, texts: Sequence[Text], stop: int | None = None) -> Iterator[Rest]:
     """Passes over all texts that run what they share once, in layers 0..stop-1. No text is empty."""
+    for places in _portions(texts):
+        for rest in _rests(runner, [texts[place] for place in places], stop):
+            yield replace(rest, places=[places[place] for place in rest.places])
+
+
+def _portions(texts: Sequence[Text]) -> list[list[int]]:
+    """Places of texts in lists whose stems are held at a time, those that begin alike next to each other."""
+    if len(texts) * max(map(len, texts), default=0) <= HELD:
+        return [list(range(len(texts)))]
+    found, longest = [list[int]()], 0
+    for place in sorted(range(len(texts)), key=lambda place: tuple(texts[place])):
+        longest = max(longest, len(texts[place]))
+        if found[-1] and (len(found[-1]) + 1) * longest > HELD:
+            found.append([])
+            longest = len(texts[place])
+        found[-1].append(place)
+    return found
+
+
+def _rests(runner: LayerRunner, texts: Sequence[Text], stop: int | None) -> Iterator[Rest]:
     spare = worth_a_pass(runner.device)
     stems, own = cut(texts, spare)
     row = {(): 0} | {stem: place for place, stem in enumerate(stems)}

@@ -23,7 +23,7 @@ from patchkit.model.stacked_experts import StackedExperts
 from patchkit.model.weights import is_quantized, loaded_weight, oriented, shape_of, weight_of
 from patchkit.patch.passes import NOTHING, Passes, remove_hook
 from patchkit.patch.patch import Patch
-from patchkit.patch.unfolded import folding_of, unfolded
+from patchkit.patch.unfolded import folding_at_full_precision, folding_of, unfolded
 
 Placed = tuple[Update | InBlock, ...]
 """Updates of a module's weight, in the order in which they act; of experts, each of one of them."""
@@ -259,9 +259,19 @@ def check_base(patch: Patch, modules: Mapping[str, PatchedWeight], numbers: bool
         )
 
 
-def made_for(patch: Patch, weight: str, chain: Chain, module: PatchedWeight) -> Chain:
-    """A weight's updates, for the weight that is there: its own, or the one that its own was quantized of."""
-    scales = PLAIN if module.base_weight() is None else folding_of(patch, weight, module.whole)
+def made_for(patch: Patch, weight: str, chain: Chain, module: PatchedWeight, quantized: str | None) -> Chain:
+    """A weight's updates, for the weight that is there: its own, or the one that its own was quantized of.
+
+    Args:
+        quantized: with what the model that is there was, if its weights are whole numbers now or some of them are.
+
+    Raises:
+        InputError: as `folding_at_full_precision` does.
+    """
+    if module.base_weight() is None:
+        return chain
+    find = folding_at_full_precision if quantized is None else folding_of
+    scales = find(patch, weight, module.whole)
     return chain if scales is PLAIN else (unfolded(chain, scales, module.whole),)
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from patchkit.errors import InputError
 from patchkit.maths.linalg import Delta
 from patchkit.model.arch import experts_of
+from patchkit.model.dequantized import quantized_with
 from patchkit.model.expert_names import expert_places
 from patchkit.model.hooks import LiveDelta
 from patchkit.model.weights import find_module, matching
@@ -173,10 +174,10 @@ class PatchStack:
             modules = self._modules(read)
             check_base(read, modules, numbers=not force)
             touched = {modules[weight].place.name: modules[weight].place for weight in read.updates}
-            chains = dict[str, Placed]()
+            chains, quantized = dict[str, Placed](), quantized_with(self._model)
             for weight, chain in read.updates.items():
                 where = modules[weight].place.name
-                made = made_for(read, weight, chain, modules[weight])
+                made = made_for(read, weight, chain, modules[weight], quantized)
                 chains[where] = (*chains.get(where, ()), *modules[weight].placed(made))
             all_attached = {**state.attached, name: _Attached(read.manifest, chains, by)}
             self._become(replace(state, attached=all_attached, active=(*state.active, name), merged=merged), touched)

@@ -16,8 +16,11 @@ import torch
 from transformers import PreTrainedModel
 
 import patchkit
+from patchkit.editing import sampling
 from patchkit.evaluate.generation import Sampling, answers
+from patchkit.model.arch import inspect_model
 from patchkit.model.devices import has_float64
+from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import load_model
 from patchkit.patch.patch import Patch
 from tests.helpers import Command
@@ -115,6 +118,17 @@ def test_edits_in_use_on_two_devices(placed: Place) -> None:
         for place in ("two", "cpu")
     ]
     assert same(*patches)
+
+
+def test_texts_that_are_over_leave_a_batch_on_two_devices(placed: Place) -> None:
+    def drawn(place: str) -> list[list[int]]:
+        runner = LayerRunner(inspect_model(placed(place)))
+        openings = ["The capital of", "Rome is", "Alan Turing"]
+        return sampling.sample(
+            runner, TOKENIZER, openings, sampling.Sampling(4), is_over=lambda text, ids: len(ids) > text
+        )
+
+    assert drawn("two") == drawn("cpu")
 
 
 # --- float64 where there is none --------------------------------------------------------------------------------------
