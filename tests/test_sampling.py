@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from patchkit.editing import stems
 from patchkit.editing.sampling import Sampling, draw, sample
 from patchkit.editing.teacher import TOKENS, WORDS, _before_target, _is_over
 from patchkit.facts.requests import encode_prompt
 from patchkit.facts.schema import Fact
-from patchkit.model import stems
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from tests.zoo import FAMILIES, tiny_tokenizer

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from patchkit.editing import stems
 from patchkit.facts.requests import pad
-from patchkit.model import stems
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner, Prefix
 from tests.zoo import FAMILIES

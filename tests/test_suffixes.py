@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from patchkit.editing import suffixes
+from patchkit.editing import stems, suffixes
 from patchkit.editing.suffixes import Suffixes
 from patchkit.editing.value_config import ValueConfig
 from patchkit.editing.values import optimize
 from patchkit.errors import InputError
 from patchkit.facts.requests import EditRequest, build_request, pad
-from patchkit.model import stems
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner, Prefix
 from tests.test_oracle import CONTEXTS, FACTS

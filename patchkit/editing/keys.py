@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from patchkit.editing.stems import TOKENS, alike, cut, worth_a_pass
 from patchkit.editing.value_problem import ValueAt
 from patchkit.facts.requests import EditRequest, pad
 from patchkit.model.devices import at, exact, sent, solve_device
 from patchkit.model.forward import LayerRunner, Prefix, watching_input
 from patchkit.model.inputs import watching_site
-from patchkit.model.stems import TOKENS, alike, cut, worth_a_pass
 from patchkit.model.weights import Site
 
 

@@ -36,6 +36,7 @@ from patchkit import methods
 from patchkit.editing.recipe import EditConfig, layers_of
 from patchkit.editing.room import Room, capacity, reading
 from patchkit.editing.state import EditState, Neuron, base_weight, made_up_for, rewritten, storable
+from patchkit.editing.stems import rests
 from patchkit.errors import InputError
 from patchkit.facts.requests import EditRequest
 from patchkit.maths.covariance import Covariance
@@ -45,7 +46,6 @@ from patchkit.model.devices import solve_device
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import LiveDelta
 from patchkit.model.openers import Opener, Openers, firing, openers
-from patchkit.model.stems import rests
 from patchkit.model.weights import Site, read_weight
 
 SHARPNESS, THRESHOLD = 20.0, 0.5

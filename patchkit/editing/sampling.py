@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchkit.editing.stems import read
 from patchkit.facts.requests import encode_prompt
 from patchkit.model.forward import LayerRunner
-from patchkit.model.stems import read
 
 ROWS = 256
 """Texts in one generation batch."""

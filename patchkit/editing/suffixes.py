@@ -1,6 +1,6 @@
 """Prompts cut before the subject's last token: the KV cache of the prefix is computed once, suffixes go into buckets.
 
-Texts with the same beginning share it (`patchkit.model.stems`). Rows of similar suffix length run together, as many as
+Texts with the same beginning share it (`patchkit.editing.stems`). Rows of similar suffix length run together, as many as
 memory allows and as long as that is faster.
 """
 
@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchkit.editing.buckets import Bucket, Index, Kept
+from patchkit.editing.stems import alike, read, worth_a_pass
 from patchkit.errors import InputError, out_of_memory
 from patchkit.facts.requests import EditRequest, Row, pad
 from patchkit.model.devices import at, sent
 from patchkit.model.forward import LayerRunner, Prefix
-from patchkit.model.stems import alike, read, worth_a_pass
 
 ASKED, KEPT = 3, 1
 """Rows of a fact in one step where rows take turns: of those that ask for its target, and of kept texts. With 4 and 2,

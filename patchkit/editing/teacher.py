@@ -16,13 +16,13 @@ from zlib import crc32
 import torch
 
 from patchkit.editing.sampling import Sampling, sample
+from patchkit.editing.stems import rests
 from patchkit.facts.chat import ChatTemplate
 from patchkit.facts.questions import questions_of
 from patchkit.facts.requests import Row, wording_row
 from patchkit.facts.schema import Fact
 from patchkit.facts.text import continuation
 from patchkit.model.forward import LayerRunner, widen
-from patchkit.model.stems import rests
 
 TOKENS = 14
 """Sampled for a rewording."""

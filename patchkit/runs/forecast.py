@@ -13,7 +13,7 @@ from functools import cached_property
 from math import ceil
 
 from patchkit import methods
-from patchkit.editing import contexts, namesakes, neurons, room, sampling, teacher, wordings
+from patchkit.editing import contexts, namesakes, neurons, room, sampling, stems, teacher, wordings
 from patchkit.editing.editor import solve_batch_size
 from patchkit.editing.recipe import EditConfig
 from patchkit.editing.sentences import DRAWN
@@ -28,7 +28,6 @@ from patchkit.evaluate.verify import asked_pairs
 from patchkit.facts.questions import questions_of
 from patchkit.facts.requests import SUBJECT, EditRequest, Row, build_request, encode_prompt, encode_target
 from patchkit.facts.schema import Fact
-from patchkit.model import stems
 from patchkit.runs import guard
 from patchkit.runs.retry import MORE
 from patchkit.runs.speed import Speed
