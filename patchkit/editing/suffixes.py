@@ -1,7 +1,7 @@
 """Prompts cut before the subject's last token: the KV cache of the prefix is computed once, suffixes go into buckets.
 
-Texts with the same beginning share it (`patchkit.editing.stems`). Rows of similar suffix length run together, as many as
-memory allows and as long as that is faster.
+Texts with the same beginning share it (`patchkit.editing.stems`). Rows of similar suffix length run together, as many
+as memory allows and as long as that is faster.
 """
 
 from __future__ import annotations
