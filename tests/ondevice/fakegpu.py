@@ -12,7 +12,8 @@ whatever makes the host stop until the device is done: reading a number, copies 
 indexing by masks.
 
 Nothing is said of speed, memory, streams, fused attention or the last bits of numbers. It needs g++ and the headers
-that torch brings along; the library is built once for each torch and kept in the user's cache.
+that torch brings along; the library is built once for each version of torch and kept in the user's cache, for whichever
+environment has that version.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from filelock import FileLock
 
 SOURCE = Path(__file__).with_name("fakegpu.cpp")
 ROOT = Path(__file__).parents[2]
+LINKED = ("c10", "torch_cpu")
+"""Of torch's libraries those that fakegpu.cpp calls, in the order in which they are loaded."""
 MEMORY = 80 * 2**30
 WAIT, UPLOAD, DOWNLOAD, KERNEL = range(4)
 """The events of fakegpu.cpp, in its order."""
@@ -69,6 +72,8 @@ def _torch() -> Path:
 
 @cache
 def _library() -> ctypes.CDLL:
+    for part in LINKED:  # found by their names from here on, wherever this torch lies: the built library knows no place
+        ctypes.CDLL(str(_torch() / "lib" / f"lib{part}.so"), ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(str(built()), ctypes.RTLD_GLOBAL)
     library.fakegpu_count.restype = library.fakegpu_bytes.restype = ctypes.c_int64
     library.fakegpu_doubles.argtypes = [ctypes.c_bool]
@@ -77,16 +82,16 @@ def _library() -> ctypes.CDLL:
 
 def built() -> Path:
     """The library, compiled where this source and this torch have not been together before."""
-    made_of = SOURCE.read_bytes() + metadata.version("torch").encode()
+    made_of = SOURCE.read_bytes() + Path(__file__).read_bytes() + metadata.version("torch").encode()
     folder = Path(os.environ.get("PATCHKIT_TEST_CACHE") or platformdirs.user_cache_dir("patchkit-tests"))
     file = folder / f"fakegpu-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         if not file.is_file():
-            at, unfinished = _torch(), file.with_suffix(f".{os.getpid()}")
-            where = [f"-I{at}/include", str(SOURCE), f"-L{at}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{at}/lib"]
-            command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", *where, "-o", str(unfinished)]
-            subprocess.run(command, check=True, timeout=300)
+            unfinished = file.with_suffix(f".{os.getpid()}")
+            parts = ["-Iinclude", str(SOURCE), "-Llib", *(f"-l{part}" for part in LINKED)]
+            command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", *parts, "-o", str(unfinished)]
+            subprocess.run(command, check=True, timeout=300, cwd=_torch())
             unfinished.rename(file)
     return file
 

@@ -87,3 +87,8 @@ def test_waits_are_counted(work: Callable[[Tensor], object], wanted: int) -> Non
     with fakegpu.counting() as seen:
         work(x)
     assert seen.waits == sum(seen.where.values()) == wanted
+
+
+def test_what_is_built_can_be_loaded_wherever_torch_lies() -> None:
+    """It is kept in the user's cache, which outlives the environment that it was built in."""
+    assert str(fakegpu._torch()).encode() not in fakegpu.built().read_bytes()
