@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from patchkit.editing import stems
 from patchkit.editing.sampling import Sampling, draw, sample
 from patchkit.editing.teacher import TOKENS, WORDS, _before_target, _is_over
 from patchkit.facts.requests import encode_prompt
@@ -29,7 +29,7 @@ def test_what_is_drawn_does_not_hang_on_stems(monkeypatch: pytest.MonkeyPatch) -
     runner, tokenizer = runner_of(), tiny_tokenizer()
     whole = sample(runner, tokenizer, OPENINGS, HOW, SEEDS)
     ran = tokens_run(monkeypatch)
-    monkeypatch.setitem(stems.PASS, "cpu", 0)
+    runner.room = replace(runner.room, a_pass=0)
     assert sample(runner, tokenizer, OPENINGS, HOW, SEEDS) == whole
     assert sum(ran) - HOW.tokens * len(OPENINGS) < sum(len(encode_prompt(tokenizer, each)) - 1 for each in OPENINGS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from patchkit.editing import stems
 from patchkit.facts.requests import pad
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner, Prefix
+from patchkit.model.tuning import ROOM
 from tests.zoo import FAMILIES
 
 SYSTEM, ASKED, TOLD = tuple(range(5, 15)), tuple(range(20, 24)), tuple(range(30, 33))
@@ -50,7 +52,7 @@ def test_texts_that_end_where_a_longer_stem_goes_on_share_what_they_have() -> No
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon_sequential"])
 def test_texts_with_stems_are_read_as_without(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a sliding window is shorter than the text, and where positions are told by the mask."""
-    monkeypatch.setitem(stems.PASS, "cpu", 0)
+    monkeypatch.setitem(ROOM, "cpu", replace(ROOM["cpu"], a_pass=0))
     runner, ran = runner_of(family), list[int]()
     expected = Prefix.read(runner, *pad(TEXTS, runner.device))
     counting(monkeypatch, ran)
@@ -68,7 +70,7 @@ def test_texts_with_stems_are_read_as_without(family: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_what_comes_after_stems_predicts_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(stems.PASS, "cpu", 0)
+    monkeypatch.setitem(ROOM, "cpu", replace(ROOM["cpu"], a_pass=0))
     runner = runner_of(family)
     places = list[int]()
     for rest in stems.rests(runner, TEXTS):
@@ -84,7 +86,7 @@ def test_what_comes_after_stems_predicts_the_same(family: str, monkeypatch: pyte
 
 def test_the_states_of_no_more_stems_are_held_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of ten thousand facts asks hundreds of thousands of texts, whose stems would fill the memory."""
-    monkeypatch.setitem(stems.PASS, "cpu", 0)
+    monkeypatch.setitem(ROOM, "cpu", replace(ROOM["cpu"], a_pass=0))
     runner, texts = runner_of(), [(*SYSTEM, n, n + 1, m) for n in range(20, 80) for m in (1, 2)]
     whole = stems.read(runner, texts)
     monkeypatch.setattr(stems, "HELD", 130)

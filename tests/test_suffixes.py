@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from patchkit.errors import InputError
 from patchkit.facts.requests import EditRequest, build_request, pad
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner, Prefix
+from patchkit.model.tuning import ROOM
 from tests.test_oracle import CONTEXTS, FACTS
 from tests.zoo import FAMILIES, tiny_tokenizer
 
@@ -61,7 +63,7 @@ def test_a_prefix_read_in_two_pieces_is_the_same(family: str) -> None:
 
 
 def test_little_of_a_bucket_is_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(stems.PASS, "cpu", 0)
+    monkeypatch.setitem(ROOM, "cpu", replace(ROOM["cpu"], a_pass=0))
     buckets = Suffixes(runner_of(), requests(), 2).buckets(range(len(FACTS)))
     assert sum(len(bucket.row) for bucket in buckets) == len(FACTS) * (len(CONTEXTS) + 1)
     assert len(buckets) < len(FACTS) * (len(CONTEXTS) + 1) / 2

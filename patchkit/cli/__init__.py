@@ -39,6 +39,7 @@ COMMANDS = {
     "locate": "Which layers hold what a model says of its subjects.",
     "train": "Train the network of a method that has one.",
     "stats": "Compute a model's key statistics ahead of time.",
+    "autotune": "Measure once what a pass takes on this device.",
 }
 _MODULES = {"import": "importing"}  # a word that Python keeps for itself
 

@@ -29,11 +29,13 @@ from patchkit.io.files import finish_folder
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import ModelChoice, load_model
+from patchkit.model.tuning import named, remember
 from patchkit.patch.bases import public_name
 from patchkit.patch.history import choose_facts, import_chosen
 from patchkit.patch.manifest import BaseInfo
 from patchkit.patch.patch import Patch
 from patchkit.report.kept import keep_page
+from patchkit.runs import tune
 from patchkit.runs.execute import SMALL_TEXT, take_out
 from patchkit.runs.locate import Located, locate
 from patchkit.runs.train import TrainConfig, Trained, train
@@ -182,6 +184,28 @@ def locate_facts(
         trial=trial,
         progress=progress,
     )
+
+
+def tune_passes(chosen: ModelChoice, progress: Progress) -> tune.Found:
+    """Measure passes of value steps where `apply` takes them by default, for later runs.
+
+    Raises:
+        InputError: the model cannot be used, or there is no memory.
+    """
+    runner = LayerRunner(inspect_model(chosen.load().model))
+    with frozen(runner.arch.model):
+        return tune.tune(runner, plan(runner.arch, load_recipe()).sites[-1].layer + 1, progress)
+
+
+def forget_passes(chosen: ModelChoice) -> str:
+    """Go back to what suits the kind of device; gives the device's name.
+
+    Raises:
+        InputError: the model cannot be used.
+    """
+    runner = LayerRunner(inspect_model(chosen.load().model))
+    remember(runner.device, runner.arch.shape, None)
+    return named(runner.device)
 
 
 def train_network(

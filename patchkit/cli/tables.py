@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from patchkit.patch.stored import Stored
     from patchkit.runs.dry_run import PlannedFact, PlannedRun
     from patchkit.runs.locate import Located
+    from patchkit.runs.tune import Found
 
 MOST_ROWS = 40
 MOST_CHARACTERS = 120
@@ -280,6 +281,18 @@ def _on(metric: Metric, found: Summary) -> str:
 
 def _says(fact: EditedFact) -> str:
     return f"{fact.id}  {_short(fact.prompt)} -> {_short(fact.target_new)}"
+
+
+def tuned_table(found: Found) -> RenderableType:
+    """One row for each pass that was timed; the one that later runs take bold."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("tokens in a pass", "ms", "tokens a second"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for trial in found.trials:
+        row = (f"{trial.tokens:,}", f"{1000 * trial.seconds:.1f}", f"{trial.rate:,.0f}")
+        table.add_row(*row, style="bold" if trial.tokens == found.tokens else None)
+    begun = f"to begin a pass takes as long as {counted(found.a_pass, 'token')}; {found.device}, {found.models}"
+    return Group(Adapting(table), Text(begun, style="dim"))
 
 
 def located_table(found: Located) -> RenderableType:

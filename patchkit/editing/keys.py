@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from patchkit.editing.stems import TOKENS, alike, cut, worth_a_pass
+from patchkit.editing.stems import TOKENS, alike, cut
 from patchkit.editing.value_problem import ValueAt
 from patchkit.facts.requests import EditRequest, pad
 from patchkit.model.devices import at, exact, sent, solve_device
@@ -26,7 +26,7 @@ class SubjectStates:
     def __init__(self, runner: LayerRunner, requests: Sequence[EditRequest], sites: Sequence[Site], value_at: ValueAt):
         self.runner, self._last, self._contexts = runner, sites[-1], len(requests[0].rows)
         texts = [row.ids[: row.subject + 1] for request in requests for row in request.rows]
-        spare = worth_a_pass(runner.device)
+        spare = runner.room.a_pass
         stems, own = cut(texts, spare)
         rests = [text[len(stem) :] for text, stem in zip(texts, own, strict=True)]
         number = {stem: place for place, stem in enumerate(stems)}

@@ -14,8 +14,6 @@ from patchkit.facts.requests import pad
 from patchkit.model.devices import sent
 from patchkit.model.forward import LayerRunner, Prefix
 
-PASS = {"cpu": 48, "cuda": 512}
-"""Tokens that take a device as long as it takes to begin a pass, which reads all weights and launches every kernel."""
 PADDING = 0.15
 """The share of a pass that may be padding, where that is more than a pass of its own is worth."""
 ROWS, TOKENS = 256, 4096
@@ -23,11 +21,6 @@ ROWS, TOKENS = 256, 4096
 HELD = 2**15
 """Positions of texts, padding included, whose stems' states are held at a time."""
 Text = Sequence[int]
-
-
-def worth_a_pass(device: torch.device) -> int:
-    """So many tokens more cost less than a pass more."""
-    return PASS.get(device.type, PASS["cpu"])
 
 
 def alike(lengths: Sequence[int], spare: int, fits: Callable[[list[int]], bool]) -> list[list[int]]:
@@ -152,7 +145,7 @@ def _portions(texts: Sequence[Text]) -> list[list[int]]:
 
 
 def _rests(runner: LayerRunner, texts: Sequence[Text], stop: int | None) -> Iterator[Rest]:
-    spare = worth_a_pass(runner.device)
+    spare = runner.room.a_pass
     stems, own = cut(texts, spare)
     row = {(): 0} | {stem: place for place, stem in enumerate(stems)}
     before = read(runner, stems, stop) if stems else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchkit.editing.buckets import Bucket, Index, Kept
-from patchkit.editing.stems import alike, read, worth_a_pass
+from patchkit.editing.stems import alike, read
 from patchkit.errors import InputError, out_of_memory
 from patchkit.facts.requests import EditRequest, Row, pad
 from patchkit.model.devices import at, sent
@@ -29,27 +29,6 @@ ASKED, KEPT = 3, 1
 values say the same in texts that nobody optimized and cost a third more (tests/benchmarks/results)."""
 
 
-@dataclass(frozen=True)
-class Room:
-    """What a kind of device has room for in a step.
-
-    Attributes:
-        facts: that share a step, where the recipe does not say.
-        tokens: in a bucket; beyond these, more are no faster and only take more memory.
-        logits: most numbers in one bucket's logits.
-    """
-
-    facts: int
-    tokens: int
-    logits: int
-
-    @staticmethod
-    def on(device: torch.device) -> Room:
-        """That of a device."""
-        return ROOM.get(device.type, ROOM["cpu"])
-
-
-ROOM = {"cpu": Room(32, 256, 2**25), "cuda": Room(100, 4096, 2**27)}
 READ = 2048
 """Tokens of prefixes that are read together."""
 
@@ -68,13 +47,13 @@ class Suffixes:
         self.turns = -(-self._asked // ASKED) if kept else 1
         self._kept_turns = max(1, -(-kept // KEPT))
         self._targets = [request.target_ids[0] for request in requests]
-        memory, self._room = free_memory(runner.device), Room.on(runner.device)
+        memory = free_memory(runner.device)
         longest = max(len(row.prefix) for rows in self.rows for row in rows)
         one = torch.zeros(1, 1, dtype=torch.long, device=runner.device)
         kept = len(self.rows[0]) * (longest + 1) * Prefix.read(runner, one, one + 1).from_layer(start).token_bytes
         self.facts = max(1, int(memory / 4 / kept))  # that may be active at a time
-        self.tokens = max(1, min(self._room.tokens, int(memory / 2 / graph_bytes(runner, start))))
-        self._points = max(1, self._room.logits // runner.vocabulary)
+        self.tokens = max(1, min(runner.room.tokens, int(memory / 2 / graph_bytes(runner, start))))
+        self._points = max(1, runner.room.logits // runner.vocabulary)
 
     @torch.no_grad()
     def buckets(self, facts: Iterable[int]) -> list[Bucket]:
@@ -128,7 +107,7 @@ class Suffixes:
         def fits(some: list[int]) -> bool:
             return widths[some[-1]] * len(some) <= self.tokens and sum(points[i] for i in some) <= self._points
 
-        return [[numbers[i] for i in some] for some in alike(widths, worth_a_pass(self.runner.device), fits)]
+        return [[numbers[i] for i in some] for some in alike(widths, self.runner.room.a_pass, fits)]
 
     def _buckets(self, groups: Sequence[Sequence[int]]) -> list[Bucket]:
         """A bucket for each group of row numbers; what they read is read for all of them together."""
@@ -148,7 +127,7 @@ class Suffixes:
     def _hidden(self, rows: Sequence[Row], known: Prefix) -> Tensor:
         """What the first layer of a step reads of the rows' suffixes, (rows, the longest, d)."""
         texts, found, order = [suffix(row) for row in rows], list[Tensor](), list[int]()
-        widths, spare = [len(text) for text in texts], worth_a_pass(self.runner.device)
+        widths, spare = [len(text) for text in texts], self.runner.room.a_pass
         for places in alike(widths, spare, lambda some: widths[some[-1]] * len(some) <= READ):
             ids, mask = pad([texts[i] for i in places], self.runner.device)
             before = known.rows(sent(places, self.runner.device))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from patchkit.editing.buckets import Bucket
 from patchkit.editing.full_steps import FullSteps
-from patchkit.editing.suffixes import Room, Suffixes, in_parts
+from patchkit.editing.suffixes import Suffixes, in_parts
 from patchkit.editing.value_config import ValueConfig
 from patchkit.editing.value_log import ValueLog
 from patchkit.editing.value_problem import NO_TERMS, ValueAt, ValueProblem, ValueTerms
@@ -109,7 +109,7 @@ class _Optimizer:
         self.problem, self.config, self.log = problem, config, log
         self.suffixes = Suffixes(problem.runner, requests, problem.start)
         self.pace = config.pace(self.suffixes.turns > 1)
-        self.parallel = min(config.parallel or Room.on(problem.runner.device).facts, self.suffixes.facts)
+        self.parallel = min(config.parallel or problem.runner.room.facts, self.suffixes.facts)
         self.group = list(groups or range(len(requests)))
         self.waiting = sorted(range(len(requests)), key=lambda fact: self.group.index(self.group[fact]))
         self.active: list[int] = []

@@ -38,6 +38,13 @@ class Architecture:
     hidden_size: int
     head: nn.Module
 
+    @property
+    def shape(self) -> str:
+        """What the time of a pass hangs on, in words."""
+        widths, dtype = f"{self.hidden_size} and {self.sites[0].d_in}", str(self.sites[0].dtype).removeprefix("torch.")
+        tokens = weight_of(self.head).shape[0]
+        return f"{type(self.model).__name__}, {len(self.layers)} layers of {widths}, {tokens} tokens, {dtype}"
+
 
 def inspect_model(model: PreTrainedModel) -> Architecture:
     """Find the edit sites of a loaded causal language model. Weights, hooks and training mode are as before afterward.

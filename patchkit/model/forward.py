@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from patchkit.model.devices import at, home_of
 from patchkit.model.inputs import SiteInput, watching_site
 from patchkit.model.linears import Linears
 from patchkit.model.threads import forward_in_this_thread, in_this_thread
+from patchkit.model.tuning import Room, room_on
 from patchkit.model.twin import twin_of
 from patchkit.model.weights import Site, weight_of
 
@@ -189,6 +190,11 @@ class LayerRunner:
         """What the edited weights, and so the hidden states, are held in."""
         return self.arch.sites[0].dtype
 
+    @cached_property
+    def room(self) -> Room:
+        """How much goes into one pass here."""
+        return room_on(self.device, self.arch.shape)
+
     @property
     def vocabulary(self) -> int:
         """Size of the output vocabulary."""
@@ -287,11 +293,8 @@ def _feeding(layer: nn.Module, hidden: Tensor) -> Iterator[None]:
             return args, {**kwargs, "hidden_states": hidden}
         return (hidden, *args[1:]), kwargs
 
-    handle = layer.register_forward_pre_hook(in_this_thread(swap), with_kwargs=True)
-    try:
+    with layer.register_forward_pre_hook(in_this_thread(swap), with_kwargs=True):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -300,11 +303,8 @@ def _ending_after(layer: nn.Module, found: list[Tensor]) -> Iterator[None]:
         found.append(output[0] if isinstance(output, tuple) else output)
         raise _EndOfSpan
 
-    handle = layer.register_forward_hook(in_this_thread(end))
-    try:
+    with layer.register_forward_hook(in_this_thread(end)):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -315,11 +315,8 @@ def _gathering(head: nn.Module, where: tuple[Tensor, Tensor]) -> Iterator[None]:
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (at(args[0], rows, positions).unsqueeze(0),)  # (1, points, d)
 
-    handle = head.register_forward_pre_hook(in_this_thread(gather))
-    try:
+    with head.register_forward_pre_hook(in_this_thread(gather)):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -334,11 +331,8 @@ def watching(module: nn.Module, rows: int, see: Callable[[Tensor, Tensor], Tenso
         seen = see(args[0].view(rows, -1, args[0].shape[-1]), output.view(rows, -1, output.shape[-1]))
         return None if seen is None else seen.view_as(output)
 
-    handle = module.register_forward_hook(in_this_thread(hook))
-    try:
+    with module.register_forward_hook(in_this_thread(hook)):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -352,11 +346,8 @@ def watching_output(module: nn.Module, rows: int, see: Callable[[Tensor], Tensor
             return None
         return (seen.view_as(first), *output[1:]) if isinstance(output, tuple) else seen.view_as(first)
 
-    handle = module.register_forward_hook(in_this_thread(hook))
-    try:
+    with module.register_forward_hook(in_this_thread(hook)):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -366,11 +357,8 @@ def watching_input(layer: nn.Module, see: Callable[[Tensor], None]) -> Iterator[
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         see(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
-    handle = layer.register_forward_pre_hook(in_this_thread(hook), with_kwargs=True)
-    try:
+    with layer.register_forward_pre_hook(in_this_thread(hook), with_kwargs=True):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from patchkit import methods
 from patchkit.editing import room, sampling, teacher
 from patchkit.editing.recipe import EditConfig
 from patchkit.editing.session import Plan
-from patchkit.editing.suffixes import Room
 from patchkit.evaluate.divergence import LOGITS
 from patchkit.evaluate.readings import EVAL_WINDOW
 from patchkit.facts.requests import EditRequest
@@ -40,7 +39,7 @@ def passes_bytes(
         rooms: whether it is to be found out yet which neurons may be rewritten.
     """
     token, logit = _token_bytes(runner), 4 * runner.vocabulary
-    step = Room.on(runner.device)
+    step = runner.room
     found = [_LOGITS * logit * EVAL_WINDOW, _COMPARED * min(4 * LOGITS, logit * EVAL_WINDOW)]
     if methods.get(config.method).targets == "values" and requests:
         rows = [row for each in requests for row in (*each.rows, each.essence, *each.kept)]

@@ -19,7 +19,7 @@ from patchkit.editing.recipe import EditConfig
 from patchkit.editing.sentences import DRAWN
 from patchkit.editing.sentences import TOKENS as SENTENCE_TOKENS
 from patchkit.editing.session import Plan
-from patchkit.editing.suffixes import ASKED, KEPT, Room, suffix
+from patchkit.editing.suffixes import ASKED, KEPT, suffix
 from patchkit.evaluate import answers, readings
 from patchkit.evaluate.answers import Ask
 from patchkit.evaluate.interview import ABOUT_TOKENS, ANSWER_TOKENS, Interview
@@ -135,7 +135,7 @@ class Forecast:
 
     def _read(self, texts: Sequence[Sequence[int]]) -> float:
         """Tokens of all facts' texts that are run, from those of the sample."""
-        return stems.tokens_read(texts, stems.worth_a_pass(self.workspace.runner.device)) * self._more
+        return stems.tokens_read(texts, self.workspace.runner.room.a_pass) * self._more
 
     def _written(self, tokens: float, rows: float, steps: int, at_once: int = sampling.ROWS) -> float:
         """Texts written after `tokens` in all, in batches."""
@@ -167,7 +167,7 @@ class Forecast:
     def _values(self) -> float:
         """Steps over the rows that take turns in them, with as many buckets as there are lengths of rows, or as hold
         their tokens; and what is read once."""
-        room_ = Room.on(self.workspace.runner.device)
+        room_ = self.workspace.runner.room
         each = self.requests[0]
         asked, kept, steps = len(each.rows), len(each.kept), self.config.value.pace(self.in_use).steps
         turns, kept_turns = (ceil(asked / ASKED), ceil(kept / KEPT)) if kept else (1, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -136,30 +137,33 @@ def _write(runner: LayerRunner) -> Writing:
 
 
 def _step(runner: LayerRunner, start: int) -> Cost:
-    start, size = min(start, runner.depth - 1), runner.arch.hidden_size
-
-    def seconds(rows: int, tokens: int, points: int) -> float:
-        known = _ids(runner, rows, _KNOWN)
-        before = Prefix.read(runner, known, torch.ones_like(known)).from_layer(start)
-        at = tuple(torch.arange(points, device=known.device) % most for most in (rows, tokens - 1))
-
-        def step(more: int) -> None:
-            ids = _ids(runner, rows, tokens + more)
-            leaf = torch.randn(*ids.shape, size, dtype=runner.dtype, device=ids.device, requires_grad=True)
-            position = (_KNOWN + torch.arange(ids.shape[1], device=ids.device)).expand(rows, -1)
-            mask = torch.ones(rows, _KNOWN + ids.shape[1], dtype=ids.dtype, device=ids.device)
-            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position, "use_cache": True}
-            inputs |= {"past_key_values": before.cache()}
-            with torch.enable_grad():
-                logits = runner.run(inputs, start=start, hidden=leaf, logits_at=at).logits  # type: ignore[arg-type]
-                assert logits is not None
-                torch.autograd.grad(logits.float().log_softmax(-1)[:, 0].sum(), leaf)
-
-        return _typical(step, runner.device)
-
+    seconds = partial(step_seconds, runner, start)
     few, many, more = seconds(2, 8, 2), seconds(*_MANY, 2), seconds(*_MANY, 130)
     line, point = _line((16, few), (_MANY[0] * _MANY[1], many)), max(0.0, more - many) / 128
     return Cost(max(0.0, line.a_pass - 2 * point), line.a_token, point)
+
+
+def step_seconds(runner: LayerRunner, start: int, rows: int, tokens: int, points: int) -> float:
+    """Seconds of a pass of so many rows and tokens in each, forward and backward, through the layers from `start` on
+    (the last one at the least), after a prefix, with predictions at so many points."""
+    start, size = min(start, runner.depth - 1), runner.arch.hidden_size
+    known = _ids(runner, rows, _KNOWN)
+    before = Prefix.read(runner, known, torch.ones_like(known)).from_layer(start)
+    at = tuple(torch.arange(points, device=known.device) % most for most in (rows, tokens - 1))
+
+    def step(more: int) -> None:
+        ids = _ids(runner, rows, tokens + more)
+        leaf = torch.randn(*ids.shape, size, dtype=runner.dtype, device=ids.device, requires_grad=True)
+        position = (_KNOWN + torch.arange(ids.shape[1], device=ids.device)).expand(rows, -1)
+        mask = torch.ones(rows, _KNOWN + ids.shape[1], dtype=ids.dtype, device=ids.device)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position, "use_cache": True}
+        inputs |= {"past_key_values": before.cache()}
+        with torch.enable_grad():
+            logits = runner.run(inputs, start=start, hidden=leaf, logits_at=at).logits  # type: ignore[arg-type]
+            assert logits is not None
+            torch.autograd.grad(logits.float().log_softmax(-1)[:, 0].sum(), leaf)
+
+    return _typical(step, runner.device)
 
 
 def _operation(site: Site) -> float:

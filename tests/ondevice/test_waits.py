@@ -16,7 +16,6 @@ import torch
 from transformers import PreTrainedModel
 
 from patchkit import methods
-from patchkit.editing import suffixes
 from patchkit.editing.editor import edit
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
@@ -26,6 +25,7 @@ from patchkit.methods import Beside
 from patchkit.methods.mend import fresh
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
+from patchkit.model.tuning import ROOM
 from tests.ondevice import fakegpu
 from tests.ondevice.conftest import FACTS, Place
 from tests.zoo import tiny_tokenizer
@@ -98,7 +98,7 @@ def test_buckets_wait_when_they_are_made_and_never_again(
     method: str, placed: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def steps_in_buckets_of(tokens: int) -> tuple[fakegpu.Seen, fakegpu.Seen]:
-        monkeypatch.setitem(suffixes.ROOM, "cuda", replace(suffixes.ROOM["cuda"], tokens=tokens))
+        monkeypatch.setitem(ROOM, "cuda", replace(ROOM["cuda"], tokens=tokens))
         return seen_in_edit(placed, method, 2, f"seed={tokens}"), seen_in_edit(
             placed, method, 2, f"seed={tokens}", "value.steps=8"
         )
