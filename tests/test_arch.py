@@ -7,10 +7,11 @@ from functools import cache
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
 from patchkit.errors import InputError
 from patchkit.model.arch import Architecture, inspect_model
+from patchkit.model.forward import LayerRunner
 from patchkit.model.weights import is_transposed, read_weight, write_weight
 from tests import zoo
 
@@ -223,6 +224,26 @@ def test_a_feed_forward_as_wide_as_the_stream_is_not_guessed_at() -> None:
     model = zoo.FAMILIES["phi"]()
     model.model.layers[0].mlp = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32))
     assert "found 2 among [mlp.0 32->32, mlp.2 32->32]" in refusal(model)
+
+
+HYBRIDS = {
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        **{"head_dim": 12, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 12},
+        **{"linear_value_head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_layers_that_keep_no_keys_and_values_are_refused(kind: str) -> None:
+    """They used to end in transformers' own ValueError, in the middle of a run."""
+    shape = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape, **heads, **HYBRIDS[kind]))
+    with pytest.raises(InputError, match="layers each keep keys and values of a text; linear attention"):
+        LayerRunner(inspect_model(model))
 
 
 def test_a_projection_the_forward_bypasses_is_refused() -> None:

@@ -11,7 +11,8 @@ import torch
 from patchkit.editing import stems
 from patchkit.facts.requests import pad
 from patchkit.model.arch import inspect_model
-from patchkit.model.forward import LayerRunner, Prefix
+from patchkit.model.forward import LayerRunner
+from patchkit.model.prefix import Prefix
 from patchkit.model.tuning import ROOM
 from tests.zoo import FAMILIES
 

@@ -15,7 +15,8 @@ from patchkit.editing.values import optimize
 from patchkit.errors import InputError
 from patchkit.facts.requests import EditRequest, build_request, pad
 from patchkit.model.arch import inspect_model
-from patchkit.model.forward import LayerRunner, Prefix
+from patchkit.model.forward import LayerRunner
+from patchkit.model.prefix import Prefix
 from patchkit.model.tuning import ROOM
 from tests.test_oracle import CONTEXTS, FACTS
 from tests.zoo import FAMILIES, tiny_tokenizer

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from patchkit.model.devices import at, sent
-from patchkit.model.forward import Prefix
+from patchkit.model.prefix import Prefix
 
 TOP = 48
 """Tokens whose probabilities in a kept text are remembered, of each prediction."""

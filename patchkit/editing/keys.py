@@ -11,8 +11,9 @@ from patchkit.editing.stems import TOKENS, alike, cut
 from patchkit.editing.value_problem import ValueAt
 from patchkit.facts.requests import EditRequest, pad
 from patchkit.model.devices import at, exact, sent, solve_device
-from patchkit.model.forward import LayerRunner, Prefix, watching_input
+from patchkit.model.forward import LayerRunner, watching_input
 from patchkit.model.inputs import watching_site
+from patchkit.model.prefix import Prefix
 from patchkit.model.weights import Site
 
 

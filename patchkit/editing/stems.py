@@ -12,7 +12,8 @@ from torch import Tensor
 
 from patchkit.facts.requests import pad
 from patchkit.model.devices import sent
-from patchkit.model.forward import LayerRunner, Prefix
+from patchkit.model.forward import LayerRunner
+from patchkit.model.prefix import Prefix
 
 PADDING = 0.15
 """The share of a pass that may be padding, where that is more than a pass of its own is worth."""

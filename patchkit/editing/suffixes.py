@@ -22,7 +22,8 @@ from patchkit.editing.stems import alike, read
 from patchkit.errors import InputError, out_of_memory
 from patchkit.facts.requests import EditRequest, Row, pad
 from patchkit.model.devices import at, sent
-from patchkit.model.forward import LayerRunner, Prefix
+from patchkit.model.forward import LayerRunner
+from patchkit.model.prefix import Prefix
 
 ASKED, KEPT = 3, 1
 """Rows of a fact in one step where rows take turns: of those that ask for its target, and of kept texts. With 4 and 2,

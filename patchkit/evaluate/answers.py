@@ -13,7 +13,8 @@ from torch import Tensor
 from patchkit.facts.chat import Turn, chat_template
 from patchkit.facts.limits import Limits
 from patchkit.facts.requests import encode_prompt, pad
-from patchkit.model.forward import LayerRunner, Prefix, watching_output
+from patchkit.model.forward import LayerRunner, watching_output
+from patchkit.model.prefix import Prefix
 
 ROWS = 64
 _WORTH_SHARING = 8

@@ -16,7 +16,8 @@ from patchkit.editing.session import Plan
 from patchkit.evaluate.divergence import LOGITS
 from patchkit.evaluate.readings import EVAL_WINDOW
 from patchkit.facts.requests import EditRequest
-from patchkit.model.forward import LayerRunner, Prefix
+from patchkit.model.forward import LayerRunner
+from patchkit.model.prefix import Prefix
 
 _TOLD = 70
 """Tokens of what a model is told and goes on with, about."""

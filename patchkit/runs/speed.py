@@ -11,7 +11,8 @@ from statistics import median
 import torch
 
 from patchkit.model.devices import solve_device
-from patchkit.model.forward import LayerRunner, Prefix
+from patchkit.model.forward import LayerRunner
+from patchkit.model.prefix import Prefix
 from patchkit.model.weights import Site
 
 _TIMES = 3
