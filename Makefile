@@ -1,6 +1,8 @@
 # `make demo` and `make test` work on a fresh machine with Python >= 3.10: each makes .venv if it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
+# On all cores, a process on each; eight take some 10 GB.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8
 
 .PHONY: demo test test-slow test-thorough test-llama test-vllm test-bitsandbytes test-gptq docs pages models table results \
 	results-embedded results-default clean
@@ -18,7 +20,7 @@ test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) --dist worksteal -m "not slow"
 
 # The site, into out/site; nothing is fetched. The variable silences a notice about a successor of the theme.
 docs: .venv/ready
@@ -32,7 +34,7 @@ models: .venv/ready
 	$(BIN)/python examples/fetch_models.py all --out models
 
 test-slow: models
-	$(BIN)/pytest -m slow tests/test_real_models.py tests/test_examples.py
+	$(PYTEST) --dist loadfile -m slow tests/test_real_models.py tests/test_examples.py
 
 # Kills, generated files, every method on every kind of device, and whether README's real numbers are out of date: an
 # hour or more.
