@@ -187,7 +187,7 @@ def test_the_benchmark_runs_and_finds_both_sides_alike(
     assert found["machine"]["threads"] == 1
     assert found["ratio"] == pytest.approx(found["oracle_s"] / found["ours_s"])
     assert found["target_difference"] < 1e-4
-    assert found["ours"]["steps"] == found["oracle"]["steps"] == 9
-    ours, oracle = (found[side]["metrics"]["perplexity"] for side in ("ours", "oracle"))
+    assert found["adam"]["steps"] == found["oracle"]["steps"] == 9
+    ours, oracle = (found[side]["metrics"]["perplexity"] for side in ("adam", "oracle"))
     assert ours["after"] != ours["before"]
     assert ours["after"] == pytest.approx(oracle["after"], rel=1e-4)

@@ -110,13 +110,17 @@ def _beside_sentences(value: ValueConfig) -> ValueConfig:
 
 
 def with_steps(config: EditConfig, tokenizer: Any) -> EditConfig:
-    """The recipe with it decided what steps are scaled by: the whole second moment where facts are edited in use in a
-    chat template. The embedded model, which has none, carries facts over to other words less with it
-    (`tests/benchmarks/results`)."""
-    chatting = config.uses_chat and chat_template(tokenizer) is not None and config.in_use(tokenizer)
-    if not chatting or config.value.second_moment is not None:
-        return config
-    return config.model_copy(update={"value": config.value.model_copy(update={"second_moment": "full"})})
+    """The recipe with it decided what steps of the value optimizer are scaled by, the whole second moment but where
+    facts are edited in use without a chat template, and what it multiplies in, 16 bits but in use: by what values say
+    in texts that were held out (`tests/benchmarks/results`)."""
+    in_use = config.in_use(tokenizer)
+    plain = in_use and not (config.uses_chat and chat_template(tokenizer) is not None)
+    value = config.value
+    decided = {
+        "second_moment": value.second_moment or ("diagonal" if plain else "full"),
+        "products": value.products or ("float32" if in_use else "bfloat16"),
+    }
+    return config.model_copy(update={"value": value.model_copy(update=decided)})
 
 
 def with_network(config: EditConfig, beside: Mapping[int, Beside]) -> EditConfig:
