@@ -38,8 +38,8 @@ class ValueConfig(BaseModel):
     second_moment: Literal["diagonal", "full"] | None = Field(
         None,
         description="what steps are scaled by: the second moment of each of the gradient's numbers, as Adam's are and "
-        "published methods', or of the whole gradient, and then in use the value is the mean of the last ones; by "
-        "itself full, or diagonal in use without chat",
+        "published methods', or of the whole gradient, and then the value is the mean of the last ones; by itself "
+        "full, or diagonal in use without chat",
     )
     decay: float = Field(0.01, ge=0, description="weight of the squared relative length of the delta")
     kl_weight: float = Field(0.0625, ge=0, description='weight of the drift on "{subject} is a"')
@@ -90,11 +90,11 @@ class ValueConfig(BaseModel):
 _PACES = {
     (False, False): (25, 0.15, 1.0, 0.0),
     (False, True): (60, 0.1, 1.5, 0.0),
-    (True, False): (15, 0.2, 1.0, 0.0),
+    (True, False): (15, 0.2, 1.0, 0.5),
     (True, True): (30, 0.1, 1.5, 0.7),
 }
-"""Steps, rate, clamp and averaging, by whether the second moment is the whole gradient's and whether rows take turns.
-The mean of the last values is of use where each has seen other rows (tests/benchmarks/results)."""
+"""Steps, rate, clamp and averaging, by whether the second moment is the whole gradient's and whether rows take turns
+(tests/benchmarks/results)."""
 
 
 @dataclass(frozen=True)

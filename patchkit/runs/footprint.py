@@ -45,7 +45,8 @@ def passes_bytes(
     if methods.get(config.method).targets == "values" and requests:
         rows = [row for each in requests for row in (*each.rows, each.essence, *each.kept)]
         before = token * sum(row.subject for row in rows)
-        found.append(before + _LOGITS * min(4 * step.logits, step.tokens * logit))
+        logits = _LOGITS * min(4 * step.logits, step.tokens * logit)
+        found.append(before + logits + _rounded_bytes(runner, config, how))
         if in_use:
             texts = min(sampling.ROWS, len(requests) * len(teacher.LEADS) * teacher.SAMPLES)
             found.append(_COPIES * token * texts * (_TOLD + teacher.TOKENS))
@@ -56,6 +57,14 @@ def passes_bytes(
         found.append(_TRACED * logit * room.ROWS * length)
         found.append(_ERRORS * 8 * felt * max(site.d_in for site in how.sites))
     return max(found)
+
+
+def _rounded_bytes(runner: LayerRunner, config: EditConfig, how: Plan) -> int:
+    """Of the weights in bfloat16 that values are sought with, of the layers above the first site."""
+    if config.value.products != "bfloat16" or not runner.rounds:
+        return 0
+    above = runner.arch.layers[how.sites[0].layer :]
+    return sum(parameter.numel() * torch.bfloat16.itemsize for layer in above for parameter in layer.parameters())
 
 
 @torch.no_grad()

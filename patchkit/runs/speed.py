@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import median
 
 import torch
+from torch import nn
 
 from patchkit.model.devices import solve_device
 from patchkit.model.forward import LayerRunner, Prefix
@@ -70,9 +72,9 @@ class Speed:
     operation: float
 
     @classmethod
-    def of(cls, runner: LayerRunner, site: Site) -> Speed:
-        """On the machine as it is now; the model is frozen."""
-        return cls(_read(runner), _write(runner), _step(runner, site.layer + 1), _operation(site))
+    def of(cls, runner: LayerRunner, site: Site, in_16_bits: bool = False) -> Speed:
+        """On the machine as it is now, steps in 16 bits where that is asked; the model is frozen."""
+        return cls(_read(runner), _write(runner), _step(runner, site.layer + 1, in_16_bits), _operation(site))
 
 
 def _typical(work: Callable[[int], object], device: torch.device) -> float:
@@ -135,8 +137,9 @@ def _write(runner: LayerRunner) -> Writing:
     return Writing(tuple((rows, seconds(rows)) for rows in _WRITTEN))
 
 
-def _step(runner: LayerRunner, start: int) -> Cost:
+def _step(runner: LayerRunner, start: int, in_16_bits: bool) -> Cost:
     start, size = min(start, runner.depth - 1), runner.arch.hidden_size
+    weights: dict[nn.Module, torch.Tensor] = {}
 
     def seconds(rows: int, tokens: int, points: int) -> float:
         known = _ids(runner, rows, _KNOWN)
@@ -150,7 +153,7 @@ def _step(runner: LayerRunner, start: int) -> Cost:
             mask = torch.ones(rows, _KNOWN + ids.shape[1], dtype=ids.dtype, device=ids.device)
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position, "use_cache": True}
             inputs |= {"past_key_values": before.cache()}
-            with torch.enable_grad():
+            with torch.enable_grad(), runner.in_16_bits(weights) if in_16_bits else nullcontext():
                 logits = runner.run(inputs, start=start, hidden=leaf, logits_at=at).logits  # type: ignore[arg-type]
                 assert logits is not None
                 torch.autograd.grad(logits.float().log_softmax(-1)[:, 0].sum(), leaf)
