@@ -171,6 +171,22 @@ def test_the_oracle_refuses_what_was_never_published() -> None:
         oracle_edit(runner.arch.model, [], config, covariances_of(runner))
 
 
+@pytest.mark.parametrize("method", ["alphaedit", "memit", "rome"])
+def test_the_benchmark_computes_once_what_stays_with_a_model(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the second moments is factored while an edit is timed."""
+    runner, config = runner_of("llama"), config_of(method)
+    covariances = covariances_of(runner)
+    end_to_end.factor(config, covariances)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("factored within an edit")
+
+    monkeypatch.setattr("patchkit.maths.covariance.leading", refuse)
+    monkeypatch.setattr("torch.linalg.cholesky_ex", refuse)
+    monkeypatch.setattr("torch.linalg.eigh", refuse)
+    edit(runner, tiny_tokenizer(), FACTS[:2], config, covariances)
+
+
 def test_the_benchmark_runs_and_finds_both_sides_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
