@@ -90,7 +90,7 @@ class ValueConfig(BaseModel):
 _PACES = {
     (False, False): (25, 0.15, 1.0, 0.0),
     (False, True): (60, 0.1, 1.5, 0.0),
-    (True, False): (15, 0.2, 1.0, 0.5),
+    (True, False): (15, 0.2, 1.0, 0.7),
     (True, True): (30, 0.1, 1.5, 0.7),
 }
 """Steps, rate, clamp and averaging, by whether the second moment is the whole gradient's and whether rows take turns
