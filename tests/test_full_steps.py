@@ -114,7 +114,8 @@ def test_how_values_are_sought_is_decided_by_how_facts_are_edited() -> None:
         return value.second_moment, value.products
 
     assert decided(chat, "prompts=in-use") == ("full", "float32")
-    assert decided(plain, "prompts=in-use") == ("diagonal", "float32")
-    assert decided(chat, "prompts=contexts") == decided(plain, "prompts=contexts") == ("full", "bfloat16")
+    assert decided(chat, "prompts=contexts") == ("full", "bfloat16")
+    assert decided(plain, "prompts=in-use") == decided(plain, "prompts=contexts") == (None, "float32")
     chosen = ("value.second_moment=diagonal", "value.products=float32")
-    assert decided(plain, "prompts=contexts", *chosen) == ("diagonal", "float32")
+    assert decided(chat, "prompts=contexts", *chosen) == ("diagonal", "float32")
+    assert decided(plain, "prompts=contexts", "value.second_moment=full") == ("full", "float32")

@@ -17,14 +17,14 @@ class ValueConfig(BaseModel):
         None,
         ge=1,
         le=100_000,
-        description="steps at most; by itself 15, or in use 30, and with `second_moment=diagonal` 25, or in use 60",
+        description="steps at most; by itself 25, or in use 60, and with `second_moment=full` 15, or in use 30",
     )
     learning_rate: float | None = Field(
         None,
         gt=0,
         le=1e6,
-        description="length of one step, relative to the state's norm; by itself 0.2, or 0.1 in use, and 0.15 with "
-        "`second_moment=diagonal` where it is not in use",
+        description="length of one step, relative to the state's norm; by itself 0.15, or 0.2 with "
+        "`second_moment=full`, and 0.1 in use",
     )
     clamp: float | None = Field(
         None,
@@ -39,7 +39,7 @@ class ValueConfig(BaseModel):
         None,
         description="what steps are scaled by: the second moment of each of the gradient's numbers, as Adam's are and "
         "published methods', or of the whole gradient, and then the value is the mean of the last ones; by itself "
-        "full, or diagonal in use without chat",
+        "full for a model with a chat template, else diagonal",
     )
     decay: float = Field(0.01, ge=0, description="weight of the squared relative length of the delta")
     kl_weight: float = Field(0.0625, ge=0, description='weight of the drift on "{subject} is a"')
@@ -56,7 +56,8 @@ class ValueConfig(BaseModel):
     products: Literal["float32", "bfloat16"] | None = Field(
         None,
         description="what a float32 model on a CPU multiplies in while values are sought; bfloat16 is faster on "
-        "processors that have it (AVX512-BF16, AMX), and others keep to float32; by itself bfloat16, or float32 in use",
+        "processors that have it (AVX512-BF16, AMX), and others keep to float32; by itself bfloat16 in contexts for a "
+        "model with a chat template, else float32",
     )
     parallel: int | None = Field(
         None,

@@ -110,15 +110,15 @@ def _beside_sentences(value: ValueConfig) -> ValueConfig:
 
 
 def with_steps(config: EditConfig, tokenizer: Any) -> EditConfig:
-    """The recipe with it decided what steps of the value optimizer are scaled by, the whole second moment but where
-    facts are edited in use without a chat template, and what it multiplies in, 16 bits but in use: by what values say
-    in texts that were held out (`tests/benchmarks/results`)."""
-    in_use = config.in_use(tokenizer)
-    plain = in_use and not (config.uses_chat and chat_template(tokenizer) is not None)
-    value = config.value
+    """The recipe with it decided, for a model with a chat template, what steps of the value optimizer are scaled by,
+    the whole second moment, and what it multiplies in, 16 bits but in use: by what values say in texts held out.
+    The embedded model, which has no template, carries facts over to other words less with such steps
+    (`tests/benchmarks/results`)."""
+    chatting, value = config.uses_chat and chat_template(tokenizer) is not None, config.value
+    short = chatting and not config.in_use(tokenizer)
     decided = {
-        "second_moment": value.second_moment or ("diagonal" if plain else "full"),
-        "products": value.products or ("float32" if in_use else "bfloat16"),
+        "second_moment": value.second_moment or ("full" if chatting else None),
+        "products": value.products or ("bfloat16" if short else "float32"),
     }
     return config.model_copy(update={"value": value.model_copy(update=decided)})
 
