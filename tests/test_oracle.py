@@ -196,6 +196,7 @@ def test_the_benchmark_runs_and_finds_both_sides_alike(
     text.write_text("The capital of France is Paris. Alan Turing studied at Cambridge. " * 20)
     files = ["--model", str(model), "--facts", str(facts), "--text", str(text), "--eval-text", str(text)]
     settings = ["--set", "steps=3", "--set", "contexts=1", "--set", "layers=1-2"]
+    settings += ["--set", "value.second_moment=full"]  # which ours alone is sought by
     monkeypatch.setattr("sys.argv", ["end_to_end", *files, *settings, "--count", "3", "--json"])
     end_to_end.main()
     found = json.loads(capsys.readouterr().out)
@@ -203,7 +204,8 @@ def test_the_benchmark_runs_and_finds_both_sides_alike(
     assert found["machine"]["threads"] == 1
     assert found["ratio"] == pytest.approx(found["oracle_s"] / found["ours_s"])
     assert found["target_difference"] < 1e-4
-    assert found["adam"]["steps"] == found["oracle"]["steps"] == 9
+    assert found["ours"]["steps"] == found["adam"]["steps"] == found["oracle"]["steps"] == 9
+    assert found["ours"]["metrics"]["perplexity"]["after"] != found["adam"]["metrics"]["perplexity"]["after"]
     ours, oracle = (found[side]["metrics"]["perplexity"] for side in ("adam", "oracle"))
     assert ours["after"] != ours["before"]
     assert ours["after"] == pytest.approx(oracle["after"], rel=1e-4)
