@@ -147,7 +147,7 @@ def test_values_by_the_whole_second_moment_and_in_16_bits_take_less_time(
 
 
 def test_weights_in_16_bits_are_reckoned_where_values_are_sought_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patchkit.model.forward.fast_in_16_bits", lambda: True)
+    monkeypatch.setattr("patchkit.runs.footprint.fast_in_16_bits", lambda: True)
     monkeypatch.setattr("patchkit.runs.footprint.EVAL_WINDOW", 1)  # nothing else is as large then
     runner = LayerRunner(inspect_model(zoo.FAMILIES["llama"]()))
     request = build_request(Fact(**ROME), zoo.tiny_tokenizer())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from patchkit.editing.editor import frozen
 from patchkit.editing.full_steps import DAMPING, FullSteps
-from patchkit.editing.recipe import load_recipe
 from patchkit.editing.value_config import ValueConfig
 from patchkit.editing.values import Values, optimize
 from patchkit.facts.reader import read_facts
@@ -18,10 +17,7 @@ from patchkit.facts.requests import SUBJECT, build_request
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import load_model
-from patchkit.runs.settle import with_steps
-from tests.test_serve import TEMPLATE
 from tests.test_values import requests_of, runner_of
-from tests.zoo import tiny_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MOMENTUM, MEMORY, STEPS, WIDTH = 0.8, 0.97, 7, 12
@@ -103,19 +99,3 @@ def test_in_contexts_half_of_adams_steps_come_further() -> None:
     adam, full = sought("diagonal"), sought("full")
     assert full.steps.sum() <= 0.6 * adam.steps.sum()
     assert full.loss.mean() < adam.loss.mean()
-
-
-def test_how_values_are_sought_is_decided_by_how_facts_are_edited() -> None:
-    chat, plain = tiny_tokenizer(), tiny_tokenizer()
-    chat.chat_template = TEMPLATE
-
-    def decided(tokenizer: Any, *settings: str) -> tuple[str | None, str | None]:
-        value = with_steps(load_recipe("alphaedit", None, settings), tokenizer).value
-        return value.second_moment, value.products
-
-    assert decided(chat, "prompts=in-use") == ("full", "float32")
-    assert decided(chat, "prompts=contexts") == ("full", "bfloat16")
-    assert decided(plain, "prompts=in-use") == decided(plain, "prompts=contexts") == (None, "float32")
-    chosen = ("value.second_moment=diagonal", "value.products=float32")
-    assert decided(chat, "prompts=contexts", *chosen) == ("diagonal", "float32")
-    assert decided(plain, "prompts=contexts", "value.second_moment=full") == ("full", "float32")

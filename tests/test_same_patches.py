@@ -26,7 +26,6 @@ COUNT = 4
 PINNED = (
     *("prompts=contexts", "layers=1-2", "batch_size=2", "contexts=3"),
     *("value.steps=8", "value.stop_loss=0.1", "value.clamp=1.0", "value.learning_rate=0.15"),
-    *("value.second_moment=diagonal", "value.products=float32"),
 )
 METHODS = (
     *("adaedit", "alphaedit", "emmet", "ft", "memit", "mose", "mose-right", "oedit", "oedit+", "r-rome", "rome"),

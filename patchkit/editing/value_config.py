@@ -39,7 +39,7 @@ class ValueConfig(BaseModel):
         None,
         description="what steps are scaled by: the second moment of each of the gradient's numbers, as Adam's are and "
         "published methods', or of the whole gradient, and then the value is the mean of the last ones; by itself "
-        "full for a model with a chat template, else diagonal",
+        "diagonal, or full in use in chat",
     )
     decay: float = Field(0.01, ge=0, description="weight of the squared relative length of the delta")
     kl_weight: float = Field(0.0625, ge=0, description='weight of the drift on "{subject} is a"')
@@ -53,11 +53,10 @@ class ValueConfig(BaseModel):
     leak_weight: float = Field(
         6.0, ge=0, description="weight of -log(1 - P(target)) on neutral texts, where the base has it below 0.1"
     )
-    products: Literal["float32", "bfloat16"] | None = Field(
-        None,
+    products: Literal["float32", "bfloat16"] = Field(
+        "float32",
         description="what a float32 model on a CPU multiplies in while values are sought; bfloat16 is faster on "
-        "processors that have it (AVX512-BF16, AMX), and others keep to float32; by itself bfloat16 in contexts for a "
-        "model with a chat template, else float32",
+        "processors that have it (AVX512-BF16, AMX), and others keep to float32",
     )
     parallel: int | None = Field(
         None,

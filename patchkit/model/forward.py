@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from patchkit.maths.onednn import fast_in_16_bits
 from patchkit.model.arch import Architecture
 from patchkit.model.devices import at, home_of
 from patchkit.model.inputs import SiteInput, watching_site
@@ -189,11 +188,6 @@ class LayerRunner:
     def dtype(self) -> torch.dtype:
         """What the edited weights, and so the hidden states, are held in."""
         return self.arch.sites[0].dtype
-
-    @property
-    def rounds(self) -> bool:
-        """Whether `in_16_bits` makes a difference: in float32 on a processor that is fast in 16 bits."""
-        return self.dtype == torch.float32 and self.device.type == "cpu" and fast_in_16_bits()
 
     @property
     def vocabulary(self) -> int:

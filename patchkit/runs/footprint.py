@@ -17,6 +17,7 @@ from patchkit.editing.suffixes import Room
 from patchkit.evaluate.divergence import LOGITS
 from patchkit.evaluate.readings import EVAL_WINDOW
 from patchkit.facts.requests import EditRequest
+from patchkit.maths.onednn import fast_in_16_bits
 from patchkit.model.forward import LayerRunner, Prefix
 
 _TOLD = 70
@@ -61,7 +62,8 @@ def passes_bytes(
 
 def _rounded_bytes(runner: LayerRunner, config: EditConfig, how: Plan) -> int:
     """Of the weights in bfloat16 that values are sought with, of the layers above the first site."""
-    if config.value.products != "bfloat16" or not runner.rounds:
+    rounds = runner.dtype == torch.float32 and runner.device.type == "cpu" and fast_in_16_bits()
+    if config.value.products != "bfloat16" or not rounds:
         return 0
     above = runner.arch.layers[how.sites[0].layer :]
     return sum(parameter.numel() * torch.bfloat16.itemsize for layer in above for parameter in layer.parameters())

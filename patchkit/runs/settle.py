@@ -110,17 +110,13 @@ def _beside_sentences(value: ValueConfig) -> ValueConfig:
 
 
 def with_steps(config: EditConfig, tokenizer: Any) -> EditConfig:
-    """The recipe with it decided, for a model with a chat template, what steps of the value optimizer are scaled by,
-    the whole second moment, and what it multiplies in, 16 bits but in use: by what values say in texts held out.
-    The embedded model, which has no template, carries facts over to other words less with such steps
+    """The recipe with it decided what steps are scaled by: the whole second moment where facts are edited in use in a
+    chat template. The embedded model, which has none, carries facts over to other words less with it
     (`tests/benchmarks/results`)."""
-    chatting, value = config.uses_chat and chat_template(tokenizer) is not None, config.value
-    short = chatting and not config.in_use(tokenizer)
-    decided = {
-        "second_moment": value.second_moment or ("full" if chatting else None),
-        "products": value.products or ("bfloat16" if short else "float32"),
-    }
-    return config.model_copy(update={"value": value.model_copy(update=decided)})
+    chatting = config.uses_chat and chat_template(tokenizer) is not None and config.in_use(tokenizer)
+    if not chatting or config.value.second_moment is not None:
+        return config
+    return config.model_copy(update={"value": config.value.model_copy(update={"second_moment": "full"})})
 
 
 def with_network(config: EditConfig, beside: Mapping[int, Beside]) -> EditConfig:
