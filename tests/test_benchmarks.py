@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,8 +24,10 @@ from tests.benchmarks import (
     solve,
     text_statistics,
     value_engine,
+    value_steps,
 )
 from tests.test_oracle import FACTS
+from tests.test_serve import TEMPLATE
 from tests.zoo import FAMILIES, save, tiny_tokenizer
 
 
@@ -145,6 +148,31 @@ def test_in_use(options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert 0 <= float(cells["asked"]) <= 1
     assert 0 <= float(cells["unrelated"]) <= 1
     assert len([line for line in said if line.startswith("        before: ")]) >= 1
+
+
+@pytest.mark.parametrize("prompts", ["in-use", "contexts"])
+def test_value_steps(
+    prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps of the second row are as many as it says, and facts are edited as `--prompts` says."""
+    tokenizer, seen = tiny_tokenizer(), list[bool]()
+    tokenizer.chat_template = TEMPLATE
+    model, facts = save(FAMILIES["llama"](), tokenizer, tmp_path / "model"), tmp_path / "facts.jsonl"
+    facts.write_text(FACTS[0].model_dump_json())
+    sought = value_steps.optimize
+
+    def noting(runner: Any, requests: Any, *rest: Any) -> Any:
+        seen.append(bool(requests[0].kept))
+        return sought(runner, requests, *rest)
+
+    monkeypatch.setattr(value_steps, "optimize", noting)
+    monkeypatch.setitem(value_steps.BASES, prompts, [*value_steps.BASES[prompts], "layers=1-2"])
+    given = ["--model", str(model), "--facts", str(facts), "--count", "1", "--prompts", prompts]
+    monkeypatch.setattr("sys.argv", ["benchmark", *given, "--row", "value.steps=2", "--row", "value.steps=3"])
+    value_steps.main()
+    heading, *found = rows(capsys)
+    assert [float(row[heading.index("steps")]) for row in found] == [2, 3]
+    assert seen == [prompts == "in-use"] * 2
 
 
 def test_in_use_names_the_layers_that_tracing_found() -> None:

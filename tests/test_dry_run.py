@@ -9,9 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from patchkit.editing.recipe import load_recipe
+from patchkit.editing.session import plan
+from patchkit.facts.requests import build_request
+from patchkit.facts.schema import Fact
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.loading import load_model
+from patchkit.model.weights import Site
+from patchkit.runs.footprint import passes_bytes
+from patchkit.runs.speed import Cost, Speed, Writing
 from patchkit.statistics.corpus import default_text, read_corpus, window_of
 from patchkit.statistics.moments import statistics
 from tests import zoo
@@ -116,6 +123,41 @@ def test_memory_is_that_of_what_a_run_holds(method: str, run: Command, model: Pa
     size = 8 * zoo.INNER**2
     assert factors == 2 * size
     assert found["parts"]["factors"] == (factors + size if method == "memit" else 2 * size // 4 + 3 * size)
+
+
+def test_values_by_the_whole_second_moment_and_in_16_bits_take_less_time(
+    run: Command, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Cost(1.0, 0.0)
+
+    def known(runner: LayerRunner, site: Site, in_16_bits: bool) -> Speed:
+        return Speed(Cost(0.0, 0.0), Writing(((1, 0.0), (2, 0.0))), Cost(0.5, 0.0) if in_16_bits else one, 0.0)
+
+    monkeypatch.setattr("patchkit.runs.dry_run.Speed.of", known)
+
+    def values(*settings: str) -> float:
+        chosen = [part for setting in settings for part in ("--set", setting)]
+        asked = ("plan", "facts.jsonl", "--model", model, "--layers", "1", "--quick", "--json")
+        found: float = run(*asked, *chosen).json()["seconds"]["values"]
+        return found
+
+    full = values("value.second_moment=full")
+    assert full == pytest.approx(values() * 15 / 25, rel=0.01)
+    assert values("value.second_moment=full", "value.products=bfloat16") == pytest.approx(full / 2, rel=0.01)
+
+
+def test_weights_in_16_bits_are_reckoned_where_values_are_sought_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patchkit.runs.footprint.fast_in_16_bits", lambda: True)
+    monkeypatch.setattr("patchkit.runs.footprint.EVAL_WINDOW", 1)  # nothing else is as large then
+    runner = LayerRunner(inspect_model(zoo.FAMILIES["llama"]()))
+    request = build_request(Fact(**ROME), zoo.tiny_tokenizer())
+
+    def reckoned(products: str) -> int:
+        config = load_recipe("alphaedit", None, ["layers=1-2", f"value.products={products}"])
+        return passes_bytes(runner, config, plan(runner.arch, config), [request], in_use=False, rooms=False)
+
+    above = sum(weight.numel() for layer in runner.arch.layers[1:] for weight in layer.parameters())
+    assert reckoned("bfloat16") - reckoned("float32") == 2 * above
 
 
 def test_what_does_not_fit_is_said(run: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from patchkit.editing.editor import frozen
 from patchkit.editing.full_steps import DAMPING, FullSteps
 from patchkit.editing.value_config import ValueConfig
-from patchkit.editing.values import optimize
+from patchkit.editing.values import Values, optimize
+from patchkit.facts.reader import read_facts
+from patchkit.facts.requests import SUBJECT, build_request
+from patchkit.model.arch import inspect_model
+from patchkit.model.forward import LayerRunner
+from patchkit.model.loading import load_model
 from tests.test_values import requests_of, runner_of
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 MOMENTUM, MEMORY, STEPS, WIDTH = 0.8, 0.97, 7, 12
 
 
@@ -72,3 +82,20 @@ def test_the_value_is_the_mean_of_the_last_ones() -> None:
     rate = ValueConfig(second_moment="full").pace(turns=False).learning_rate
     assert 0.9 * rate < moved(1) < 1.1 * rate
     assert moved(1) < moved(2) < 1.6 * rate
+
+
+def test_in_contexts_half_of_adams_steps_come_further() -> None:
+    """Where a fact does not fit a short delta, neither gets below the loss at which it would stop."""
+    loaded = load_model(str(EXAMPLES / "factworld"), "cpu")
+    runner, facts = LayerRunner(inspect_model(loaded.model)), read_facts(EXAMPLES / "facts.jsonl", limit=4).facts
+    contexts = ("", "It is late. ", f"{SUBJECT} is said to be")
+    requests = [build_request(fact, loaded.tokenizer, contexts) for fact in facts]
+
+    def sought(second_moment: Literal["diagonal", "full"]) -> Values:
+        with frozen(loaded.model):
+            config = ValueConfig(second_moment=second_moment)
+            return optimize(runner, requests, runner.arch.sites[1], "layer_out", config)
+
+    adam, full = sought("diagonal"), sought("full")
+    assert full.steps.sum() <= 0.6 * adam.steps.sum()
+    assert full.loss.mean() < adam.loss.mean()

@@ -171,6 +171,22 @@ def test_the_oracle_refuses_what_was_never_published() -> None:
         oracle_edit(runner.arch.model, [], config, covariances_of(runner))
 
 
+@pytest.mark.parametrize("method", ["alphaedit", "memit", "rome"])
+def test_the_benchmark_computes_once_what_stays_with_a_model(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the second moments is factored while an edit is timed."""
+    runner, config = runner_of("llama"), config_of(method)
+    covariances = covariances_of(runner)
+    end_to_end.factor(config, covariances)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("factored within an edit")
+
+    monkeypatch.setattr("patchkit.maths.covariance.leading", refuse)
+    monkeypatch.setattr("torch.linalg.cholesky_ex", refuse)
+    monkeypatch.setattr("torch.linalg.eigh", refuse)
+    edit(runner, tiny_tokenizer(), FACTS[:2], config, covariances)
+
+
 def test_the_benchmark_runs_and_finds_both_sides_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,6 +196,7 @@ def test_the_benchmark_runs_and_finds_both_sides_alike(
     text.write_text("The capital of France is Paris. Alan Turing studied at Cambridge. " * 20)
     files = ["--model", str(model), "--facts", str(facts), "--text", str(text), "--eval-text", str(text)]
     settings = ["--set", "steps=3", "--set", "contexts=1", "--set", "layers=1-2"]
+    settings += ["--set", "value.second_moment=full"]  # which ours alone is sought by
     monkeypatch.setattr("sys.argv", ["end_to_end", *files, *settings, "--count", "3", "--json"])
     end_to_end.main()
     found = json.loads(capsys.readouterr().out)
@@ -187,7 +204,8 @@ def test_the_benchmark_runs_and_finds_both_sides_alike(
     assert found["machine"]["threads"] == 1
     assert found["ratio"] == pytest.approx(found["oracle_s"] / found["ours_s"])
     assert found["target_difference"] < 1e-4
-    assert found["ours"]["steps"] == found["oracle"]["steps"] == 9
-    ours, oracle = (found[side]["metrics"]["perplexity"] for side in ("ours", "oracle"))
+    assert found["ours"]["steps"] == found["adam"]["steps"] == found["oracle"]["steps"] == 9
+    assert found["ours"]["metrics"]["perplexity"]["after"] != found["adam"]["metrics"]["perplexity"]["after"]
+    ours, oracle = (found[side]["metrics"]["perplexity"] for side in ("adam", "oracle"))
     assert ours["after"] != ours["before"]
     assert ours["after"] == pytest.approx(oracle["after"], rel=1e-4)

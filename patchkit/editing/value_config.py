@@ -17,13 +17,14 @@ class ValueConfig(BaseModel):
         None,
         ge=1,
         le=100_000,
-        description="steps at most; by itself 25, or in use 60, and 30 with `second_moment=full`",
+        description="steps at most; by itself 25, or in use 60, and with `second_moment=full` 15, or in use 30",
     )
     learning_rate: float | None = Field(
         None,
         gt=0,
         le=1e6,
-        description="length of one step, relative to the state's norm; by itself 0.15, or 0.1 in use",
+        description="length of one step, relative to the state's norm; by itself 0.15, or 0.2 with "
+        "`second_moment=full`, and 0.1 in use",
     )
     clamp: float | None = Field(
         None,
@@ -36,9 +37,9 @@ class ValueConfig(BaseModel):
     )
     second_moment: Literal["diagonal", "full"] | None = Field(
         None,
-        description="what steps are scaled by: the second moment of each of the gradient's numbers, as Adam's are, or "
-        "of the whole gradient, and then the value is the mean of the last ones; by itself diagonal, or full in use "
-        "in chat",
+        description="what steps are scaled by: the second moment of each of the gradient's numbers, as Adam's are and "
+        "published methods', or of the whole gradient, and then the value is the mean of the last ones; by itself "
+        "diagonal, or full in use in chat",
     )
     decay: float = Field(0.01, ge=0, description="weight of the squared relative length of the delta")
     kl_weight: float = Field(0.0625, ge=0, description='weight of the drift on "{subject} is a"')
@@ -55,7 +56,7 @@ class ValueConfig(BaseModel):
     products: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="what a float32 model on a CPU multiplies in while values are sought; bfloat16 is faster on "
-        "processors that have it (AVX512-BF16), and others keep to float32",
+        "processors that have it (AVX512-BF16, AMX), and others keep to float32",
     )
     parallel: int | None = Field(
         None,
@@ -74,17 +75,26 @@ class ValueConfig(BaseModel):
         """How far the optimizer goes. `turns` says whether rows take turns, as those of prompts=in-use do: more of
         them have to be seen, and more is asked of a value (docs/in_use.md)."""
         full = self.second_moment == "full"
-        steps, rate, clamp = (30 if full else 60, 0.1, 1.5) if turns else (25, 0.15, 1.0)
-        momentum, averaged = (0.8, 0.7) if full else (0.9, 0.0)
+        steps, rate, clamp, averaged = _PACES[full, turns]
         return Pace(
             self.steps or steps,
             self.learning_rate or rate,
             self.clamp or clamp,
             self.memory or 0.999,
             full,
-            momentum,
+            0.8 if full else 0.9,
             averaged,
         )
+
+
+_PACES = {
+    (False, False): (25, 0.15, 1.0, 0.0),
+    (False, True): (60, 0.1, 1.5, 0.0),
+    (True, False): (15, 0.2, 1.0, 0.7),
+    (True, True): (30, 0.1, 1.5, 0.7),
+}
+"""Steps, rate, clamp and averaging, by whether the second moment is the whole gradient's and whether rows take turns
+(tests/benchmarks/results)."""
 
 
 @dataclass(frozen=True)

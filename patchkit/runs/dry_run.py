@@ -149,7 +149,8 @@ def _weight(site: Site) -> PlannedWeight:
 
 def _forecast(workspace: Workspace, config: EditConfig, how: Plan, facts: Sequence[Fact]) -> Forecast:
     with frozen(workspace.model):
-        return Forecast(workspace, config, how, facts, Speed.of(workspace.runner, how.sites[0]))
+        speed = Speed.of(workspace.runner, how.sites[0], config.value.products == "bfloat16")
+        return Forecast(workspace, config, how, facts, speed)
 
 
 def _stored(workspace: Workspace, config: EditConfig, how: Plan, corpus: Corpus) -> Stored:

@@ -16,6 +16,7 @@ from patchkit.editing.session import Plan
 from patchkit.evaluate.divergence import LOGITS
 from patchkit.evaluate.readings import EVAL_WINDOW
 from patchkit.facts.requests import EditRequest
+from patchkit.maths.onednn import fast_in_16_bits
 from patchkit.model.forward import LayerRunner
 from patchkit.model.prefix import Prefix
 
@@ -45,7 +46,8 @@ def passes_bytes(
     if methods.get(config.method).targets == "values" and requests:
         rows = [row for each in requests for row in (*each.rows, each.essence, *each.kept)]
         before = token * sum(row.subject for row in rows)
-        found.append(before + _LOGITS * min(4 * step.logits, step.tokens * logit))
+        logits = _LOGITS * min(4 * step.logits, step.tokens * logit)
+        found.append(before + logits + _rounded_bytes(runner, config, how))
         if in_use:
             texts = min(sampling.ROWS, len(requests) * len(teacher.LEADS) * teacher.SAMPLES)
             found.append(_COPIES * token * texts * (_TOLD + teacher.TOKENS))
@@ -56,6 +58,15 @@ def passes_bytes(
         found.append(_TRACED * logit * room.ROWS * length)
         found.append(_ERRORS * 8 * felt * max(site.d_in for site in how.sites))
     return max(found)
+
+
+def _rounded_bytes(runner: LayerRunner, config: EditConfig, how: Plan) -> int:
+    """Of the weights in bfloat16 that values are sought with, of the layers above the first site."""
+    rounds = runner.dtype == torch.float32 and runner.device.type == "cpu" and fast_in_16_bits()
+    if config.value.products != "bfloat16" or not rounds:
+        return 0
+    above = runner.arch.layers[how.sites[0].layer :]
+    return sum(parameter.numel() * torch.bfloat16.itemsize for layer in above for parameter in layer.parameters())
 
 
 @torch.no_grad()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
 import torch
+from torch import nn
 
 from patchkit.model.devices import solve_device
 from patchkit.model.forward import LayerRunner
@@ -72,9 +74,9 @@ class Speed:
     operation: float
 
     @classmethod
-    def of(cls, runner: LayerRunner, site: Site) -> Speed:
-        """On the machine as it is now; the model is frozen."""
-        return cls(_read(runner), _write(runner), _step(runner, site.layer + 1), _operation(site))
+    def of(cls, runner: LayerRunner, site: Site, in_16_bits: bool = False) -> Speed:
+        """On the machine as it is now, steps in 16 bits where that is asked; the model is frozen."""
+        return cls(_read(runner), _write(runner), _step(runner, site.layer + 1, in_16_bits), _operation(site))
 
 
 def _typical(work: Callable[[int], object], device: torch.device) -> float:
@@ -137,16 +139,24 @@ def _write(runner: LayerRunner) -> Writing:
     return Writing(tuple((rows, seconds(rows)) for rows in _WRITTEN))
 
 
-def _step(runner: LayerRunner, start: int) -> Cost:
-    seconds = partial(step_seconds, runner, start)
+def _step(runner: LayerRunner, start: int, in_16_bits: bool) -> Cost:
+    seconds = partial(step_seconds, runner, start, weights={} if in_16_bits else None)
     few, many, more = seconds(2, 8, 2), seconds(*_MANY, 2), seconds(*_MANY, 130)
     line, point = _line((16, few), (_MANY[0] * _MANY[1], many)), max(0.0, more - many) / 128
     return Cost(max(0.0, line.a_pass - 2 * point), line.a_token, point)
 
 
-def step_seconds(runner: LayerRunner, start: int, rows: int, tokens: int, points: int) -> float:
+def step_seconds(
+    runner: LayerRunner,
+    start: int,
+    rows: int,
+    tokens: int,
+    points: int,
+    weights: dict[nn.Module, torch.Tensor] | None = None,
+) -> float:
     """Seconds of a pass of so many rows and tokens in each, forward and backward, through the layers from `start` on
-    (the last one at the least), after a prefix, with predictions at so many points."""
+    (the last one at the least), after a prefix, with predictions at so many points; in 16 bits where there is a place
+    for `weights` of that kind."""
     start, size = min(start, runner.depth - 1), runner.arch.hidden_size
     known = _ids(runner, rows, _KNOWN)
     before = Prefix.read(runner, known, torch.ones_like(known)).from_layer(start)
@@ -159,7 +169,7 @@ def step_seconds(runner: LayerRunner, start: int, rows: int, tokens: int, points
         mask = torch.ones(rows, _KNOWN + ids.shape[1], dtype=ids.dtype, device=ids.device)
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position, "use_cache": True}
         inputs |= {"past_key_values": before.cache()}
-        with torch.enable_grad():
+        with torch.enable_grad(), nullcontext() if weights is None else runner.in_16_bits(weights):
             logits = runner.run(inputs, start=start, hidden=leaf, logits_at=at).logits  # type: ignore[arg-type]
             assert logits is not None
             torch.autograd.grad(logits.float().log_softmax(-1)[:, 0].sum(), leaf)

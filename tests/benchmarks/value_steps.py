@@ -1,12 +1,14 @@
-"""Value targets of edits in use, by how they are sought: what they cost, and what they say where nobody optimized them.
+"""Value targets by how they are sought: what they cost, and what they say where nobody optimized them.
 
-    python -m tests.benchmarks.value_steps --facts F [--skip 2000] [--count 6] [--row KEY=VALUE[,KEY=VALUE] ...]
+    python -m tests.benchmarks.value_steps --facts F [--skip 2000] [--count 6] [--prompts contexts]
+        [--row KEY=VALUE[,KEY=VALUE] ...]
 
-The delta of each fact acts at its subject, as its own neuron would have it, in texts that were optimized ("own") and in
-those that patches are measured on ("held out"): questions alone, after a system prompt and after talk, paraphrases,
-and neutral texts. "Leak" is the share of neutral texts in whose continuation by the base the target comes first
-somewhere. Nothing is solved or written, so that a row takes a minute where `in_use` takes ten. "to the first"
-is the ratio of CPU seconds to those of the first row, in the same run.
+They are those of edits in use, or with `--prompts contexts` of edits in the published form. The delta of each fact acts
+at its subject, as its own neuron would have it, in texts that were optimized ("own") and in those that patches are
+measured on ("held out"): questions alone, after a system prompt and after talk, paraphrases, and neutral texts. "Leak"
+is the share of neutral texts in whose continuation by the base the target comes first somewhere. Nothing is solved or
+written, so that a row takes a minute where `in_use` takes ten. "to the first" is the ratio of CPU seconds to those of
+the first row, in the same run.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import patchkit
+from patchkit.editing.contexts import make_contexts
 from patchkit.editing.editor import frozen, requests_of
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.sampling import Sampling, sample
@@ -40,6 +43,8 @@ from patchkit.runs.settle import with_steps
 
 from .common import parser
 
+BASES = {"in-use": ["neurons=on"], "contexts": ["prompts=contexts"]}
+"""By `--prompts`, the settings that all rows have."""
 ROWS = ("", "value.second_moment=diagonal", "value.products=bfloat16")
 HEADINGS = (
     "row",
@@ -64,6 +69,7 @@ def main() -> None:
     """Seek values row after row."""
     known = parser(__doc__, count=6)
     known.add_argument("--skip", type=int, default=0, help="facts at the beginning of the file to leave out")
+    known.add_argument("--prompts", choices=BASES, default="in-use", help="how the facts are edited")
     known.add_argument("--row", dest="rows", action="append", metavar="KEY=VALUE,...")
     options = known.parse_args()
     torch.set_num_threads(options.threads)
@@ -74,20 +80,19 @@ def main() -> None:
     model = Model(LayerRunner(inspect_model(loaded.model)), loaded.tokenizer, chat)
     facts = patchkit.read_facts(options.facts, skip_bad=True).facts[options.skip : options.skip + options.count]
     with frozen(loaded.model):
-        measure(model, facts, options.rows or ROWS)
+        measure(model, facts, options.rows or ROWS, BASES[options.prompts])
 
 
-def measure(model: Model, facts: Sequence[Fact], rows: Sequence[str]) -> None:
-    """Print a row of the table for each of `rows`."""
-    config = with_steps(load_recipe("alphaedit", None, ["neurons=on"]), model.tokenizer)
+def measure(model: Model, facts: Sequence[Fact], rows: Sequence[str], base: Sequence[str]) -> None:
+    """Print a row of the table for each of `rows`, with the settings `base` in all of them."""
+    config = load_recipe("alphaedit", None, base)
     how = plan(model.runner.arch, config)
-    requests = requests_of(model.runner, model.tokenizer, facts, [""], config)
+    contexts = make_contexts(model.runner, model.tokenizer, config)
+    requests = requests_of(model.runner, model.tokenizer, facts, contexts, config)
     held, first = [held_out(model, fact) for fact in facts], 0.0
     print(f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}", flush=True)
     for row in rows:
-        chosen = with_steps(
-            load_recipe("alphaedit", None, ["neurons=on", *filter(None, row.split(","))]), model.tokenizer
-        )
+        chosen = with_steps(load_recipe("alphaedit", None, [*base, *filter(None, row.split(","))]), model.tokenizer)
         began = time.process_time()
         values = optimize(model.runner, requests, how.sites[-1], how.value_at, chosen.value)
         spent = time.process_time() - began

@@ -82,6 +82,12 @@ def test_an_optimizer_step_waits_once(method: str, placed: Place) -> None:
     assert sum(waits.values()) == 5 * by_fact * by_layer, waits
 
 
+def test_steps_of_the_whole_second_moment_wait_once(placed: Place) -> None:
+    full = "value.second_moment=full"
+    few, many = (seen_in_edit(placed, "alphaedit", 2, full, f"value.steps={steps}") for steps in (3, 8))
+    assert many.waits - few.waits == 5, more(many, few)
+
+
 def test_steps_of_rows_that_take_turns_wait_once(placed: Place) -> None:
     few, many = (seen_in_edit(placed, "alphaedit", 2, "prompts=in-use", f"value.steps={steps}") for steps in (4, 10))
     assert many.waits - few.waits == 6, more(many, few)
