@@ -69,7 +69,9 @@ def test_what_was_found_is_for_models_of_one_shape_on_one_device(
     assert LayerRunner(runner.arch).room == ROOM["cpu"]
 
 
-@pytest.mark.parametrize("held", ["", "[]", "{", '{"a": 1}', '{"a": {"tokens": "many"}}'])
+@pytest.mark.parametrize(
+    "held", ["", "[]", "{", '{"a": 1}', '{"a": {"tokens": "many"}}', '{"a": {"tokens": 1e999, "a_pass": 1}}']
+)
 def test_a_file_that_cannot_be_read_is_none(
     held: str, runner: LayerRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -98,3 +100,19 @@ def test_the_command(patchkit: Command, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert kept == f"{found['device']}: {found['models']}"
     assert found["device"] in patchkit("autotune", "--model", str(tmp_path / "model"), "--forget").out
     assert LayerRunner(runner.arch).room == ROOM["cpu"]
+    again = patchkit("autotune", "--model", str(tmp_path / "model"), "--forget", "--json")
+    assert again.json() == {"forgotten": found["device"]}
+
+
+@pytest.mark.parametrize("instead", ["cache", "cache/autotune.json"])
+def test_a_cache_that_cannot_be_written_is_told_before_anything_is_timed(
+    instead: str, runner: LayerRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATCHKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tune, "step_seconds", lambda *_: pytest.fail("timed"))
+    if instead == "cache":
+        (tmp_path / "cache").write_text("a file")
+    else:
+        (tmp_path / instead).mkdir(parents=True)
+    with pytest.raises(InputError, match=r"cannot be written to; choose another|is a folder.*move it away"):
+        tune.tune(runner, 1)

@@ -691,3 +691,20 @@ def test_a_real_process_keeps_its_streams_apart(model: Path) -> None:
     assert failed.returncode == 2
     assert failed.stdout == ""
     assert "give either FACTS or --fact" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("verify", "p", "--max-perplexity-ratio", "nan"),
+        ("verify", "p", "--min-efficacy", "nan"),
+        ("import", "--diff", "a", "b", "--out", "c", "--energy", "nan"),
+        ("locate", "f", "--noise", "inf"),
+        ("train", "f", "--learning-rate", "nan"),
+    ],
+    ids=lambda given: given[-2],
+)
+def test_a_number_that_is_none_is_refused_before_any_work(run: Command, given: tuple[str, ...]) -> None:
+    ended = run(*given)
+    assert ended.status == 2
+    assert f"Invalid value for '{given[-2]}': {given[-1]} is not a" in ended.err

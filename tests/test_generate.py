@@ -152,3 +152,31 @@ def test_the_model_is_left_as_it_was(saved: Saved) -> None:
         answers(model, tokenizer, lambda: stacked(model, [rome, broken]), ["Rome"], Sampling(2))
     assert not any(module._forward_hooks for module in model.modules())
     assert not hasattr(model, "patchkit")
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (("--temperature", "nan"), "nan is not a finite number"),
+        (("--seed", "99999999999999999999999"), "is too large for a seed"),
+        (("--system", "caf\udce9"), "not UTF-8 text, after"),
+        (("--turn", "x", "caf\udce9"), "not UTF-8 text, after"),
+        (("caf\udce9",), 'not UTF-8 text, after "caf'),
+    ],
+    ids=["no number", "too large", "bytes in the system prompt", "in a turn", "in a prompt"],
+)
+def test_what_no_model_can_be_asked_with(
+    given: tuple[str, ...], reason: str, saved: Saved, generate: Command, tmp_path: Path
+) -> None:
+    tokenizer = zoo.tiny_tokenizer()
+    tokenizer.chat_template = CHAT
+    zoo.save(zoo.FAMILIES["llama"](), tokenizer, tmp_path / "chat")
+    ended = generate("--model", tmp_path / "chat", "--patch", saved.rome, *given, "the city")
+    assert ended.status == 2
+    assert reason in ended.err
+
+
+def test_bytes_from_standard_input_that_are_no_text(saved: Saved, generate: Command) -> None:
+    ended = generate("--patch", saved.rome, "-", stdin=b"caf\xe9")
+    assert ended.status == 2
+    assert 'not UTF-8 text, after "caf' in ended.err

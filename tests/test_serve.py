@@ -139,6 +139,12 @@ def test_a_streamed_answer_is_the_whole_one_in_pieces(post: Post) -> None:
     assert text["choices"][0]["text"]
 
 
+def test_a_seed_that_no_generator_takes(post: Post) -> None:
+    status, answer = post("/v1/chat/completions", **{**chat("tiny"), "temperature": 2.0, "seed": 10**30})
+    assert status == 400
+    assert "seed" in answer["error"]["message"]
+
+
 def test_sampling_is_repeated_by_its_seed(post: Post) -> None:
     def sampled(seed: int) -> str:
         answer = post("/v1/chat/completions", **{**chat("tiny"), "temperature": 2.0, "top_p": 0.95, "seed": seed})[1]

@@ -207,6 +207,30 @@ def test_a_template_without_system_messages_gets_them_in_the_question() -> None:
     assert chat_template(tiny_tokenizer()) is None
 
 
+def test_a_message_is_found_where_the_template_trims_it() -> None:
+    tokenizer = chatting(TEMPLATE.replace("m['content']", "m['content'] | trim"))
+    before, rest = chat_template(tokenizer).parts("Where is Rome? ", "Where is Rome? ")  # type: ignore[union-attr]
+    assert before == "system: You are Rome.\nuser: "
+    assert rest == "Where is Rome?</s>\nassistant: "
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('one turn only') }}", r"of user \(one turn only\); mend it"),
+        ("{% for m in messages %}{{ m['content'] ", r"of user \(unexpected end of template"),
+        ("{{ messages[0]['content'] + 1 }}", r"of user \(can only concatenate str"),
+        ("{{ messages[0]['content'] | upper }}", 'there is no "Where is Rome\\?" in what it makes of that'),
+    ],
+    ids=["refuses", "is cut off", "adds up other things", "writes something else"],
+)
+def test_a_template_that_cannot_be_used_is_bad_input(template: str, reason: str) -> None:
+    chat = chat_template(chatting(template))
+    assert chat is not None
+    with pytest.raises(InputError, match=f"chat template: it does not .*{reason}"):
+        chat.parts("Where is Rome?", "Where is Rome?")
+
+
 def test_nothing_that_patches_are_measured_on_is_edited_on() -> None:
     measured = {*prompts.ABOUT_BEGINNINGS, *prompts.ABOUT_MESSAGES, prompts.SYSTEM, *prompts.TURNS}
     assert not measured & {*NEUTRAL, *NEUTRAL_CHAT, *NEUTRAL_PLAIN, SYSTEM, *TURNS, *SYSTEMS}

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from io import TextIOWrapper
 from typing import NoReturn
 
 import click
@@ -78,6 +79,8 @@ UNFORESEEN = 3
 def main() -> None:
     """Run the command line: a refusal is one clear message on stderr and the error's exit status."""
     warnings.formatwarning = _warning
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as arguments are read: told where the text is used
     arguments, debug = [given for given in sys.argv[1:] if given != "--debug"], "--debug" in sys.argv[1:]
     try:
         _refuse_together(arguments)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import click
 
 from patchkit.cli.common import ModelOptions, model_options, print_json, progress_bars, stdout
@@ -10,7 +12,7 @@ from patchkit.cli.common import ModelOptions, model_options, print_json, progres
 @click.command("autotune")
 @model_options
 @click.option("--forget", is_flag=True, help="Measure nothing: go back to what suits the kind of device.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(model: ModelOptions, forget: bool, as_json: bool) -> None:
     """Measure once how many tokens a pass is to have on this device, for models of this one's shape.
 
@@ -21,7 +23,11 @@ def command(model: ModelOptions, forget: bool, as_json: bool) -> None:
     from patchkit.cli.tables import tuned_table
 
     if forget:
-        stdout.print(f"forgotten: passes on {forget_passes(model.choice())}", soft_wrap=True)
+        device = forget_passes(model.choice())
+        if as_json:
+            print_json(json.dumps({"forgotten": device}, ensure_ascii=False))
+        else:
+            stdout.print(f"forgotten: passes on {device}", soft_wrap=True)
         return
     with progress_bars() as progress:
         found = tune_passes(model.choice(), progress)

@@ -16,6 +16,7 @@ from patchkit.cli.common import (
     say_answer,
     stdout,
 )
+from patchkit.cli.numbers import Number
 from patchkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ HELP = """/patch off              only the plain model answers; /patch on: both 
     type=click.IntRange(1),
     help="Tokens of an answer [default: 256, or what there is room for].",
 )
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: the likeliest token.")
+@click.option("--temperature", type=Number(0), default=0.0, show_default=True, help="0: the likeliest token.")
 def command(
     model: ModelOptions,
     patches: tuple[str, ...],

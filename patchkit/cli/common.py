@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.segment import Segment
 from rich.text import Text
 
+from patchkit.cli.numbers import Bound, Number
 from patchkit.errors import InputError
 from patchkit.evaluate.gates import Gates
 from patchkit.evaluate.metric import Gate, Metric
@@ -213,7 +214,7 @@ class GatedCommand(click.Command):
 
 
 def _gate_option(metric: Metric, gate: Gate) -> click.Option:
-    kind = click.FloatRange(0, 1) if metric.share else click.FLOAT
+    kind = Number(0, 1) if metric.share else Bound()
     flag = f"--{'min' if metric.better == 'up' else 'max'}-{gate.name.replace('_', '-')}"
     publishing = "" if gate.published is None else f" [to publish: {gate.published:g}]"
     return click.Option([flag, gate.name], type=kind, metavar="X", help=gate.help + publishing)

@@ -19,6 +19,7 @@ from patchkit.cli.common import (
     say_answer,
     stdout,
 )
+from patchkit.cli.numbers import Number, Seed
 
 if TYPE_CHECKING:
     from patchkit.evaluate.generation import Answer
@@ -52,12 +53,12 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--temperature",
-    type=click.FloatRange(0),
+    type=Number(0),
     default=0.0,
     show_default=True,
     help="Sample at this temperature; 0 takes the likeliest token.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampling.")
+@click.option("--seed", type=Seed(), default=0, show_default=True, help="Seed of sampling.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     prompts: tuple[str, ...],

@@ -14,6 +14,7 @@ from patchkit.cli.common import (
     refuse_place,
     stdout,
 )
+from patchkit.cli.numbers import Number
 from patchkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--model", "base", metavar="M", help="The adapter's base [default: as its config says].")
 @click.option(
     "--energy",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     metavar="X",
     help="Of --diff: keep this share of each change, squared, at the lowest rank that does [default: all of it].",
 )

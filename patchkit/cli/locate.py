@@ -7,16 +7,17 @@ from pathlib import Path
 import click
 
 from patchkit.cli.common import ModelOptions, model_options, note, print_json, progress_bars, stdout, zsre_option
+from patchkit.cli.numbers import Number, Seed
 
 
 @click.command("locate")
 @click.argument("facts")
 @model_options
 @click.option("--count", type=click.IntRange(1), metavar="N", default=20, show_default=True, help="Facts to trace.")
-@click.option("--noise", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True, help="Its size.")
+@click.option("--noise", type=Number(0, min_open=True), default=3.0, show_default=True, help="Its size.")
 @click.option("--samples", type=click.IntRange(1), default=4, show_default=True, help="Draws of noise for each fact.")
 @click.option("--trial", type=click.IntRange(0), metavar="K", default=0, help="Try values of K facts at every layer.")
-@click.option("--seed", type=int, default=0, help="Seed of the noise [default: 0].")
+@click.option("--seed", type=Seed(), default=0, help="Seed of the noise [default: 0].")
 @zsre_option
 @click.option("--skip-bad", is_flag=True, help="Leave out bad facts.")
 @click.option("--out", metavar="F", help="Write the recommended layers as a recipe, for `apply --recipe F`.")

@@ -8,6 +8,7 @@ from dataclasses import asdict
 import click
 
 from patchkit.cli.common import ModelOptions, model_options, note, print_json, progress_bars, stdout, zsre_option
+from patchkit.cli.numbers import Number, Seed
 
 
 @click.command("train")
@@ -19,10 +20,8 @@ from patchkit.cli.common import ModelOptions, model_options, note, print_json, p
 @click.option("--layers", metavar="L", help="Layers that it is to edit: 4-8, or 4,6, or 14%-27% of the depth.")
 @click.option("--steps", type=click.IntRange(1), default=1000, show_default=True, help="Facts edited in all.")
 @click.option("--rank", type=click.IntRange(1), default=128, show_default=True, help="Of the network's layers.")
-@click.option(
-    "--learning-rate", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True, help="Adam's."
-)
-@click.option("--seed", type=int, default=0, help="Of the first weights and of the order of facts [default: 0].")
+@click.option("--learning-rate", type=Number(0, min_open=True), default=1e-3, show_default=True, help="Adam's.")
+@click.option("--seed", type=Seed(), default=0, help="Of the first weights and of the order of facts [default: 0].")
 @click.option("--text", type=click.Path(), help="Plain text that edits are to leave alone.")
 @click.option(
     "--stats", type=click.Path(), help="Folder of statistics, where the network is kept, too [default: the cache]."

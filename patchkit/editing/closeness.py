@@ -139,9 +139,7 @@ def _inner_row(fact: Fact, tokenizer: Any) -> Row:
 def _message_row(fact: Fact, tokenizer: Any, chat: ChatTemplate) -> Row:
     if fact.messages:
         return _inner_row(fact, tokenizer)
-    whole = chat.ask(fact.prompt)
-    start = max(0, whole.rfind(fact.prompt))
-    return wording_row(fact, tokenizer, whole[:start], whole[start:])
+    return wording_row(fact, tokenizer, *chat.parts(fact.prompt, fact.prompt))
 
 
 def _keys(
@@ -178,8 +176,8 @@ def _template_cosines(
         return [0.0] * solved.shape[1], [""] * solved.shape[1]
     texts, own = [], []
     for message in _MESSAGES:
-        whole = chat.ask(message)
-        start, encoded = whole.rfind(message), encode(tokenizer, whole)
+        before, rest = chat.parts(message, message)
+        start, encoded = len(before), encode(tokenizer, before + rest)
         texts.append(encoded.ids)
         # The first token is an attention sink, with a key like no other's.
         spans = enumerate(encoded.spans)

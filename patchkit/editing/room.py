@@ -165,7 +165,7 @@ def own_talk(runner: LayerRunner, tokenizer: Any, chat: ChatTemplate | None) -> 
         openings = [STARTERS[number % len(STARTERS)] for number in range(TALKS)]
         said = sample(runner, tokenizer, openings, Sampling(QUESTION + ANSWER, CHOICES), seeds)
         return [[*encode_prompt(tokenizer, text), *ids] for text, ids in zip(openings, said, strict=True)]
-    before = chat.ask(_USER).partition(_USER)[0]
+    before, _ = chat.parts(_USER, _USER)
     said = sample(runner, tokenizer, [before] * TALKS, Sampling(QUESTION, CHOICES, to_end=True), seeds)
     questions = [tokenizer.decode(ids, skip_special_tokens=True).strip() or "Hello" for ids in said]
     asked = [chat.ask(question) for question in questions]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from patchkit.errors import InputError
 from patchkit.facts.chat import Turn, chat_template
 from patchkit.facts.limits import Limits
 from patchkit.facts.requests import encode_prompt, pad
 from patchkit.model.forward import LayerRunner, watching_output
 from patchkit.model.prefix import Prefix
+from patchkit.words import visible
 
 ROWS = 64
 _WORTH_SHARING = 8
@@ -58,12 +60,27 @@ def is_chat(tokenizer: Any) -> bool:
 
 
 def encode_ask(tokenizer: Any, ask: Ask) -> list[int]:
-    """Token ids of what the model is given: a message in the chat template where there is one, else as plain text."""
+    """Token ids of what the model is given: a message in the chat template where there is one, else as plain text.
+
+    Raises:
+        InputError: it is no text, or the template does not take it.
+    """
+    refuse_halves(ask)
     template = chat_template(tokenizer)
     if ask.message and template:
         text = template.ask(ask.text, ask.system, ask.turns)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return encode_prompt(tokenizer, as_text(ask))
+
+
+def refuse_halves(ask: Ask) -> None:
+    """Raises InputError for bytes that are no UTF-8, which Python hands on as halves of surrogate pairs, and for such
+    halves in JSON: no tokenizer takes them."""
+    try:
+        "".join((ask.text, ask.system or "", *chain(*ask.turns))).encode()
+    except UnicodeEncodeError as error:
+        found = visible(error.object[max(0, error.start - 20) : error.end])
+        raise InputError(f'what the model is asked: it is not UTF-8 text, after "{found}"; write it in UTF-8') from None
 
 
 def as_text(ask: Ask) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from patchkit.io.files import write_text
+from patchkit.errors import InputError
+from patchkit.io.files import refuse_unwritable, write_text
 from patchkit.io.places import cache_folder
 
 
@@ -55,9 +56,22 @@ def remember(device: torch.device, model: str, tuned: Tuned | None) -> Path:
     known = {key: found for key, found in _known().items() if key != _key(device, model)}
     if tuned is not None:
         known[_key(device, model)] = tuned
-    file = _file()
+    file = check_kept()
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps({key: asdict(found) for key, found in known.items()}, indent=2, ensure_ascii=False))
+    return file
+
+
+def check_kept() -> Path:
+    """The file that later runs read.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    file = _file()
+    refuse_unwritable(file.parent, "$PATCHKIT_CACHE: ")
+    if file.is_dir():
+        raise InputError(f"{file}: is a folder, and is where passes are kept that were measured; move it away")
     return file
 
 
@@ -83,7 +97,7 @@ def _known() -> Mapping[str, Tuned]:
     try:
         entries = json.loads(_file().read_text(encoding="utf-8"))
         return {key: Tuned(max(1, int(each["tokens"])), max(0, int(each["a_pass"]))) for key, each in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
 
 

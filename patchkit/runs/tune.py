@@ -11,7 +11,7 @@ from patchkit.editing.editor import Progress
 from patchkit.editing.suffixes import free_memory, graph_bytes
 from patchkit.errors import InputError, out_of_memory
 from patchkit.model.forward import LayerRunner
-from patchkit.model.tuning import Tuned, named, remember
+from patchkit.model.tuning import Tuned, check_kept, named, remember
 from patchkit.runs.speed import step_seconds
 
 MOST = 11
@@ -101,8 +101,9 @@ def tune(runner: LayerRunner, start: int, progress: Progress = lambda phase, don
     this device use what was found. The model is frozen.
 
     Raises:
-        InputError: there is not enough memory for two passes.
+        InputError: there is not enough memory for two passes, or the user's cache cannot be written.
     """
+    check_kept()
     trials = tried(runner, start, progress)
     best = chosen(trials)
     file = remember(runner.device, runner.arch.shape, best)

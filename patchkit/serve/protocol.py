@@ -12,6 +12,7 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from patchkit import seeds
 from patchkit.errors import InputError
 from patchkit.evaluate.answers import Ask
 from patchkit.serve.talker import Length, Reply
@@ -27,7 +28,7 @@ class _Request(BaseModel):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-seeds.MOST, le=seeds.MOST)
     stream: bool = False
     stream_options: Mapping[str, Any] | None = None
     user: str | None = None

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, get_args
 
-from jinja2.exceptions import TemplateError
-
+from patchkit.facts.chat import NotTaken
 from patchkit.facts.layout import layout
 from patchkit.facts.layouts.native import Native
 from patchkit.facts.record import MISSING, Record, Refused, quote
@@ -75,8 +74,8 @@ class Messages(Native):
         try:
             prompt = self.options.chat.conversation(said)
             whole = self.options.chat.conversation([*said, ("assistant", target)], answer=False)
-        except TemplateError as error:
-            raise Refused(record.named("messages"), f"the chat template does not take them ({error})") from None
+        except NotTaken as error:
+            raise Refused(record.named("messages"), f"the chat template does not take them ({error.reason})") from None
         between = whole.removeprefix(prompt).partition(target)[0] if target and whole.startswith(prompt) else ""
         return prompt, between if between.isspace() else ""
 
