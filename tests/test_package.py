@@ -23,6 +23,7 @@ FLOW = (
         "errors",
         "version",
         "words",
+        "seeds",
         "ranks",
         "io",
         "maths",

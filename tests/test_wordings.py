@@ -28,9 +28,10 @@ from patchkit.editing.wordings import (
 )
 from patchkit.errors import InputError
 from patchkit.evaluate import prompts
+from patchkit.evaluate.answers import Ask, encode_ask
 from patchkit.facts.chat import chat_template
 from patchkit.facts.reader import parse_facts
-from patchkit.facts.requests import EditRequest
+from patchkit.facts.requests import EditRequest, encode_prompt
 from patchkit.facts.schema import Fact
 from patchkit.maths.updates import delta_of
 from patchkit.model.arch import inspect_model
@@ -205,6 +206,18 @@ def test_a_template_without_system_messages_gets_them_in_the_question() -> None:
     assert "user: Be kind.\n\nHi</s>\nassistant: Hello</s>\nuser: Where is Rome?</s>\nassistant: " in asked
     assert "system: Be kind.</s>" in chat_template(chatting()).ask("Where is Rome?", "Be kind.")  # type: ignore[union-attr]
     assert chat_template(tiny_tokenizer()) is None
+
+
+@pytest.mark.parametrize("writes", [False, True])
+@pytest.mark.parametrize("system", ["", "Be kind."])
+def test_facts_are_edited_at_the_tokens_that_chat_servers_make_of_a_question(writes: bool, system: str) -> None:
+    """A tokenizer that puts a BOS before every text puts none before what the template made, which writes its own."""
+    tokenizer = chatting("<s>" * writes + TEMPLATE)
+    text = chat_template(tokenizer).ask("Where is Rome?", system)  # type: ignore[union-attr]
+    served = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert encode_prompt(tokenizer, text) == served == encode_ask(tokenizer, Ask("Where is Rome?", system=system))
+    assert [served.count(0), tokenizer("Where is Rome?")["input_ids"][0]] == [int(writes), 0]
+    assert encode_prompt(tokenizer, "Where is Rome?")[0] == 0
 
 
 def test_a_message_is_found_where_the_template_trims_it() -> None:

@@ -68,8 +68,7 @@ def encode_ask(tokenizer: Any, ask: Ask) -> list[int]:
     refuse_halves(ask)
     template = chat_template(tokenizer)
     if ask.message and template:
-        text = template.ask(ask.text, ask.system, ask.turns)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return encode_prompt(tokenizer, template.ask(ask.text, ask.system, ask.turns))
     return encode_prompt(tokenizer, as_text(ask))
 
 

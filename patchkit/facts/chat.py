@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from patchkit.errors import InputError
 
@@ -76,6 +78,17 @@ class ChatTemplate:
         return self._render(said, answer)
 
     @cached_property
+    def beginnings(self) -> tuple[str, ...]:
+        """What it writes before the first message, without a system message and with one; none where that is nothing,
+        or where the template takes neither."""
+        found = []
+        for system in (None, "Patchkit's system message"):
+            with suppress(NotTaken):
+                whole = self.ask("Patchkit's question", system)
+                found.append(whole.partition(system or "Patchkit's question")[0])
+        return tuple(text for text in found if text.strip())
+
+    @cached_property
     def end(self) -> str:
         """What the template writes after an answer, such as "<|im_end|>"."""
         answered = self._render([("user", "Hello"), ("assistant", "Patchkit")], answer=False)
@@ -97,3 +110,18 @@ class ChatTemplate:
 def chat_template(tokenizer: Any) -> ChatTemplate | None:
     """The tokenizer's chat template; None where it has none."""
     return ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) else None
+
+
+def is_rendered(tokenizer: Any, text: str) -> bool:
+    """Whether the tokenizer's chat template made the text, or its beginning."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        return False
+    known = _BEGINNINGS.get(tokenizer)
+    if known is None or known[0] != template:
+        known = _BEGINNINGS[tokenizer] = (template, ChatTemplate(tokenizer).beginnings)
+    return text.startswith(known[1])
+
+
+_BEGINNINGS: MutableMapping[Any, tuple[Any, tuple[str, ...]]] = WeakKeyDictionary()
+"""By tokenizer its template and what that begins with, as texts are encoded by the thousand."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from patchkit.errors import InputError
+from patchkit.facts.chat import is_rendered
 from patchkit.facts.schema import Fact
 from patchkit.facts.text import continuation
 from patchkit.model.devices import sent
@@ -138,18 +139,20 @@ class Encoded:
 
 
 def encode(tokenizer: Any, text: str) -> Encoded:
-    """A text that is to be continued: with a BOS where the tokenizer adds one, once, and never with an EOS."""
+    """A text that is to be continued: with a BOS where the tokenizer adds one, once, and never with an EOS. A chat
+    template's has a BOS only if it writes one, as chat servers have it."""
     found = tokenizer(text, return_offsets_mapping=True)
     ids, spans = list(found["input_ids"]), [tuple(span) for span in found["offset_mapping"]]
     while len(ids) > 1 and spans[-1][1] == 0:  # what the tokenizer appends to every text covers no character
         del ids[-1], spans[-1]
-    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id and spans[0] == (0, 0):  # the text has its own
+    added = len(ids) > 1 and ids[0] == tokenizer.bos_token_id and spans[0] == (0, 0)
+    if added and (ids[1] == ids[0] or is_rendered(tokenizer, text)):
         del ids[0], spans[0]
     return Encoded(tuple(ids), tuple(spans))
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a text that is to be continued: with one BOS where the tokenizer has one, never with an EOS."""
+    """Token ids of a text that is to be continued, as `encode` has them."""
     return list(encode(tokenizer, prompt).ids)
 
 
