@@ -1,7 +1,8 @@
 """What README.md and docs/ have from the code and from runs: tables, the demo's output, the picture.
 
     python -m tests.pages                 the tables that come from the code
-    python -m tests.pages --demo --real   also what the demo prints, and the real model's numbers and picture
+    python -m tests.pages --demo --real   also what the demo prints, a picture of its page where Chromium is installed,
+                                          and the real model's numbers and picture
 
 writes them anew; with --check, it says what is out of date instead and exits with 1. `make pages` is the second one.
 """
@@ -16,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import BaseModel
@@ -24,10 +26,12 @@ from pydantic.fields import FieldInfo
 from patchkit.cli import COMMANDS
 from patchkit.editing.recipe import EditConfig
 from patchkit.methods import MethodConfig, available, wrappers
+from tests.browser import PROGRAM, browser
 from tests.picture import picture
 
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "assets" / "before_after.svg"
+SCREENSHOT = ROOT / "docs" / "assets" / "report.png"
 DEMO = ("apply", "examples/facts.jsonl", "--method", "alphaedit", "--out", "out/demo-patch", "--force")
 REAL = ("apply", "examples/real_facts.jsonl", "--model", "models/smollm2-135m", "--out", "out/real-patch", "--force")
 CHOSEN = ("alphaedit", "oedit+", "adaedit", "mose-right")
@@ -203,10 +207,22 @@ def write(with_demo: bool, with_real: bool) -> None:
         put(page, name, make())
     if with_demo:
         put("README.md", "demo", demo())
+        screenshot()
     if with_real:
         sentence, drawn = real()
         put("README.md", "real", sentence)
         PICTURE.write_text(drawn, encoding="utf-8")
+
+
+def screenshot() -> None:
+    """The top of the demo's page with its first fact open, as a browser shows it."""
+    if PROGRAM is None:
+        print(f"{SCREENSHOT.relative_to(ROOT)} stays as it is: it takes Chromium, which is not here")
+        return
+    with TemporaryDirectory() as profile, browser(Path(profile)) as page:
+        page.open(ROOT / "out" / "demo-patch" / "report.html", width=1200, height=1180)
+        page.run("document.querySelector('.fact').open = true; new Promise((done) => setTimeout(done, 200))")
+        page.picture(SCREENSHOT)
 
 
 def main() -> None:

@@ -91,6 +91,18 @@ def test_no_task_named_is_refused(run: Command, eval_text: Path, tmp_path: Path)
     assert ended.err.startswith("error: --abilities: no task named")
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "needed"), [("--abilities-limit", 3, "--abilities"), ("--judge-model", "m", "--judge")]
+)
+def test_an_option_that_would_do_nothing_is_refused(
+    run: Command, eval_text: Path, tmp_path: Path, option: str, value: object, needed: str
+) -> None:
+    ended = run(*arguments(eval_text, tmp_path / "out", option, value))
+    assert ended.status == 2
+    assert f"error: {option}: of no use without {needed};" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
 # --- what is asked ----------------------------------------------------------------------------------------------------
 
 

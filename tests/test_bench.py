@@ -17,10 +17,11 @@ import torch
 import patchkit
 from patchkit import methods
 from patchkit.bench.health import weight_drift
+from patchkit.bench.judge import Judge
 from patchkit.bench.measuring import TEXT_TOKENS
 from patchkit.bench.records import Result, States, score
 from patchkit.bench.run import Outcome, run_bench
-from patchkit.errors import InputError
+from patchkit.errors import InputError, PatchkitError
 from patchkit.evaluate.readings import EVAL_TOKENS, EVAL_WINDOW
 from patchkit.evaluate.report import Report
 from patchkit.maths.linalg import Delta
@@ -312,6 +313,55 @@ def test_methods_checkpoints_and_facts_are_added_later(bench: Bench, watch: Watc
     ]
 
 
+def test_rows_are_judged_later_from_the_answers_that_are_there(
+    bench: Bench, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(Judge, "_ask", lambda judge, question: asked.append(question) or "yes")
+    first = bench("memit", edits=2, checkpoints=(1,), quick=False)
+    assert [row.judged for row in first.rows] == [None] * 3
+    assert "judged" not in (first.folder / "table.md").read_text(encoding="utf-8")
+    watch.edited.clear()
+    watch.measured.clear()
+    asking: dict[str, Any] = {"edits": 2, "checkpoints": (1,), "quick": False, "judge": "http://localhost/v1"}
+    judged = bench("memit", judge_model="m", **asking)
+    assert [(row.judged, row.judge) for row in judged.rows] == [(1.0, "m")] * 3
+    assert [bare.model_copy(update={"judged": None, "judge": None}) for bare in judged.rows] == list(first.rows)
+    assert "judged" in (first.folder / "table.md").read_text(encoding="utf-8")
+    assert asked
+    assert not watch.edited
+    assert not watch.measured
+    asked.clear()
+    assert (
+        bench("memit", edits=2, checkpoints=(1,), quick=False, judge="http://localhost/v1", judge_model="m") == judged
+    )
+    assert not asked
+    bench("memit", judge_model="other", **asking)
+    assert asked
+
+
+def test_a_row_stays_where_its_judge_does_not_answer(
+    bench: Bench, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench("rome", edits=1, checkpoints=(), quick=False)
+    monkeypatch.setattr(Judge, "_ask", lambda judge, question: "yes")
+    asking: dict[str, Any] = {"edits": 1, "checkpoints": (), "quick": False, "judge": "http://localhost/v1"}
+    bench("rome", **asking)
+
+    def away(judge: Judge, question: str) -> str:
+        raise PatchkitError("away")
+
+    monkeypatch.setattr(Judge, "_ask", away)
+    with pytest.raises(PatchkitError, match="away"):
+        bench("memit", **asking)
+    monkeypatch.setattr(Judge, "_ask", lambda judge, question: "no")
+    watch.edited.clear()
+    outcome = bench("memit", **asking)
+    (row,) = (row for row in outcome.rows if row.method == "memit")
+    assert row.judged is not None
+    assert not watch.edited
+
+
 def test_a_method_that_cannot_go_on_does_not_stop_the_others(bench: Bench, watch: Watch) -> None:
     watch.stop("rome", 3, InputError("the edit is not finite"))
     said: list[str] = []
@@ -415,6 +465,7 @@ def test_layers_are_located_once_and_a_run_goes_on_in_them(bench: Bench, watch: 
         ({"overrides": ("layers=9",)}, "layers"),
         ({"overrides": ("no_such=1",)}, "no_such"),
         ({"eval_text": "nowhere.txt"}, "text nowhere.txt: cannot be read"),
+        ({"judge": "http://localhost/v1"}, "--judge: with --quick no answers are written that could be judged"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_any_work(

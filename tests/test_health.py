@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -171,14 +172,18 @@ class Server(BaseHTTPRequestHandler):
 
     asked: ClassVar[list[Any]] = []
     says: ClassVar[Any] = None
+    status: ClassVar[int] = 200
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         type(self).asked.append((self.path, self.headers.get("Authorization"), body))
         answer = body["messages"][-1]["content"].partition("Given answer: ")[2]
         said = self.says or ("Yes." if "Peru" in answer else "no")
-        self.send_response(200)
+        self.send_response(self.status)
         self.end_headers()
+        if self.status != 200:
+            self.wfile.write(said.encode())
+            return
         self.wfile.write(json.dumps({"choices": [{"message": {"content": said}}]}).encode())
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -189,7 +194,7 @@ class Server(BaseHTTPRequestHandler):
 def server() -> Iterator[str]:
     pytest_socket.enable_socket()
     pytest_socket.socket_allow_hosts(["127.0.0.1"])
-    Server.asked, Server.says = [], None
+    Server.asked, Server.says, Server.status = [], None, 200
     serving = HTTPServer(("127.0.0.1", 0), Server)
     thread = threading.Thread(target=serving.serve_forever, daemon=True)
     thread.start()
@@ -226,11 +231,35 @@ def test_a_judges_share_is_the_mean_over_facts(server: str, tmp_path: Path) -> N
     assert "Rome or the City of Kings" in Server.asked[0][2]["messages"][-1]["content"]
 
 
+@pytest.mark.parametrize(
+    ("said", "right"), [("**Yes**", True), ('"yes", it does', True), ("No.", False), ("\nno", False)]
+)
+def test_marks_around_a_judges_word_do_not_count(server: str, tmp_path: Path, said: str, right: bool) -> None:
+    Server.says = said
+    assert Judge(server, tmp_path / "judged.jsonl").right("Where?", "Lima", "Oslo") is right
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        (400, '{"error": {"message": "no temperature here"}}', "answered 400 Bad Request: no temperature here"),
+        (404, '{"error": "no such model"}', "answered 404 Not Found: no such model"),
+        (401, "who\nare you?", "answered 401 Unauthorized: who are you?; its key is in PATCHKIT_JUDGE_KEY"),
+    ],
+)
+def test_what_a_judges_server_says_of_a_refusal_is_told(
+    server: str, tmp_path: Path, status: int, body: str, message: str
+) -> None:
+    Server.says, Server.status = body, status
+    with pytest.raises(PatchkitError, match=re.escape(message)):
+        Judge(server, tmp_path / "judged.jsonl").right("Where?", "Lima", "Oslo")
+
+
 def test_a_judge_that_does_not_say_yes_or_no_is_refused(server: str, tmp_path: Path) -> None:
-    Server.says = "Perhaps"
-    with pytest.raises(PatchkitError, match='it said "Perhaps" where yes or no was asked for'):
+    Server.says = "Nobody knows"
+    with pytest.raises(PatchkitError, match='it said "Nobody knows" where yes or no was asked for'):
         Judge(server, tmp_path / "judged.jsonl").right("Where?", "Lima", "Oslo")
     with pytest.raises(InputError, match="not an address"):
         Judge("localhost", tmp_path / "judged.jsonl")
-    with pytest.raises(PatchkitError, match="no answer from the server"):
+    with pytest.raises(PatchkitError, match="no answer from the server: Connection refused"):
         Judge("http://127.0.0.1:9/v1", tmp_path / "judged.jsonl").right("Where?", "Lima", "Oslo")

@@ -52,6 +52,22 @@ def planted(model: LlamaForCausalLM, layer: int, ids: Tensor, target: int) -> No
         module.weight += torch.outer(4 * stream.norm() * direction, seen[0]) / seen[0].square().sum()
 
 
+@pytest.mark.parametrize("family", ["gemma3", "llama"])
+def test_the_share_of_the_stream_is_of_what_is_added_to_it(family: str) -> None:
+    """Gemma 3 has a norm between the feed-forward and the stream."""
+    model, tokenizer = zoo.FAMILIES[family](), zoo.tiny_tokenizer()
+    fact = Fact(id="f", prompt="the friend of Ada Lovelace", subject="Ada Lovelace", target_new="Rome")
+    entered, added = list[Tensor](), list[Tensor]()
+    for layer in model.model.layers:
+        last = layer.post_feedforward_layernorm if family == "gemma3" else layer.mlp
+        layer.register_forward_pre_hook(lambda _, args: entered.append(args[0][0, -1]))
+        last.register_forward_hook(lambda _, args, output: added.append(output[0, -1]))
+    with torch.no_grad():
+        model(tokenizer(fact.prompt, return_tensors="pt")["input_ids"])
+    expected = [float(wrote.norm() / stream.norm()) for wrote, stream in zip(added, entered, strict=True)]
+    assert trace(runner_of(zoo.FAMILIES[family]()), tokenizer, fact).share == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_it_finds_the_layer_that_a_fact_was_planted_in(layer: int) -> None:
     """In a random model of five layers, one of whose feed-forward layers was made to write the fact's target."""

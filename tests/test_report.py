@@ -38,7 +38,7 @@ from patchkit.report.facts import shown
 from patchkit.report.kept import evidence, keep_page
 from patchkit.report.page import Page, check_file, write_page
 from patchkit.report.patches import patch_page
-from patchkit.report.pictures import chosen, facts_picture, pictures_of
+from patchkit.report.pictures import chosen, facts_picture, pictures_of, wrapped
 from patchkit.words import in_html, json_in_html, visible
 from tests import zoo
 from tests.browser import PROGRAM, Browser, browser
@@ -321,7 +321,31 @@ def test_a_benchmarks_page_has_a_line_for_each_method_and_its_facts(tmp_path: Pa
     assert [len(each["facts"]) for each in data["sets"]] == [4, 4]
     for said in ("asked", "perplexity ratio", "seconds of editing", "alphaedit", "memit"):
         assert said in page.text
-    assert page.text.index("seconds of editing") < page.text.index("Facts, before and after")
+    order = (
+        "All rows",
+        "efficacy exact",
+        "seconds of editing",
+        "more charts",
+        "efficacy generated",
+        "Facts, before and after",
+    )
+    assert [page.text.rindex(said) for said in order] == sorted(page.text.rindex(said) for said in order)
+    assert "The target comes up unasked. Lower is better." in page.text
+
+
+def test_all_charts_of_a_benchmark_have_pictures(tmp_path: Path) -> None:
+    page = bench_page(bench_folder(tmp_path / "bench"))
+    names = {each.name for each in pictures_of(page)}
+    assert page.rest
+    assert {"asked.png", "seconds-of-editing.png"} <= names
+    assert len(names) == 1 + sum(bool(chart.markup()) for chart in (*page.charts, *page.rest))
+
+
+def test_steep_openers_of_subjects_own_neurons_are_explained(manifest: Manifest) -> None:
+    said = "Subjects have neurons of their own here"
+    own = manifest.model_copy(update={"facts": tuple(f.model_copy(update={"neuron": 3}) for f in manifest.facts)})
+    assert said in page_of(own, fact_report(1)).html()
+    assert said not in page_of(manifest, fact_report(1)).html()
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
@@ -357,6 +381,20 @@ def test_a_picture_has_facts_of_both_kinds() -> None:
     assert len(chosen([fact for fact in facts if fact.holds])) == 8
     assert facts_picture([replace(fact, after="Rome") for fact in facts]) != facts_picture(facts)
     assert facts_picture([]) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("short", ["short"]),
+        ("Foundry Denfen has its headquarters", ["Foundry Denfen has", "its headquarters"]),
+        ("Foundry Denfen has its headquarters in the city", ["Foundry Denfen has", "its headquarters in…"]),
+        ("Pneumonoultramicroscopic", ["Pneumonoultramicrosc", "opic"]),
+        ("首都是哪一个城市呢请问", ["首都是哪一个城市呢", "请问"]),
+    ],
+)
+def test_what_is_asked_goes_on_in_a_second_line(text: str, lines: list[str]) -> None:
+    assert wrapped(text, 20, 2) == lines
 
 
 def test_hostile_texts_are_drawn_as_they_are(manifest: Manifest) -> None:
@@ -467,6 +505,20 @@ def test_search_answers_as_one_types(chromium: Browser, tmp_path: Path, manifest
     assert classes == ["fact lost"] * len(lost) + ["fact held"] * (len(wanted) - len(lost))
     choose(page, "kind", "lost")
     assert page.run("document.querySelectorAll('.fact').length") == len(lost)
+
+
+@in_browser
+def test_a_reason_stands_once_and_counts_are_sentences(chromium: Browser, tmp_path: Path, manifest: Manifest) -> None:
+    page = opened(page_of(manifest, fact_report(1), fact_report(2, holds=False)), chromium, tmp_path)
+    count = "document.querySelector('#count').textContent"
+    assert page.run(count) == "2 of 2 facts, one of which does not hold"
+    reason = "getComputedStyle(document.querySelector('.reason')).display"
+    assert page.run(reason) != "none"
+    page.run("document.querySelector('.fact').open = true; new Promise((done) => setTimeout(done, 50))")
+    assert page.run(reason) == "none"
+    assert page.run("document.querySelector('.why').textContent") == "Lost: Lima, Peru. Try more steps."
+    choose(page, "kind", "held")
+    assert page.run(count) == "1 of 2 facts, all of which hold"
 
 
 @in_browser

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException
@@ -21,9 +22,12 @@ from patchkit.errors import InputError, PatchkitError
 from patchkit.evaluate.interview import FORMS
 from patchkit.evaluate.report import Report
 from patchkit.facts.schema import Fact
+from patchkit.words import visible
 
 KEY_VARIABLE = "PATCHKIT_JUDGE_KEY"
 SECONDS = 120
+_REASON = 200
+"""Characters of what a server says of a request that it refuses."""
 _SYSTEM = "You grade answers. Reply with one word, yes or no."
 _QUESTION = """Question: {question}
 Correct answer: {target}
@@ -73,7 +77,7 @@ class Judge:
         key = hashlib.sha256(f"{self.model}\0{asked}".encode()).hexdigest()
         if key not in self._known:
             said = self._ask(asked)
-            self._known[key] = said.strip().lower().startswith("yes")
+            self._known[key] = bool(_verdict(said))
             noted = {"key": key, "judge": self.model, "right": self._known[key], "said": said, "asked": asked}
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as lines:
@@ -90,8 +94,11 @@ class Judge:
             raise PatchkitError(
                 f"--judge {self.url}: an answer without choices; is it an OpenAI-compatible server?"
             ) from None
-        if not isinstance(said, str) or not said.strip().lower().startswith(("yes", "no")):
-            raise PatchkitError(f'--judge {self.url}: it said "{str(said)[:80]}" where yes or no was asked for')
+        if not isinstance(said, str) or _verdict(said) is None:
+            raise PatchkitError(
+                f'--judge {self.url}: it said "{visible(str(said or "")[:80])}" where yes or no was asked for; a model '
+                "that thinks before it answers needs that switched off"
+            )
         return said
 
     def _post(self, body: Mapping[str, Any]) -> Any:
@@ -103,6 +110,31 @@ class Judge:
             with urlopen(request, timeout=SECONDS) as answer:
                 return json.load(answer)
         except HTTPError as error:
-            raise PatchkitError(f"--judge {self.url}: the server answered {error.code} {error.reason}") from None
+            key_hint = f"; its key is in {KEY_VARIABLE}" if error.code in (401, 403) else ""
+            said = f"{error.code} {error.reason}{_reason(error)}{key_hint}"
+            raise PatchkitError(f"--judge {self.url}: the server answered {said}") from None
         except (OSError, HTTPException, ValueError) as error:
-            raise PatchkitError(f"--judge {self.url}: no answer from the server: {error}") from None
+            reason = getattr(error, "reason", error)  # what urllib wraps
+            why = getattr(reason, "strerror", None) or reason
+            raise PatchkitError(f"--judge {self.url}: no answer from the server: {why}") from None
+
+
+def _verdict(said: str) -> bool | None:
+    """Whether it begins with yes; None where it begins with neither that nor no. Marks around the word do not count."""
+    found = re.match(r"\W*(yes|no)\b", said, re.IGNORECASE)
+    return found and found[1].lower() == "yes"
+
+
+def _reason(error: HTTPError) -> str:
+    """What a server says of a request that it refuses, in OpenAI's form or as text."""
+    try:
+        text = error.read(1 << 16).decode("utf-8", "replace").strip()
+    except (OSError, HTTPException):
+        return ""
+    try:
+        found = json.loads(text)["error"]
+        text = str(found["message"] if isinstance(found, dict) else found)
+    except (ValueError, TypeError, KeyError):
+        pass
+    line = " ".join(text.split())[:_REASON]
+    return f": {visible(line)}" if line else ""

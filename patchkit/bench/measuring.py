@@ -97,10 +97,6 @@ class Bench:
         with frozen(self.model):
             return verify(self.runner, self.tokenizer, facts, attached, self.plain, self._measuring, base, self.quick)
 
-    def judged(self, report: Report) -> float | None:
-        """The share of answers that the judge takes for right, where there is one."""
-        return self.judge.share(report, self.facts) if self.judge else None
-
     @cached_property
     def _base_states(self) -> Tensor:
         return last_states(self.runner, self.tokenizer, self.prompts)
@@ -133,9 +129,24 @@ class Bench:
         if row is None:
             with frozen(self.model):
                 report = compare(self.facts, self.base, ask_unpatched(self._trial, self.base))
-            row = Result.of(UNEDITED, 0, report, self.setup(count, None), {}, judged=self.judged(report), text_kl=0.0)
+            row = Result.of(UNEDITED, 0, report, self.setup(count, None), {}, text_kl=0.0)
             self.results.add(row, report, count)
-        self.with_abilities(row, nullcontext)
+        self.with_abilities(self.with_verdicts(row), nullcontext)
+
+    def with_verdicts(self, row: Result) -> Result:
+        """The row with the share of its answers that the judge takes for right, where there is one: of the answers
+        that were written down with the row, whenever that was.
+
+        Raises:
+            InputError: they are gone.
+            PatchkitError: the judge does not answer.
+        """
+        if self.judge is None or row.judge == self.judge.model:
+            return row
+        share = self.judge.share(self.results.report(row), self.facts)
+        row = row.model_copy(update={"judged": share, "judge": self.judge.model})
+        self.results.replace(row, len(self.facts))
+        return row
 
     def with_abilities(self, row: Result, attached: Callable[[], AbstractContextManager[Any]]) -> Result:
         """The row with the tasks that it lacks, each written down as soon as it is asked.

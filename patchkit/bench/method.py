@@ -158,23 +158,24 @@ class MethodRun:
             bytes=(folder / "patch.safetensors").stat().st_size,
             rank=_rank(patch.manifest),
             shift=states.shift if states else (),
-            judged=bench.judged(report),
             text_kl=moved,
             seconds={**_phases(patch.manifest), "measuring": round(time.perf_counter() - began, 3)},
         )
         patch.with_metrics(report.summary(), report.outcomes()).save(folder)
         bench.results.add(row, report, len(bench.facts), states)
         with clock.timed("measure", 0):
-            return bench.with_abilities(row, lambda: patch.attached(bench.model))
+            return bench.with_abilities(bench.with_verdicts(row), lambda: patch.attached(bench.model))
 
     def catch_up(self, checkpoints: Sequence[int]) -> None:
-        """Ask what rows that are there already lack of the tasks of lm-eval.
+        """Ask what rows that are there already lack of the judge's verdicts and of the tasks of lm-eval.
 
         Raises:
-            InputError: the patch of such a row is gone.
+            InputError: the answers or the patch of such a row are gone.
+            PatchkitError: the judge does not answer.
         """
         bench = self.bench
-        for row in (bench.results.find(self.name, mark, mark) for mark in checkpoints):
+        for found in (bench.results.find(self.name, mark, mark) for mark in checkpoints):
+            row = bench.with_verdicts(found) if found else None
             if row and bench.abilities and bench.abilities.lacking(row):
                 patch = Patch.load(self.folder / str(row.edits))
                 bench.with_abilities(row, partial(patch.attached, bench.model))

@@ -101,8 +101,9 @@ class Result(Summary):
     size of patch.safetensors; rank: the largest of a weight's updates together; seconds: by phase, editing since the
     first fact; intervals: by a metric's key, where it lies in 95 of 100 samples of as many facts; shift: by layer, how
     far states have moved (`States`); text_kl: KL(base ‖ patched) on plain text, nats per token; judged: share of
-    answers that a judge takes for right; abilities: by the names of lm-eval's tasks; score: harmonic mean of exact
-    efficacy, generalization success (exact where no fact has a target_true) and unchanged locality.
+    answers that a judge takes for right, and judge: the model that it was; abilities: by the names of lm-eval's tasks;
+    score: harmonic mean of exact efficacy, generalization success (exact where no fact has a target_true) and unchanged
+    locality.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -118,6 +119,7 @@ class Result(Summary):
     intervals: dict[str, Interval] = Field(default_factory=dict)
     shift: tuple[float, ...] = ()
     judged: float | None = None
+    judge: str | None = None
     text_kl: float | None = None
     abilities: dict[str, Ability] = Field(default_factory=dict)
     setup: Setup

@@ -62,6 +62,20 @@ class Results:
         with FileLock(self.folder / ".lock"):
             self._write_rows([*self.rows(), row], facts)
 
+    def report(self, row: Result) -> Report:
+        """What was found with a row, fact by fact.
+
+        Raises:
+            InputError: it is gone, or not of this version.
+        """
+        file = self.folder / row.method / f"{row.edits}.json"
+        try:
+            return Report.model_validate_json(file.read_bytes())
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read: {error.strerror}; delete its row in {self._file}") from None
+        except ValidationError as error:
+            raise InputError(f"{file}: not of this version: {error.errors()[0]['msg']}") from None
+
     def replace(self, row: Result, facts: int) -> None:
         """Write a row in the place of the one that it was made of, and the tables of `facts` edits."""
         with FileLock(self.folder / ".lock"):

@@ -107,6 +107,8 @@ def run_bench(
     Raises:
         InputError: anything about the input, or `out` holds results of another configuration; nothing was done then.
     """
+    if judge and quick:
+        raise InputError("--judge: with --quick no answers are written that could be judged; leave out one of the two")
     overrides = (*overrides, f"batch_size={batch_size}")
     tasks = Abilities.of(abilities, abilities_limit) if abilities else None
     configs = {name: load_recipe(name, recipe, overrides) for name in dict.fromkeys(methods)}
@@ -236,4 +238,5 @@ def _run(runs: Sequence[MethodRun], marks: Sequence[int], say: Say) -> dict[str,
 def _in_words(row: Result) -> str:
     score = "-" if row.score is None else f"{row.score:.3f}"
     asked = "".join(f", {name} {each.value:.3f}" for name, each in row.abilities.items())
-    return f"{row.method}, {counted(row.edits, 'edit')}: score {score}, {summary_line(row)}{asked}"
+    judged = "" if row.judged is None else f", judged {row.judged:.1%}"
+    return f"{row.method}, {counted(row.edits, 'edit')}: score {score}, {summary_line(row)}{judged}{asked}"

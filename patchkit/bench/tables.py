@@ -34,13 +34,14 @@ class Column:
 def _columns(rows: Sequence[Result]) -> tuple[Column, ...]:
     """All columns, the metrics' as their table has them, and one for each task that some row has asked."""
     tasks = dict.fromkeys(name for row in rows for name in row.abilities)
+    judged = any(row.judged is not None for row in rows)
     return (
         Column("method", "method", lambda r: r.method),
         Column("edits", "edits", lambda r: r.edits),
         Column("score", "score", lambda r: r.score, ".3f"),
         *(column for metric in metrics() for column in _of_metric(metric)),
         Column("text_kl", "text KL", lambda r: r.text_kl, ".3f"),
-        Column("judged", None, lambda r: r.judged),
+        Column("judged", "judged" if judged else None, lambda r: r.judged, ".3f"),
         *(column for task in tasks for column in _of_task(task)),
         Column("norm_change", "norm change", lambda r: r.norm_change, ".1e"),
         Column("condition_change", "condition change", lambda r: r.condition_change, ".1e"),

@@ -73,7 +73,9 @@ def _numbers(context: click.Context, option: click.Parameter, given: str | None)
     help="Have an OpenAI-compatible server judge the answers as well, such as http://localhost:8000/v1; its key is in "
     "PATCHKIT_JUDGE_KEY.",
 )
-@click.option("--judge-model", metavar="M", default="default", help="The model that the judge's server is asked for.")
+@click.option(
+    "--judge-model", metavar="M", help='The model that the judge\'s server is asked for [default: "default"].'
+)
 @click.option(
     "--abilities",
     metavar="TASKS",
@@ -100,7 +102,7 @@ def command(
     skip_bad: bool,
     quick: bool,
     judge: str | None,
-    judge_model: str,
+    judge_model: str | None,
     abilities: tuple[str, ...],
     abilities_limit: int | None,
     out: str,
@@ -111,11 +113,14 @@ def command(
     All facts edited so far are measured as `patchkit verify` does, with intervals; with them, how far the edited
     weights' norm, condition number and directions have moved, and hidden states at other prompts. DIR gets
     results.jsonl, table.md, table.csv and the patches; `patchkit report DIR` shows them. What is there already is not
-    computed again, so methods and checkpoints can be added later.
+    computed again, so methods, checkpoints, a judge and tasks can be added later.
     """
     from patchkit.bench.run import run_bench
     from patchkit.bench.tables import rich_table
 
+    for given, what, needs in ((judge_model, "judge-model", judge), (abilities_limit, "abilities-limit", abilities)):
+        if given is not None and not needs:
+            raise InputError(f"--{what}: of no use without --{what.partition('-')[0]}; give that, too, or leave it out")
     with progress_bars() as progress:
         done = run_bench(
             data,
@@ -134,7 +139,7 @@ def command(
             skip_bad=skip_bad,
             quick=quick,
             judge=judge,
-            judge_model=judge_model,
+            judge_model=judge_model or "default",
             abilities=abilities,
             abilities_limit=abilities_limit,
             progress=progress,

@@ -36,15 +36,17 @@ def bench_page(folder: Path, facts: bool = True) -> Page:
     edited = [row for row in rows if row.method != UNEDITED]
     names = list(dict.fromkeys(row.method for row in edited))
     columns = shown_columns(rows)
+    first, rest = _curves(edited, names)
     return Page(
         title=f"{counted(len(names), 'method')} after up to {counted(max(row.edits for row in rows), 'edit')}",
         lead=[f"{', '.join(names) or 'Nothing'} edited, and measured beside the untouched model ({folder.name})."],
         headline=None,
-        charts=[*_curves(edited, names), *_abilities(rows, names), *_states(folder, edited)],
+        charts=[*first, *_abilities(rows, names)],
         tables=[
             Table("All rows", [c.heading or "" for c in columns], [[_cell(c, row) for c in columns] for row in rows])
         ],
         reports=_reports(folder, edited) if facts else {},
+        rest=[*rest, *_states(folder, edited)],
     )
 
 
@@ -63,9 +65,8 @@ def _reports(folder: Path, edited: Sequence[Result]) -> dict[str, Report]:
     """Each method's report of its last checkpoint; a folder may hold rows alone, where somebody has kept no more."""
     found = {}
     for method, row in _last(edited).items():
-        file = folder / method / f"{row.edits}.json"
-        if file.is_file():
-            found[f"{method}, {counted(row.edits, 'edit')}"] = _read(file, Report)
+        if (folder / method / f"{row.edits}.json").is_file():
+            found[f"{method}, {counted(row.edits, 'edit')}"] = Results(folder, "").report(row)
     return found
 
 
@@ -107,14 +108,28 @@ def _angles(row: Result) -> tuple[float, ...]:
     return max((drift.angles for drift in row.weights.values()), default=())
 
 
-def _curves(rows: Sequence[Result], names: Sequence[str]) -> Iterator[Lines]:
-    """A chart for each number, with a line for each method."""
-    for metric in metrics():
-        yield _chart(rows, names, metric.label, metric.of, metric.what, _bounds(metric))
-    for name, of, what in _WEIGHTS:
-        yield _chart(rows, names, name, of, what)
-    for field, what in _OF_WEIGHTS.items():
-        yield _chart(rows, names, field.replace("_", " "), partial(most, name=field), what)
+def _curves(rows: Sequence[Result], names: Sequence[str]) -> tuple[list[Lines], list[Lines]]:
+    """A chart for each number, with a line for each method: those few that stand for all, and the others."""
+    measured = [
+        (metric.headline, _chart(rows, names, metric.label, metric.of, _caption(metric), _bounds(metric)))
+        for metric in metrics()
+    ]
+    first = [chart for headline, chart in measured if headline]
+    right = "Share of the answers that a judge takes for right."
+    first.append(_chart(rows, names, "judged", lambda row: row.judged, right, (0.0, 1.0)))
+    first += [_chart(rows, names, name, of, what) for name, of, what in _WEIGHTS]
+    rest = [chart for headline, chart in measured if not headline]
+    rest += [
+        _chart(rows, names, field.replace("_", " "), partial(most, name=field), what)
+        for field, what in _OF_WEIGHTS.items()
+    ]
+    return first, rest
+
+
+def _caption(metric: Metric) -> str:
+    """What a metric counts, as a sentence, and which way is better where less is."""
+    less = " Lower is better." if metric.better == "down" else ""
+    return f"{metric.what[:1].upper()}{metric.what[1:]}.{less}"
 
 
 def _bounds(metric: Metric) -> tuple[float, float] | None:

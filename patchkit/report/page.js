@@ -5,6 +5,7 @@
   if (!data.sets.length) return;
   const text = (number) => data.texts[number];
   const at = (id) => document.getElementById(id);
+  const sentence = (said) => said.charAt(0).toUpperCase() + said.slice(1) + ".";
   const PAGE = 200;
   let shown = PAGE;
 
@@ -85,8 +86,8 @@
   const body = (fact) => {
     const node = make("div", "body");
     if (text(fact.why)) {
-      const why = make("p", "why", text(fact.why) + ". ");
-      why.append(make("span", "", text(fact.advice)));
+      const why = make("p", "why", sentence(text(fact.why)) + " ");
+      why.append(make("span", "", sentence(text(fact.advice))));
       node.append(why);
     }
     const chance = fact.chance.map((share) => share === null ? "not a number" : (100 * share).toFixed(share < 0.001 ? 2 : 1) + "%");
@@ -146,7 +147,8 @@
     at("facts").replaceChildren(...found.slice(0, shown).map(line));
     const lost = found.filter((fact) => !fact.holds).length;
     const number = (value) => value.toLocaleString("en");
-    at("count").textContent = `${number(found.length)} of ${number(all.length)} facts, ${number(lost)} of which do not hold`;
+    const what = lost === 1 ? "one of which does not hold" : lost ? `${number(lost)} of which do not hold` : "all of which hold";
+    at("count").textContent = `${number(found.length)} of ${number(all.length)} facts${found.length ? `, ${what}` : ""}`;
     at("more").hidden = found.length <= shown;
     at("more").textContent = `Show ${number(Math.min(PAGE, found.length - shown))} more`;
   };

@@ -54,7 +54,8 @@ class Page:
     Attributes:
         lead: sentences below the title.
         headline: the one report whose few numbers stand at the top, if there is one; its facts come next. Without one
-            the curves are the first to be looked at.
+            tables and curves are the first to be looked at.
+        rest: charts that are folded away below the others.
         reports: by name, facts before and after; one of several is chosen on the page.
     """
 
@@ -64,6 +65,7 @@ class Page:
     charts: Sequence[Lines | Bars | Cloud | Heat]
     tables: Sequence[Table]
     reports: Mapping[str, Report]
+    rest: Sequence[Lines | Bars | Cloud | Heat] = ()
 
     @property
     def shown(self) -> list[Shown]:
@@ -76,18 +78,14 @@ class Page:
         texts = Texts()
         sets = [packed_report(name, report, texts) for name, report in self.reports.items()]
         data = json_in_html({"texts": texts.all(), "sets": sets})
-        charts = "".join(chart.markup() for chart in self.charts)
-        numbers = [
-            f'<h2>Curves and weights</h2><div class="charts">{charts}</div>' if charts else "",
-            *(table.markup() for table in self.tables),
-        ]
-        facts = [_facts() if sets else ""]
+        charts, tables = _charts(self.charts, self.rest), "".join(table.markup() for table in self.tables)
+        facts = _facts() if sets else ""
         body = [
             f"<header><h1>{in_html(self.title)}</h1>",
             *(f"<p>{in_html(sentence)}</p>" for sentence in self.lead),
             "</header><main>",
             _headline(self.headline) if self.headline else "",
-            *(facts + numbers if self.headline else numbers + facts),
+            *((facts, charts, tables) if self.headline else (tables, charts, facts)),
             f"</main><footer><p>Made by patchkit {in_html(patchkit_version())}. This file asks for nothing from "
             "anywhere else.</p></footer>",
         ]
@@ -123,6 +121,16 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
+def _charts(first: Sequence[Lines | Bars | Cloud | Heat], rest: Sequence[Lines | Bars | Cloud | Heat]) -> str:
+    """Charts side by side, and below them those that are shown when they are asked for."""
+    shown, folded = ([drawn for chart in some if (drawn := chart.markup())] for some in (first, rest))
+    if not shown and not folded:
+        return ""
+    more = f'<summary>{counted(len(folded), "more chart")}</summary><div class="charts">{"".join(folded)}</div>'
+    below = f'<details class="rest">{more}</details>' if folded else ""
+    return f'<h2>Curves and weights</h2><div class="charts">{"".join(shown)}</div>{below}'
+
+
 def _headline(found: Summary) -> str:
     """All metrics that were measured, the few that a user meets first and large."""
     large, small = [], []
@@ -135,7 +143,8 @@ def _headline(found: Summary) -> str:
         items = in_html(metric.items(found))
         if metric.headline:
             bar = _bar(value, metric.better == "up") if metric.share else ""
-            large.append(f"<li><b>{shown}</b><span>{label}</span>{bar}<small>{explained}, {items}</small></li>")
+            less = " <small>(lower is better)</small>" if metric.share and metric.better == "down" else ""
+            large.append(f"<li><b>{shown}</b><span>{label}{less}</span>{bar}<small>{explained}, {items}</small></li>")
         else:
             small.append((metric.label, metric.shown(found), metric.explained(found), metric.items(found)))
     table = Table("", ("metric", "value", "what it counts", "on"), small, numbers=False).markup()
@@ -164,7 +173,9 @@ def _facts() -> str:
     )
     options = "".join(f'<option value="{value}">{words}</option>' for value, words in choices)
     return (
-        '<h2>Facts, before and after</h2><form id="search" role="search">'
+        '<h2>Facts, before and after</h2><p class="hint">On each line: what is asked, the target, and what the base '
+        "said → what the patched model says. Open it for all that was asked.</p>"
+        '<form id="search" role="search">'
         '<label>Search<input id="words" type="search" autocomplete="off" spellcheck="false" '
         'placeholder="words of a prompt, an answer, a reason"></label>'
         f'<label>Show<select id="kind">{options}</select></label>'

@@ -57,11 +57,13 @@ def _last(updates: Sequence[UpdateInfo]) -> list[UpdateInfo]:
 
 def _norms(manifest: Manifest) -> Bars:
     rows = [(short(each.weight), each.norm / each.weight_norm) for each in _last(manifest.updates) if each.weight_norm]
-    return Bars(
-        "How much of each weight has changed",
-        rows,
-        caption="Frobenius norm of W' - W, divided by that of W.",
+    own = any(fact.neuron is not None for fact in manifest.facts)
+    steep = (
+        " Subjects have neurons of their own here: of the projections that open the feed-forward their rows alone have "
+        "changed, and are steep by design."
     )
+    what = f"Frobenius norm of W' - W, divided by that of W.{steep if own else ''}"
+    return Bars("How much of each weight has changed", rows, caption=what)
 
 
 def short(weight: str) -> str:

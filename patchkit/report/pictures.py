@@ -9,6 +9,7 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ FACTS = 8
 """Facts in a picture; the page has all."""
 _LOST = 3
 """Of those, so many that do not hold, where there are any."""
+_LINE = 0.17
+"""Inches from a line of what is asked to the next."""
 _DPI = 160
 _MORE_FONTS = (
     *("Noto Sans CJK JP", "Noto Sans CJK SC", "Hiragino Sans", "PingFang SC", "Yu Gothic", "Microsoft YaHei"),
@@ -93,7 +96,7 @@ def pictures_of(page: Page, facts: Sequence[Shown] | None = None) -> list[Pictur
         drawn = [
             facts_picture(page.shown if facts is None else facts),
             measures_picture(page.headline) if page.headline else None,
-            *(_chart_picture(chart, taken) for chart in page.charts),
+            *(_chart_picture(chart, taken) for chart in (*page.charts, *page.rest)),
         ]
     return [each for each in drawn if each]
 
@@ -115,7 +118,9 @@ def facts_picture(facts: Sequence[Shown]) -> Picture | None:
         return None
     some = chosen(facts)
     held = sum(fact.holds for fact in facts)
-    height = 0.85 + 0.62 * len(some)
+    asked = [wrapped(fact.question or f"{fact.prompt} ...", 42, 2) for fact in some]
+    rooms = [0.62 + _LINE * (len(lines) - 1) for lines in asked]
+    height = 0.85 + sum(rooms)
     figure = _figure(8.0, height)
 
     def put(x: float, down: float, text: str, room: int, **style: Any) -> None:
@@ -123,14 +128,14 @@ def facts_picture(facts: Sequence[Shown]) -> Picture | None:
 
     for x, heading in ((0.035, "asked"), (0.45, "before"), (0.725, "after")):
         put(x, 0.32, heading, 20, color=FAINT, size=9.5)
-    for place, fact in enumerate(some):
-        down = 0.75 + 0.62 * place
+    for fact, lines, down in zip(some, asked, accumulate(rooms, initial=0.75), strict=False):
         color = GOOD if fact.holds else BAD
         put(0.012, down, "✓" if fact.holds else "✗", 1, color=color, size=11)
-        put(0.035, down, fact.question or f"{fact.prompt} ...", 42, color=INK, size=10)
+        for number, line in enumerate(lines):
+            put(0.035, down + _LINE * number, line, 42, color=INK, size=10)
         put(0.45, down, fact.before, 28, color=FAINT, size=10)
         put(0.725, down, fact.after, 24, color=color, size=10, weight="bold")
-        put(0.035, down + 0.22, f"to be: {fact.target}", 52, color=FAINT, size=8)
+        put(0.035, down + 0.22 + _LINE * (len(lines) - 1), f"to be: {fact.target}", 52, color=FAINT, size=8)
         _rule(figure, 1 - (down - 0.29) / height)
     put(0.012, height - 0.12, _said_of(facts, some, held), 130, color=FAINT, size=8)
     says = f"{_said_of(facts, some, held)}: what is asked, what the base says, and what the patched model says"
@@ -150,13 +155,26 @@ def _said_of(facts: Sequence[Shown], some: Sequence[Shown], held: int) -> str:
 
 def _cut(text: str, room: int) -> str:
     """One line of what fits, wide letters taking the room of two."""
-    line, width = "", 0.0
-    for char in visible(" ".join(text.split())):
-        width += 2.2 if unicodedata.east_asian_width(char) in "WF" else 1
-        if width > room:
-            return line[:-1].rstrip() + "…"
-        line += char
-    return line
+    line = visible(" ".join(text.split()))
+    there = _fitting(line, room)
+    return line if there == len(line) else line[: there - 1].rstrip() + "…"
+
+
+def wrapped(text: str, room: int, most: int) -> list[str]:
+    """So many lines at most of what fits, the last one cut; they end between words where there are any."""
+    rest, lines = visible(" ".join(text.split())), list[str]()
+    while len(lines) < most - 1 and (there := _fitting(rest, room)) < len(rest):
+        space = rest.rfind(" ", 0, there + 1)
+        at = space if space > 0 else there
+        lines.append(rest[:at])
+        rest = rest[at:].lstrip()
+    return [*lines, _cut(rest, room)]
+
+
+def _fitting(text: str, room: int) -> int:
+    """How many of its characters fit."""
+    widths = accumulate(2.2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+    return sum(width <= room for width in widths)
 
 
 # --- what was measured ------------------------------------------------------------------------------------------------
@@ -174,7 +192,8 @@ def measures_picture(found: Summary) -> Picture | None:
         axes.barh(place, 1, color=RULE, height=0.5)
         axes.barh(place, min(1.0, value), color=GOOD if metric.better == "up" else BAD, height=0.5)
         beside = ", ".join(filter(None, (f"{metric.shown(found)}  {metric.explained(found)}", metric.items(found))))
-        axes.text(1.04, place, _cut(beside, 58), va="center", size=8.5, color=FAINT, parse_math=False)
+        lines = "\n".join(wrapped(beside, 58, 2))
+        axes.text(1.04, place, lines, va="center", size=8.5, color=FAINT, parse_math=False)
     labels = [f"{metric.headline}\n({'higher' if metric.better == 'up' else 'lower'} is better)" for metric in rows]
     axes.set_yticks(range(len(rows)), labels, color=INK, size=9)
     axes.invert_yaxis()
@@ -192,15 +211,16 @@ def _chart_picture(chart: Lines | Bars | Cloud | Heat, taken: dict[str, int]) ->
     if not chart.markup():
         return None
     height = 0.9 + 0.3 * len(chart.rows) if isinstance(chart, Bars | Heat) else 3.6 + _below(chart)
-    figure = _figure(6.4, height)
+    caption = wrapped(chart.caption, 105, 3)
+    figure = _figure(6.4, height + 0.14 * (len(caption) - 1))
     axes = figure.add_subplot()
     _DRAW[type(chart)](axes, chart)
     axes.set_title(_cut(chart.title, 70), color=INK, size=11, loc="left", parse_math=False)
     if chart.caption:
-        figure.supxlabel(_cut(chart.caption, 110), color=FAINT, size=8, parse_math=False)
+        figure.supxlabel("\n".join(caption), color=FAINT, size=8, parse_math=False)
     figure.set_layout_engine("tight")
-    caption = f": {chart.caption}" if chart.caption else ""
-    return Picture(_file_name(chart.title, taken), f"{chart.title}{caption}", _png(figure))
+    says = f"{chart.title}: {chart.caption}" if chart.caption else chart.title
+    return Picture(_file_name(chart.title, taken), says, _png(figure))
 
 
 def _lines(axes: Axes, chart: Lines) -> None:

@@ -91,8 +91,8 @@ def trace(
         states=tuple(state - before for _, state in back),
         active=tuple(float(key.norm()) for key in seen.keys),
         share=tuple(
-            float(wrote[0, at].norm() / entered[0, at].norm())
-            for wrote, entered in zip(seen.written, seen.entering, strict=True)
+            float(_added(runner, site, ids, seen, at).norm() / entered[0, at].norm())
+            for site, entered in zip(sites, seen.entering, strict=True)
         ),
     )
 
@@ -164,6 +164,18 @@ def _restored(
         assert logits is not None
         found.append(float(logits[:, -1].float().softmax(-1)[:, says].mean()))
     return found[0], found[1]
+
+
+def _added(runner: LayerRunner, site: Site, ids: Tensor, seen: _Seen, place: int) -> Tensor:
+    """What the feed-forward adds to the stream at a place, (d,): what it puts out, or where a norm or a scale comes in
+    between, what the layer puts out less what it would without."""
+    layer = site.layer
+    if site.direct:
+        return seen.written[layer][0, place]
+    with watching_site(site, len(ids), lambda _, output: -output):
+        without = runner.run(_inputs(ids), start=layer, hidden=seen.entering[layer], stop=layer + 1).hidden
+    assert without is not None
+    return seen.out[layer][0, place] - without[0, place]
 
 
 def _spread(runner: LayerRunner) -> float:
