@@ -555,6 +555,27 @@ def test_a_folder_that_is_no_patch_is_refused(run: Command, command: str) -> Non
         assert ended.err == f"error: {folder}: {why}\n"
 
 
+def test_a_patch_that_is_missing_beside_others_is_not_sought_on_the_hub(run: Command) -> None:
+    Path("patches").mkdir()
+    ended = run("show", "patches/nope")
+    assert ended.status == 2
+    assert ended.err == (
+        "error: patches/nope: no such folder in patches; of a Hub repository say the branch, patches/nope@main\n"
+    )
+
+
+@pytest.mark.parametrize("cache", ["a file", "a file/below"])
+def test_a_cache_that_cannot_be_used_is_told_with_what_to_do(
+    run: Command, small_model: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    Path("a file").write_text("", encoding="utf-8")
+    monkeypatch.setenv("PATCHKIT_CACHE", cache)
+    ended = run("apply", "facts.jsonl", "--model", str(small_model), "--out", "new")
+    assert ended.status == 2
+    assert "a file" in ended.err
+    assert "set $PATCHKIT_CACHE to a folder that can be written" in ended.err
+
+
 def test_another_base_is_refused_by_its_first_other_tensor(
     run: Command, patch: Path, tmp_path: Path, gpt2: Path
 ) -> None:

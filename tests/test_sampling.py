@@ -25,6 +25,13 @@ def runner_of(family: str = "llama") -> LayerRunner:
     return LayerRunner(inspect_model(FAMILIES[family]().double()))
 
 
+def test_an_end_that_the_model_cannot_write_is_none() -> None:
+    """Some checkpoints name tokens in their generation_config that the head has no row for."""
+    runner = runner_of()
+    runner.arch.model.generation_config.eos_token_id = [1, runner.vocabulary]
+    assert all(1 not in ids for ids in sample(runner, tiny_tokenizer(), OPENINGS, replace(HOW, to_end=False), SEEDS))
+
+
 def test_what_is_drawn_does_not_hang_on_stems(monkeypatch: pytest.MonkeyPatch) -> None:
     runner, tokenizer = runner_of(), tiny_tokenizer()
     whole = sample(runner, tokenizer, OPENINGS, HOW, SEEDS)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from io import TextIOWrapper
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -121,8 +123,18 @@ def _told(error: BaseException, arguments: Sequence[str]) -> tuple[str, int]:
     if line := shortage(error):
         return f"{line}; {_how_to_go_on(arguments)}", PatchkitError.exit_status
     if isinstance(error, OSError):  # a folder that may not be written
-        return str(error), InputError.exit_status
+        return f"{error}{_where_else(error)}", InputError.exit_status
     return unforeseen(error), UNFORESEEN
+
+
+def _where_else(error: OSError) -> str:
+    """What to do about a cache that cannot be used, or "" where the error is not of the cache."""
+    from patchkit.io.places import cache_folder
+
+    at, cache = Path(os.fsdecode(error.filename or "")).absolute(), cache_folder().absolute()
+    if not error.filename or not (at.is_relative_to(cache) or (cache.is_relative_to(at) and not cache.is_dir())):
+        return ""
+    return "; it is where patchkit keeps what it computes: set $PATCHKIT_CACHE to a folder that can be written"
 
 
 _GO_ON = ("apply", "stats", "bench")

@@ -147,6 +147,7 @@ class _Writing:
 
 
 def _ends(runner: LayerRunner) -> list[int]:
-    """The tokens that end a text."""
+    """The tokens that end a text, of those that the model can write."""
     found = getattr(runner.arch.model.generation_config, "eos_token_id", None)
-    return found if isinstance(found, list) else [] if found is None else [found]
+    listed = found if isinstance(found, list) else [] if found is None else [found]
+    return [token for token in listed if token < runner.vocabulary]

@@ -46,6 +46,8 @@ def patch_folder(name: str | Path, *, manifest_only: bool = False) -> Path:
     repo, _, revision = folder.as_posix().partition("@")
     if not is_repo_name(repo):
         raise InputError(f"{name}: no such folder, and not the name of a Hub repository (user/repo) either")
+    if not revision and folder.parent.name and folder.parent.is_dir():
+        raise InputError(f"{name}: no such folder in {folder.parent}; of a Hub repository say the branch, {repo}@main")
     return pull(repo, revision or None, manifest_only=manifest_only)
 
 

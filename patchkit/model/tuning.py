@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from patchkit.errors import InputError
-from patchkit.io.files import refuse_unwritable, write_text
+from patchkit.io.files import one_at_a_time, refuse_unwritable, write_text
 from patchkit.io.places import cache_folder
 
 
@@ -53,12 +53,13 @@ def room_on(device: torch.device, model: str) -> Room:
 
 def remember(device: torch.device, model: str, tuned: Tuned | None) -> Path:
     """Let later runs of models of this shape use it on this device; None forgets what there was. Gives the file."""
-    known = {key: found for key, found in _known().items() if key != _key(device, model)}
-    if tuned is not None:
-        known[_key(device, model)] = tuned
     file = check_kept()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps({key: asdict(found) for key, found in known.items()}, indent=2, ensure_ascii=False))
+    with one_at_a_time(file):
+        known = {key: found for key, found in _known().items() if key != _key(device, model)}
+        if tuned is not None:
+            known[_key(device, model)] = tuned
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps({key: asdict(each) for key, each in known.items()}, indent=2, ensure_ascii=False))
     return file
 
 
