@@ -34,12 +34,13 @@ models: .venv/ready
 	$(BIN)/python examples/fetch_models.py all --out models
 
 test-slow: models
-	$(PYTEST) --dist loadfile -m slow tests/test_real_models.py tests/test_examples.py
+	$(PYTEST) --dist loadfile -m slow tests/test_real_models.py tests/test_examples.py tests/test_sequential.py
 
 # Kills, generated files, every method on every kind of device, and whether README's real numbers are out of date: an
 # hour or more.
 test-thorough: models
-	$(BIN)/pytest -m slow --ignore=tests/test_real_models.py --ignore=tests/test_examples.py
+	$(BIN)/pytest -m slow --ignore=tests/test_real_models.py --ignore=tests/test_examples.py \
+		--ignore=tests/test_sequential.py
 
 # llama.cpp is compiled here, which takes a quarter of an hour on two cores.
 test-llama: models

@@ -12,6 +12,7 @@ from patchkit.model.loading import ModelChoice
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 METHODS = ("alphaedit", "memit", "rome", "mose-right")
+pytestmark = pytest.mark.slow
 # The published form, with one text before the prompt: enough for plain rewordings, and a third of the time.
 SETTINGS = ("prompts=contexts", "contexts=1")
 

@@ -132,7 +132,7 @@ def test_nothing_that_is_written_for_others_says_where_it_was_made(
         assert str(tmp_path) not in text, name
         assert "llama" in text
     assert Patch.load("q").manifest.base.name == str(base)  # known to this machine's cache alone
-    assert run("show", "q").out.startswith(f"base {base}"[:60])
+    assert run("show", "q").out.startswith(f"base {base} (LlamaForCausalLM)\n")
     assert run("verify", "q", "--quick").status == 0
 
 

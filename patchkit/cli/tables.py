@@ -89,7 +89,8 @@ def patch_table(stored: Stored) -> RenderableType:
     """What `patchkit show` prints: base, digests, updates, facts."""
     manifest = stored.manifest
     base = manifest.base
-    head = Text(f"base {base.name} ({base.architecture}{f', commit {base.commit}' if base.commit else ''})\n")
+    named = f"base {base.name} ({base.architecture}{f', commit {base.commit}' if base.commit else ''})\n"
+    head = Text(named, no_wrap=True, overflow="ignore")  # a path is to be copied whole
     whole = f"digest {stored.digest}" if stored.digest else "format 1, without a digest of the whole"
     head.append(f"{whole}\n")
     head.append(
