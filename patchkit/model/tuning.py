@@ -13,6 +13,7 @@ import torch
 from patchkit.errors import InputError
 from patchkit.io.files import one_at_a_time, refuse_unwritable, write_text
 from patchkit.io.places import cache_folder
+from patchkit.words import counted
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def named(device: torch.device) -> str:
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     if device.type != "cpu":
         return f"{device.type}, torch {torch.__version__}"
-    return f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{_processor()}, {counted(torch.get_num_threads(), 'thread')}, torch {torch.__version__}"
 
 
 def _file() -> Path:
