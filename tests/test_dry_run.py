@@ -48,6 +48,7 @@ def test_a_dry_run_shows_facts_spans_layers_time_and_memory_and_writes_nothing(r
     assert (rome["line"], ada["line"]) == (1, 2)
     assert [weight["layer"] for weight in found["weights"]] == [1, 2]
     assert found["weights"][0]["weight"] == "model.layers.1.mlp.down_proj.weight"
+    assert not found["neurons"]
     assert (found["method"], found["batches"]) == ("alphaedit", [1, 1])
     phases = {"start", "statistics", "neurons", "contexts", "values", "solving", "checking", "measuring", "again"}
     assert set(found["seconds"]) == phases
@@ -61,6 +62,12 @@ def test_its_table_marks_the_spans(run: Command, model: Path) -> None:
     assert "R o m [e]" in shown
     assert "would edit 2 facts in 1 solve with alphaedit, layers 1: model.layers.1.mlp.down_proj.weight" in shown
     assert "nothing was edited and nothing written" in shown
+
+
+def test_neurons_of_subjects_own_are_said_to_be_written_too(run: Command, model: Path) -> None:
+    ended = run("plan", "facts.jsonl", "--model", model, "--set", "neurons=on", "--quick")
+    assert ended.status == 0, ended.err
+    assert "down_proj.weight, and a neuron for each subject in what leads into them" in " ".join(ended.out.split())
 
 
 def test_statistics_that_are_stored_take_no_time_and_more_facts_take_more(run: Command, model: Path) -> None:

@@ -98,6 +98,14 @@ def test_what_was_written_before_has_not_broken_anything() -> None:
     found = why(patch_of(facts[1], facts[0]), measured())
     assert found is not None
     assert (found.kind, found.because) == ("lost", "learned, but not kept")
+    assert found.advice.startswith("try more layers")  # it was alone in its batch: none is smaller
+
+
+def test_smaller_batches_are_proposed_where_there_were_others_in_one() -> None:
+    facts = edited_fact(), edited_fact(id="f2", prompt="Ada is", subject="Ada")
+    found = why(patch_of(*facts), measured())
+    assert found is not None
+    assert found.advice.startswith("try a smaller --batch-size, more layers")
 
 
 def test_a_fact_that_holds_or_is_not_in_the_patch_has_no_reason() -> None:

@@ -142,7 +142,8 @@ def planned_table(found: PlannedRun) -> RenderableType:
     stored = " (statistics are stored)" if found.statistics_stored else ""
     lines = [
         f"would edit {counted(len(found.facts), 'fact')} in {counted(len(found.batches), 'solve')} with "
-        f"{found.method}, layers {layers}: {listed([weight.weight for weight in found.weights])}",
+        f"{found.method}, layers {layers}: {listed([weight.weight for weight in found.weights])}"
+        + (", and a neuron for each subject in what leads into them" if found.neurons else ""),
         f"about {sum(found.seconds.values()):,.0f} s on {found.device}{stored}: {spent}",
         f"about {found.memory / 1e9:.1f} GB of memory: "
         + ", ".join(f"{part} {size / 1e9:.2f}" for part, size in found.parts.items())
@@ -292,7 +293,10 @@ def tuned_table(found: Found) -> RenderableType:
     for trial in found.trials:
         row = (f"{trial.tokens:,}", f"{1000 * trial.seconds:.1f}", f"{trial.rate:,.0f}")
         table.add_row(*row, style="bold" if trial.tokens == found.tokens else None)
-    begun = f"to begin a pass takes as long as {counted(found.a_pass, 'token')}; {found.device}, {found.models}"
+    begun = (
+        f"passes will have {counted(found.tokens, 'token')}, and to begin one takes as long as {found.a_pass} of them; "
+        f"on {found.device}, for {found.models}"
+    )
     return Group(Adapting(table), Text(begun, style="dim"))
 
 

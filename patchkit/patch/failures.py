@@ -84,10 +84,12 @@ def _overwritten(fact: EditedFact, manifest: Manifest, keys: Mapping[str, list[T
             by=worst.id,
         )
     others = counted(len(after), "other fact")
+    together = any((each.run, each.batch) == (fact.run, fact.batch) for each in after)
     return Why(
         kind="lost",
         because=f"learned, but lost among the {others} written with it or later" if after else "learned, but not kept",
-        advice="try a smaller --batch-size, more layers (--layers), or a method that meets values exactly (rome)",
+        advice=f"try {'a smaller --batch-size, ' if together else ''}more layers (--layers), or a method that meets "
+        "values exactly (rome)",
     )
 
 

@@ -67,7 +67,8 @@ class PlannedRun(BaseModel):
     """What `patchkit apply --dry-run --json` prints.
 
     seconds: by phase, statistics being 0 where they are stored already; memory: bytes in all at the peak; parts: what
-    they are for; weights_on: by device, the bytes of the model's weights that lie there; free: bytes that the run's
+    they are for; neurons: subjects get some of their own, so that what leads into the feed-forward of the same layers
+    is written too; weights_on: by device, the bytes of the model's weights that lie there; free: bytes that the run's
     device has for all else.
     """
 
@@ -77,6 +78,7 @@ class PlannedRun(BaseModel):
     skipped: tuple[str, ...]
     superseded: dict[str, str]
     weights: tuple[PlannedWeight, ...]
+    neurons: bool
     batches: tuple[int, ...]
     statistics_stored: bool
     seconds: dict[str, float]
@@ -119,6 +121,7 @@ def planned(prepared: Prepared, workspace: Workspace, quick: bool = False, start
         skipped=prepared.incoming.skipped,
         superseded=dict(prepared.incoming.superseded),
         weights=tuple(_weight(site) for site in how.sites),
+        neurons=config.neurons == "on",
         batches=tuple(len(batch) for batch in batches(facts, solve_batch_size(config))),
         statistics_stored=stored.moments,
         seconds={phase: round(spent, 1) for phase, spent in {"start": start, **seconds}.items()},
