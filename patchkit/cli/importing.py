@@ -61,7 +61,7 @@ def command(
     if as_json:
         print_json(stored.text)
         return
-    stdout.print(patch_table(stored))
+    stdout.print(patch_table(stored), crop=False)
     stdout.print(f"patch: {folder} (`patchkit verify {folder} --facts F` measures it)", soft_wrap=True)
 
 

@@ -23,4 +23,4 @@ def command(patch: str, as_json: bool) -> None:
     if as_json:
         print_json(stored.text)
     else:
-        stdout.print(patch_table(stored))
+        stdout.print(patch_table(stored), crop=False)

@@ -86,7 +86,7 @@ def _row(metric: Metric, found: Summary) -> tuple[str, ...]:
 
 
 def patch_table(stored: Stored) -> RenderableType:
-    """What `patchkit show` prints: base, digests, updates, facts."""
+    """What `patchkit show` prints, uncropped: base, digests, updates, facts."""
     manifest = stored.manifest
     base = manifest.base
     named = f"base {base.name} ({base.architecture}{f', commit {base.commit}' if base.commit else ''})\n"
