@@ -1,8 +1,8 @@
 # `make demo` and `make test` work on a fresh machine with Python >= 3.10: each makes .venv if it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
-# On all cores, a process on each; eight take some 10 GB.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8
+# On all cores, up to four, a process on each, which takes some 2.5 GB.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4
 
 .PHONY: demo test test-slow test-thorough test-llama test-vllm test-bitsandbytes test-gptq docs pages models table results \
 	results-embedded results-default clean
