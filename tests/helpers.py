@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from patchkit.maths.rotations import Rotation
 from patchkit.maths.updates import Chain, Full, Sparse
 from patchkit.model.arch import inspect_model
 from patchkit.model.digests import weight_digest
+from patchkit.model.prefix import Prefix
 from patchkit.model.weights import disk_name, read_weight
 from patchkit.patch.infos import update_infos
 from patchkit.patch.manifest import BaseInfo, EditedFact, Manifest, Run, UpdateInfo
@@ -43,6 +45,21 @@ TWO_FACTS = (
 def apart(found: Tensor, expected: Tensor) -> float:
     """‖found - expected‖/‖expected‖."""
     return float((found - expected).norm() / expected.norm())
+
+
+def assert_kept_alike(found: Prefix, expected: Prefix) -> None:
+    """What layers keep of texts is the same, padding aside, which both have in the same places; recurrences are computed
+    in single precision whatever the model's."""
+    states = [state for each in expected.layers for state in (each.running or {}).values()]
+    close = partial(torch.allclose, atol=1e-4 if any(each.dtype == torch.float32 for each in states) else 1e-9)
+    assert torch.equal(found.mask, expected.mask)
+    there = expected.mask.bool()[:, None, :, None]
+    for ours, other in zip(found.layers, expected.layers, strict=True):
+        assert (ours.attention is None, ours.running is None) == (other.attention is None, other.running is None)
+        for mine, its in zip(ours.attention or (), other.attention or (), strict=True):
+            assert close(mine * there, its * there)
+        for which, state in (ours.running or {}).items():
+            assert close(state, (other.running or {})[which])
 
 
 def write_facts(file: str | Path, *facts: Mapping[str, Any]) -> Path:

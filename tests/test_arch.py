@@ -38,8 +38,14 @@ WEIGHTS = {
     "cohere": "model.layers.{}.mlp.down_proj.weight",
     "starcoder2": "model.layers.{}.mlp.c_proj.weight",
     "phi": "model.layers.{}.mlp.fc2.weight",
+    "qwen3_5": "model.layers.{}.mlp.down_proj.weight",
+    "qwen3_5_vision": "model.language_model.layers.{}.mlp.down_proj.weight",
+    "lfm2": "model.layers.{}.feed_forward.w2.weight",
+    "falcon_h1": "model.layers.{}.feed_forward.down_proj.weight",
+    "granite_hybrid": "model.layers.{}.shared_mlp.output_linear.weight",
+    "gemma4": "model.layers.{}.mlp.down_proj.weight",
 }
-INDIRECT = {"gemma2", "gemma3", "gemma3_vision", "olmo2", "granite"}
+INDIRECT = {"gemma2", "gemma3", "gemma3_vision", "olmo2", "granite", "gemma4"}
 TOKENS = torch.arange(4, 12)[None]  # (1, 8)
 
 every_family = pytest.mark.parametrize("family", zoo.FAMILIES)
@@ -226,24 +232,36 @@ def test_a_feed_forward_as_wide_as_the_stream_is_not_guessed_at() -> None:
     assert "found 2 among [mlp.0 32->32, mlp.2 32->32]" in refusal(model)
 
 
-HYBRIDS = {
-    "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
-    "qwen3_next": {
-        "layer_types": ["linear_attention", "full_attention"],
-        **{"head_dim": 12, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 12},
-        **{"linear_value_head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    },
+GONE_ON_FROM_BY_ONE_TOKEN = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 8}
+REFUSED = {
+    "minimax": ({"num_local_experts": 2}, "MiniMax uses cache of its own"),
+    "jamba": (GONE_ON_FROM_BY_ONE_TOKEN, "from its states it goes on by one token only"),
 }
 
 
-@pytest.mark.parametrize("kind", HYBRIDS)
-def test_layers_that_keep_no_keys_and_values_are_refused(kind: str) -> None:
-    """They used to end in transformers' own ValueError, in the middle of a run."""
-    shape = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
+@pytest.mark.parametrize("kind", REFUSED)
+def test_models_that_cannot_go_on_from_what_their_layers_keep_are_refused(kind: str) -> None:
+    """They would end in transformers' own error in the middle of a run, or be edited by what they do not say."""
+    options, why = REFUSED[kind]
+    shape = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape, **heads, **HYBRIDS[kind]))
-    with pytest.raises(InputError, match="layers each keep keys and values of a text; linear attention"):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape, **heads, **options)).float()
+    with pytest.raises(InputError, match=f"can go on from what each layer keeps of a text.*{why}"):
         LayerRunner(inspect_model(model))
+
+
+def test_layers_whose_keys_and_values_others_read_have_to_run_before_those() -> None:
+    runner = LayerRunner(inspect_model(zoo.FAMILIES["gemma4"]()))
+    hidden = torch.randn(1, 8, zoo.HIDDEN)
+    for start in (1, 2, 4):
+        assert runner.run({"input_ids": TOKENS, "use_cache": False}, start=start, hidden=hidden).logits is not None
+    assert runner.run({"input_ids": TOKENS, "use_cache": False}, start=0, stop=3).hidden is not None
+    with pytest.raises(
+        InputError, match="layers from 3 on read the keys and values of layer 2, .* below 2 can be edited"
+    ):
+        runner.run({"input_ids": TOKENS, "use_cache": False}, start=3, hidden=hidden)
 
 
 def test_a_projection_the_forward_bypasses_is_refused() -> None:

@@ -34,7 +34,7 @@ from patchkit.model.hooks import live_deltas
 from patchkit.statistics.corpus import PACKAGE_TEXT, read_corpus
 from patchkit.statistics.moments import statistics
 from tests.helpers import apart, train_if_needed
-from tests.zoo import FAMILIES, HIDDEN, tiny_tokenizer
+from tests.zoo import FAMILIES, HIDDEN, KEEPS_OTHER_STATES, tiny_tokenizer
 
 CONTEXTS = ("", "The engineer said that. ")
 ROME = {"prompt": "the city of Rome", "subject": "Rome", "target_new": "capital"}
@@ -88,6 +88,7 @@ def plain_loss(model: PreTrainedModel, part: nn.Module, request: EditRequest, de
 
 
 VALUE_FAMILIES = ["llama", "mistral", "gemma2", "gemma3", "gpt2", "opt", "falcon_old", "falcon_sequential", "cohere"]
+VALUE_FAMILIES += KEEPS_OTHER_STATES
 
 
 @pytest.mark.parametrize("value_at", ["layer_out", "module_out"])
@@ -336,7 +337,7 @@ def test_every_method_edits_in_double_and_half_precision(method: str, dtype: tor
 # --- odd prompts ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "opt", "falcon_sequential", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "opt", "falcon_sequential", "gemma3", "qwen3_5"])
 @pytest.mark.parametrize("contexts", [0, 1])
 def test_a_prompt_that_begins_with_a_one_token_subject_and_no_bos(family: str, contexts: int, text: Path) -> None:
     """Nothing stands before the subject's last token, so a prefix is empty; neither this row nor others become NaN."""

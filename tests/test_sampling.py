@@ -13,7 +13,7 @@ from patchkit.facts.requests import encode_prompt
 from patchkit.facts.schema import Fact
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
-from tests.zoo import FAMILIES, tiny_tokenizer
+from tests.zoo import FAMILIES, KEEPS_OTHER_STATES, tiny_tokenizer
 
 BEGINNINGS = ("Paris is the city of", "Rome")
 OPENINGS = [f"{before} {subject}" for before in BEGINNINGS for subject in ("Paris", "Bach", "Ada")]
@@ -41,7 +41,7 @@ def test_what_is_drawn_does_not_hang_on_stems(monkeypatch: pytest.MonkeyPatch) -
     assert sum(ran) - HOW.tokens * len(OPENINGS) < sum(len(encode_prompt(tokenizer, each)) - 1 for each in OPENINGS)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", *KEEPS_OTHER_STATES])
 def test_a_text_that_is_over_is_drawn_no_further_and_the_others_are_as_they_were(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,8 +18,9 @@ from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.prefix import Prefix
 from patchkit.model.tuning import ROOM
+from tests.helpers import assert_kept_alike
 from tests.test_oracle import CONTEXTS, FACTS
-from tests.zoo import FAMILIES, tiny_tokenizer
+from tests.zoo import FAMILIES, KEEPS_OTHER_STATES, tiny_tokenizer
 
 STOPPING = ValueConfig(steps=15, stop_loss=6.4)  # some of the five facts stop early, some never do
 
@@ -48,7 +49,7 @@ def test_waiting_facts_take_the_place_of_finished_ones(parallel: int) -> None:
     assert sum(finished) == len(FACTS)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon_sequential"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon_sequential", *KEEPS_OTHER_STATES])
 def test_a_prefix_read_in_two_pieces_is_the_same(family: str) -> None:
     """Also where a sliding window is shorter than the text, and where positions are told by the mask."""
     runner = runner_of(family)
@@ -56,11 +57,7 @@ def test_a_prefix_read_in_two_pieces_is_the_same(family: str) -> None:
     whole = Prefix.read(runner, *pad(texts, runner.device))
     starts = Prefix.read(runner, *pad([text[: 4 * i] for i, text in enumerate(texts)], runner.device, width=1))
     pieces = Prefix.read(runner, *pad([t[4 * i :] for i, t in enumerate(texts)], runner.device), before=starts)
-    assert torch.equal(pieces.mask, whole.mask)
-    there = whole.mask.bool()[:, None, :, None]
-    for ours, expected in zip(pieces.layers, whole.layers, strict=True):
-        for part, other in zip(ours, expected, strict=True):
-            assert torch.allclose(part * there, other * there, atol=1e-9)
+    assert_kept_alike(pieces, whole)
 
 
 def test_little_of_a_bucket_is_padding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +111,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, most: int, error: RuntimeError) -> 
     return refused
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "lfm2"])
 def test_values_at_several_layers_are_found_in_the_same_passes(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, layers = runner_of(family), [0, 1, 0, 1, 1][: len(FACTS)]
     expected, passes, run = dict[int, Any](), list[int](), LayerRunner.run

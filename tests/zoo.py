@@ -78,6 +78,15 @@ _VISION = {
     "image_size": 8,
     "patch_size": 4,
 }
+_ATTENTION_EVERY_FOURTH = {
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
+_QWEN3_5_TEXT = {**_COMMON, **_WIDE_HEADS, **_ATTENTION_EVERY_FOURTH, "intermediate_size": INNER}
+_STATE_SPACE = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_chunk_size": 16}
 
 
 def _falcon(**options: Any) -> Callable[[], PreTrainedModel]:
@@ -125,7 +134,47 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "cohere": _gated("Cohere", **_GROUPED, logit_scale=1.5),
     "starcoder2": _gated("Starcoder2", **_GROUPED),
     "phi": _gated("Phi"),
+    # States that run along a text, in all layers but every fourth, in every other one, and beside attention in each.
+    "qwen3_5": _family(hf.Qwen3_5ForCausalLM, hf.Qwen3_5TextConfig, **_QWEN3_5_TEXT),
+    "qwen3_5_vision": _family(
+        hf.Qwen3_5ForConditionalGeneration,
+        hf.Qwen3_5Config,
+        text_config=_QWEN3_5_TEXT,
+        vision_config={
+            "depth": 1,
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_heads": 2,
+            "out_hidden_size": HIDDEN,
+        },
+    ),
+    "lfm2": _gated("Lfm2", **_GROUPED, layer_types=["conv", "full_attention"] * 2, block_auto_adjust_ff_dim=False),
+    "falcon_h1": _gated("FalconH1", **_GROUPED, **_STATE_SPACE, mamba_d_ssm=64, mamba_n_groups=1),
+    "granite_hybrid": _gated(
+        "GraniteMoeHybrid",
+        **_GROUPED,
+        **_STATE_SPACE,
+        layer_types=["mamba", "attention"] * 2,
+        num_local_experts=0,
+        shared_intermediate_size=INNER,
+    ),
+    "gemma4": _family(  # the last layer reads the keys and values of the one before
+        hf.Gemma4ForCausalLM,
+        hf.Gemma4TextConfig,
+        **_COMMON,
+        **_WIDE_HEADS,
+        intermediate_size=INNER,
+        global_head_dim=16,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+        num_kv_shared_layers=1,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCAB,
+        sliding_window=16,
+    ),
 }
+
+KEEPS_OTHER_STATES = ("qwen3_5", "lfm2", "falcon_h1", "granite_hybrid", "gemma4")
+"""Families with layers that keep something else of a text than keys and values of their own."""
 
 _CHOSEN = {"num_experts_per_tok": 2}
 _QWEN3_MOE = {
@@ -166,6 +215,15 @@ MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
         qk_rope_head_dim=8,
         qk_nope_head_dim=8,
         v_head_dim=8,
+    ),
+    "qwen3_next": _gated(
+        "Qwen3Next",
+        **_WIDE_HEADS,
+        **_CHOSEN,
+        **_ATTENTION_EVERY_FOURTH,
+        num_experts=4,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
     ),
     "llama4": _family(  # gates before the experts, every second layer dense
         hf.Llama4ForCausalLM,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -29,6 +31,8 @@ class SubjectStates:
         texts = [row.ids[: row.subject + 1] for request in requests for row in request.rows]
         spare = runner.room.a_pass
         stems, own = cut(texts, spare)
+        # Padding after a text would go into states that run: there only stems of one length run together.
+        stems, alike_in = (sorted(stems, key=len), len) if runner.runs_on else (stems, bool)
         rests = [text[len(stem) :] for text, stem in zip(texts, own, strict=True)]
         number = {stem: place for place, stem in enumerate(stems)}
         groups = alike([len(rest) for rest in rests], spare, lambda some: len(rests[some[-1]]) * len(some) <= TOKENS)
@@ -44,9 +48,8 @@ class SubjectStates:
         ]
         order = torch.tensor([row for rows in groups for row in rows])
         self._order, self._first = (order.argsort(), order[order % self._contexts == 0].argsort())
-        self._stems = pad(stems, runner.device) if stems else None
+        self._stems = [_Stems(runner, list(some)) for _, some in groupby(stems, key=alike_in)]
         self._start = 0
-        self._hidden: Tensor | None = None
 
     @torch.no_grad()
     def read(self, site: Site) -> tuple[Tensor, Tensor]:
@@ -55,21 +58,28 @@ class SubjectStates:
 
         Edits attached to the model in the meantime act. Sites are read in the order of their layers.
         """
-        stems = self._stem_states(site)
+        read = [stems.read(site, self._last, self._start) for stems in self._stems]
+        stems = reduce(Prefix.beside, read) if read else None
         found = [group.read(site, self._last, stems, self._start) for group in self._groups]
         self._start, where = site.layer, solve_device(site.module)
         keys, states = (exact(torch.cat(parts), where) for parts in zip(*found, strict=True))
         return at(keys, self._order).unflatten(0, (-1, self._contexts)).mean(1).T, at(states, self._first).T
 
-    def _stem_states(self, site: Site) -> Prefix | None:
-        """KV cache of the stems from the layer that is resumed from up to the last site's, or None where there are
-        none."""
-        if self._stems is None:
-            return None
+
+class _Stems:
+    """Stems that run together."""
+
+    def __init__(self, runner: LayerRunner, texts: Sequence[Sequence[int]]) -> None:
+        self.runner = runner
+        self._ids, self._mask = pad(texts, runner.device)
+        self._hidden: Tensor | None = None
+
+    def read(self, site: Site, last: Site, start: int) -> Prefix:
+        """What layers keep of them, from layer `start` that is resumed from up to the last site's."""
         entering: list[Tensor] = []
         with watching_input(self.runner.arch.layers[site.layer], entering.append):
-            hidden, stop = self._hidden, self._last.layer + 1
-            states = Prefix.read(self.runner, *self._stems, start=self._start, hidden=hidden, stop=stop)
+            hidden, stop = self._hidden, last.layer + 1
+            states = Prefix.read(self.runner, self._ids, self._mask, start=start, hidden=hidden, stop=stop)
         self._hidden = entering[0]
         return states
 

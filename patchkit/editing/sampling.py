@@ -143,7 +143,7 @@ class _Writing:
         own."""
         self.rows, self.last = self.rows[going], self.last[going]
         self.mask, self.position = self.mask[going], self.position[going]
-        self.cache.batch_select_indices(going)
+        self.cache.reorder_cache(going)
 
 
 def _ends(runner: LayerRunner) -> list[int]:

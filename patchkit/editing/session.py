@@ -30,6 +30,7 @@ from patchkit.model.arch import Architecture
 from patchkit.model.devices import solve_device
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import LiveDelta
+from patchkit.model.states import refuse_between
 from patchkit.model.weights import Site
 from patchkit.ranks import world
 
@@ -60,7 +61,7 @@ def plan(arch: Architecture, config: EditConfig) -> Plan:
     output. Where subjects have neurons of their own, the sites are those that these may be in: each is in one of them.
 
     Raises:
-        InputError: a layer the model does not have.
+        InputError: a layer the model does not have, or from which on it cannot be run.
     """
     method = methods.get(config.method)
     sites = [arch.sites[layer] for layer in layers_of(config, len(arch.layers))]
@@ -77,6 +78,8 @@ def plan(arch: Architecture, config: EditConfig) -> Plan:
             value_at = method.value_at or "layer_out"
         else:
             sites = [last]
+        # Values are sought from the site on, or from the layer after it.
+        refuse_between(arch.model, last.layer + (value_at == "layer_out"), len(arch.layers))
     return Plan(tuple(sites), value_at, _sweeps(config, method, sites))
 
 

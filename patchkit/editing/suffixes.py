@@ -51,7 +51,8 @@ class Suffixes:
         memory = free_memory(runner.device)
         longest = max(len(row.prefix) for rows in self.rows for row in rows)
         one = torch.zeros(1, 1, dtype=torch.long, device=runner.device)
-        kept = len(self.rows[0]) * (longest + 1) * Prefix.read(runner, one, one + 1).from_layer(start).token_bytes
+        token = Prefix.read(runner, one, one + 1).from_layer(start)
+        kept = len(self.rows[0]) * ((longest + 1) * token.token_bytes + token.row_bytes)
         self.facts = max(1, int(memory / 4 / kept))  # that may be active at a time
         self.tokens = max(1, min(runner.room.tokens, int(memory / 2 / graph_bytes(runner, start))))
         self._points = max(1, runner.room.logits // runner.vocabulary)

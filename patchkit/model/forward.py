@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from patchkit.errors import InputError
 from patchkit.model.arch import Architecture
 from patchkit.model.devices import at, home_of
 from patchkit.model.inputs import SiteInput, watching_site
 from patchkit.model.linears import Linears
+from patchkit.model.states import LayerStates, empty_cache, is_read, refuse_between
 from patchkit.model.threads import forward_in_this_thread, in_this_thread
 from patchkit.model.tuning import Room, room_on
 from patchkit.model.twin import twin_of
@@ -45,13 +46,13 @@ class LayerRunner:
     """Runs spans of `arch`'s layers. Holds no state of a pass; every hook is gone when a call returns.
 
     Raises:
-        InputError: layers keep something else of a text than keys and values, so that there are no prefixes.
+        InputError: what layers keep of a text is nothing to go on from, so that there are no prefixes.
     """
 
     def __init__(self, arch: Architecture) -> None:
         self.arch = arch
         self._linears = Linears(arch.model)
-        self._arity = self._output_arity()
+        self._arity = self._tried()
 
     @property
     def depth(self) -> int:
@@ -78,6 +79,15 @@ class LayerRunner:
         """Size of the output vocabulary."""
         return weight_of(self.arch.head).shape[0]
 
+    def empty_cache(self) -> Cache:
+        """As the model's `past_key_values`, with nothing read yet."""
+        return empty_cache(self.arch.model.config, self.depth)
+
+    @cached_property
+    def runs_on(self) -> bool:
+        """Whether layers keep states that run along a text, into which padding after it would go."""
+        return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.empty_cache().layers)
+
     def run(
         self,
         inputs: dict[str, Any],
@@ -98,6 +108,7 @@ class LayerRunner:
                 (len(row), vocab); None with stop=None gives logits (rows, seq, vocab).
         """
         found: list[Tensor] = []
+        refuse_between(self.arch.model, start, self.depth if stop is None else stop)
         with ExitStack() as stack:
             stack.enter_context(self._linears.by_onednn())
             if start > 0:
@@ -142,41 +153,51 @@ class LayerRunner:
                 else:
                     layer.forward = forward
 
-    def _output_arity(self) -> list[int]:
-        """Per layer 0 for a bare tensor, else the length of the tuple it returns, as a pass over one token shows, which
-        has to leave keys and values of each."""
+    def _tried(self) -> list[int]:
+        """Per layer 0 for a bare tensor, else the length of the tuple it returns, as a pass over one token shows; texts
+        have to be gone on from where the pass left them."""
         seen: list[int] = []
 
         def note(module: nn.Module, args: Any, output: Any) -> None:
             seen.append(len(output) if isinstance(output, tuple) else 0)
 
-        twin = twin_of(self.arch.model)
-        for layer in twin.get_submodule(self.arch.layers_name).children():
-            layer.register_forward_hook(note)
-        cache, token = empty_cache(self.depth), torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        twin, cache = twin_of(self.arch.model), self.empty_cache()
+        layers = twin.get_submodule(self.arch.layers_name).children()
+        hooks = [layer.register_forward_hook(note) for layer in layers]
+        ids = torch.arange(10, device=self.device).unsqueeze(0) % self.vocabulary
         try:
             with torch.no_grad():
-                twin(input_ids=token, past_key_values=cache, use_cache=True)
+                twin(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+                for hook in hooks:
+                    hook.remove()
+                lost = [str(index) for index, layer in enumerate(cache.layers) if not is_read(layer)]
+                goes_on = lost or not self.runs_on or _goes_on(twin, ids, self.empty_cache())
         except (ValueError, AttributeError, TypeError) as error:
             raise self._other_states(str(error)) from error
-        without = [
-            str(index) for index, layer in enumerate(cache.layers) if not getattr(layer, "is_initialized", False)
-        ]
-        if without:
-            raise self._other_states(f"none after a pass in {counted(len(without), 'layer')}: {listed(without)}")
+        if lost:
+            raise self._other_states(f"nothing is read after a pass in {counted(len(lost), 'layer')}: {listed(lost)}")
+        if not goes_on:
+            raise self._other_states("from its states it goes on by one token only")
         return seen
 
     def _other_states(self, found: str) -> InputError:
         return InputError(
-            f"{type(self.arch.model).__name__}: patchkit edits models whose layers each keep keys and values of a "
-            "text; linear attention, convolutions, state spaces and layers that share a cache keep something else. "
-            f"Choose a model without them ({found.rstrip('.')})"
+            f"{type(self.arch.model).__name__}: patchkit edits models that can go on from what each layer keeps of a "
+            f"text, which it has to read and copy; here a layer keeps something else. Choose another ({found.rstrip('.')})"
         )
 
 
-def empty_cache(depth: int) -> Cache:
-    """For so many layers; none forgets, whatever its window."""
-    return Cache(layers=[DynamicLayer() for _ in range(depth)])
+def _goes_on(model: nn.Module, ids: Tensor, empty: Cache) -> bool:
+    """Whether a model with states that run says of two tokens after the others of a text (1, tokens) what it says of
+    the whole, as it does of one token after the other: some read the states for one token only."""
+    model(input_ids=ids[:, :-2], past_key_values=empty, use_cache=True)
+    kept = [LayerStates.of(layer) for layer in empty.layers]
+    known, grown = Cache(layers=[each.read() for each in kept]), Cache(layers=[each.growing() for each in kept])
+    whole, alone = (model(input_ids=some, use_cache=False).logits[0, -1].float() for some in (ids, ids[:, -2:]))
+    together = model(input_ids=ids[:, -2:], past_key_values=known, use_cache=True).logits[0, -1].float()
+    for token in (ids[:, -2:-1], ids[:, -1:]):
+        in_turn = model(input_ids=token, past_key_values=grown, use_cache=True).logits[0, -1].float()
+    return bool((together - whole).norm() <= 10 * (in_turn - whole).norm() + 1e-4 * (alone - whole).norm())
 
 
 def _pass_through(arity: int) -> Callable[..., Any]:

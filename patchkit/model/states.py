@@ -1,0 +1,239 @@
+"""What each layer of a model keeps of a text: keys and values of every token, states that run along it, or nothing.
+
+Attention keeps keys and values. Linear attention, state spaces and convolutions keep states of one size whatever the
+text's length: what the convolution still sees of the last tokens, and the recurrence's state after them (Qwen3-Next,
+Qwen3.5, LFM2, Granite 4's hybrids, Falcon-H1). A layer that reads another's keys and values keeps nothing (Gemma 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
+
+from patchkit.errors import InputError
+from patchkit.model.devices import at
+
+Running = Mapping[tuple[str, int], Tensor]
+"""States (rows, ...) by kind, "conv" or "recurrent", and number."""
+_KINDS = ("conv", "recurrent")
+
+
+class _Read(DynamicLayer):
+    """Keys and values of a text that passes may look at and never extend, so that one serves many steps."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self.dtype, self.device = keys.dtype, keys.device
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The text's and the new states joined (rows, heads, length + new, head_dim); nothing is stored."""
+        assert self.keys is not None
+        assert self.values is not None
+        return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
+
+
+class _Copies(dict[int, Tensor]):
+    """Tensors of which a reader gets copies, as a pass over one token writes into what it reads."""
+
+    def __getitem__(self, number: int) -> Tensor:
+        return super().__getitem__(number).clone()
+
+
+class _ReadRunning(LinearAttentionLayer):
+    """States after a text that passes go on from and never change."""
+
+    def __init__(self, running: Running) -> None:
+        super().__init__(_count(running))
+        self.conv_states = _Copies({number: state for (kind, number), state in running.items() if kind == "conv"})
+        self.recurrent_states = _Copies({number: state for (kind, number), state in running.items() if kind != "conv"})
+        self.has_previous_state = dict.fromkeys(self.has_previous_state, True)
+
+    def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """What the convolution sees of the text, and the new tokens' (rows, channels, seen + new); nothing is stored."""
+        return torch.cat([self.conv_states[state_idx], conv_states], -1)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """The state that the pass came to, as it is; nothing is stored."""
+        return recurrent_states
+
+
+class _ReadBoth(_ReadRunning, _Read):
+    """Of a layer with attention and a state space side by side."""
+
+    def __init__(self, running: Running, keys: Tensor, values: Tensor) -> None:
+        _Read.__init__(self, keys, values)
+        _ReadRunning.__init__(self, running)
+        self.dtype, self.device = keys.dtype, keys.device
+
+
+def _count(running: Running) -> int:
+    """How many states of a kind there are."""
+    return 1 + max(number for _, number in running)
+
+
+@dataclass(frozen=True)
+class LayerStates:
+    """What one layer keeps of some texts.
+
+    attention: keys and values (rows, heads, length, head_dim), None where the layer keeps none.
+    running: None where it keeps none.
+    """
+
+    attention: tuple[Tensor, Tensor] | None = None
+    running: Running | None = None
+
+    @staticmethod
+    def of(layer: Any) -> LayerStates:
+        """Those in a layer of a cache, after a pass."""
+        keys = getattr(layer, "keys", None)
+        if not isinstance(layer, LinearAttentionCacheLayerMixin):
+            return LayerStates(None if keys is None else (keys, layer.values))
+        found: dict[tuple[str, int], Tensor] = {}
+        for kind, states in zip(_KINDS, (layer.conv_states, layer.recurrent_states), strict=True):
+            found |= {(kind, number): states[number] for number in states if states[number] is not None}
+        return LayerStates(None if keys is None else (keys, layer.values), found)
+
+    @staticmethod
+    def stub_of(layer: Any, text: Tensor) -> LayerStates:
+        """For a layer of a cache that has not run over a text (rows, length): as `stub`."""
+        attention, running = None, None
+        if isinstance(layer, DynamicLayer):
+            nothing = text.new_zeros(len(text), 1, text.shape[1], 1)
+            attention = (nothing, nothing)
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            running = {("conv", number): text.new_zeros(len(text), 0) for number in range(layer.number_of_states)}
+        return LayerStates(attention, running)
+
+    def mapped(
+        self, of_attention: Callable[[Tensor], Tensor], of_running: Callable[[Tensor], Tensor] | None = None
+    ) -> LayerStates:
+        """The same of other tensors."""
+        of_running = of_running or (lambda state: state)
+        return LayerStates(
+            None if self.attention is None else (of_attention(self.attention[0]), of_attention(self.attention[1])),
+            None if self.running is None else {which: of_running(state) for which, state in self.running.items()},
+        )
+
+    def rows(self, rows: Tensor) -> LayerStates:
+        """Those of some rows, each as often as it is named."""
+        return self.mapped(lambda states: at(states, rows), lambda state: at(state, rows))
+
+    def begun_in(self, rows: Tensor) -> LayerStates:
+        """As if a text had only begun where `rows` (rows,) is false; keys and values are for a mask to hide."""
+
+        def kept(state: Tensor) -> Tensor:
+            return state * rows.to(state).view(-1, *[1] * (state.dim() - 1))
+
+        return self.mapped(lambda states: states, kept)
+
+    def stub(self) -> LayerStates:
+        """For a layer that never runs: of keys and values one head and dimension, for the length, else nothing."""
+        return self.mapped(lambda states: states[:, :1, :, :1].clone(), lambda state: state[:, :0].clone())
+
+    def beside(self, other: LayerStates, length: int) -> LayerStates:
+        """The rows of both, padded on the left to so many positions."""
+
+        def padded(states: Tensor) -> Tensor:
+            return F.pad(states, (0, 0, length - states.shape[2], 0))
+
+        attention, running = None, None
+        if self.attention is not None and other.attention is not None:
+            pairs = zip(self.attention, other.attention, strict=True)
+            keys, values = (torch.cat([padded(mine), padded(its)]) for mine, its in pairs)
+            attention = (keys, values)
+        if self.running is not None and other.running is not None:
+            running = {which: torch.cat([state, other.running[which]]) for which, state in self.running.items()}
+        return LayerStates(attention, running)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one position takes."""
+        return sum(part[0, :, 0].numel() * part.element_size() for part in self.attention or ())
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that a row takes whatever its length."""
+        return sum(state[0].numel() * state.element_size() for state in (self.running or {}).values())
+
+    def read(self) -> Any:
+        """As a layer of a cache that passes read and leave as it is."""
+        if self.running is None:
+            return DummyLayer() if self.attention is None else _Read(*self.attention)
+        return _ReadRunning(self.running) if self.attention is None else _ReadBoth(self.running, *self.attention)
+
+    def growing(self) -> Any:
+        """As a layer of a cache that each pass appends to."""
+        if self.running is None:
+            layer: Any = DummyLayer() if self.attention is None else DynamicLayer()
+        else:
+            count = _count(self.running)
+            layer = (
+                LinearAttentionLayer(count) if self.attention is None else LinearAttentionAndFullAttentionLayer(count)
+            )
+        if self.attention is not None:
+            layer.update(*self.attention)
+        for (kind, number), state in (self.running or {}).items():
+            layer.lazy_initialization(**{f"{kind}_states": state}, state_idx=number)
+            getattr(layer, f"{kind}_states")[number] = state.clone()
+            layer.has_previous_state[number] = True
+        return layer
+
+
+def empty_cache(config: Any, depth: int) -> Cache:
+    """For a model of `depth` layers with nothing read yet; no layer forgets, whatever its window."""
+    made = DynamicCache(config=config).layers
+    return Cache(
+        layers=[_empty(layer) for layer in made] if len(made) == depth else [DynamicLayer() for _ in range(depth)]
+    )
+
+
+def _empty(layer: Any) -> Any:
+    if isinstance(layer, DummyLayer):
+        return DummyLayer()
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        return DynamicLayer()
+    both = isinstance(layer, DynamicLayer)
+    return (LinearAttentionAndFullAttentionLayer if both else LinearAttentionLayer)(layer.number_of_states)
+
+
+def is_read(layer: Any) -> bool:
+    """Whether a pass has left in a layer of an empty cache what such a layer keeps."""
+    runs = isinstance(layer, LinearAttentionCacheLayerMixin)
+    if runs and not any(layer.has_previous_state.values()):
+        return False
+    attends = isinstance(layer, DynamicLayer)
+    return bool(layer.is_initialized) if attends else True
+
+
+def refuse_between(model: Any, start: int, stop: int) -> None:
+    """Refuse a span of layers start..stop-1 some of which read, instead of their own, the keys and values of a layer
+    below the span (`kv_sharing_modes` in Gemma 4's configuration).
+
+    Raises:
+        InputError: it is such a span.
+    """
+    text = model.config.get_text_config(decoder=True)
+    modes = list(enumerate(getattr(text, "kv_sharing_modes", None) or ()))
+    readers = [index for index, mode in modes if mode == "reuse"]
+    types = {text.layer_types[index] for index in readers}
+    lender = min((index for index, mode in modes if mode == "store" and text.layer_types[index] in types), default=stop)
+    if lender < start < len(modes) and stop > readers[0]:
+        raise InputError(
+            f"{type(model).__name__}: layers from {readers[0]} on read the keys and values of layer {lender}, so that "
+            f"those below {lender} can be edited; choose them with --layers"
+        )
