@@ -48,8 +48,8 @@ def apart(found: Tensor, expected: Tensor) -> float:
 
 
 def assert_kept_alike(found: Prefix, expected: Prefix) -> None:
-    """What layers keep of texts is the same, padding aside, which both have in the same places; recurrences are computed
-    in single precision whatever the model's."""
+    """What layers keep of texts is the same, padding aside, which both have in the same places; recurrences are
+    computed in single precision whatever the model's."""
     states = [state for each in expected.layers for state in (each.running or {}).values()]
     close = partial(torch.allclose, atol=1e-4 if any(each.dtype == torch.float32 for each in states) else 1e-9)
     assert torch.equal(found.mask, expected.mask)

@@ -259,7 +259,7 @@ def test_layers_whose_keys_and_values_others_read_have_to_run_before_those() -> 
         assert runner.run({"input_ids": TOKENS, "use_cache": False}, start=start, hidden=hidden).logits is not None
     assert runner.run({"input_ids": TOKENS, "use_cache": False}, start=0, stop=3).hidden is not None
     with pytest.raises(
-        InputError, match="layers from 3 on read the keys and values of layer 2, .* below 2 can be edited"
+        InputError, match=r"layers from 3 on read the keys and values of layer 2, .* below 2 can be edited"
     ):
         runner.run({"input_ids": TOKENS, "use_cache": False}, start=3, hidden=hidden)
 

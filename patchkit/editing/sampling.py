@@ -143,7 +143,7 @@ class _Writing:
         own."""
         self.rows, self.last = self.rows[going], self.last[going]
         self.mask, self.position = self.mask[going], self.position[going]
-        self.cache.reorder_cache(going)
+        self.cache.reorder_cache(going)  # type: ignore[arg-type]  # indices of any kind
 
 
 def _ends(runner: LayerRunner) -> list[int]:

@@ -183,7 +183,8 @@ class LayerRunner:
     def _other_states(self, found: str) -> InputError:
         return InputError(
             f"{type(self.arch.model).__name__}: patchkit edits models that can go on from what each layer keeps of a "
-            f"text, which it has to read and copy; here a layer keeps something else. Choose another ({found.rstrip('.')})"
+            "text, which it has to read and copy; here a layer keeps something else. Choose another "
+            f"({found.rstrip('.')})"
         )
 
 

@@ -47,11 +47,13 @@ class _Read(DynamicLayer):
         return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
 
 
-class _Copies(dict[int, Tensor]):
+class _Copies(dict[int, Tensor | None]):
     """Tensors of which a reader gets copies, as a pass over one token writes into what it reads."""
 
     def __getitem__(self, number: int) -> Tensor:
-        return super().__getitem__(number).clone()
+        found = super().__getitem__(number)
+        assert found is not None
+        return found.clone()
 
 
 class _ReadRunning(LinearAttentionLayer):
@@ -59,26 +61,29 @@ class _ReadRunning(LinearAttentionLayer):
 
     def __init__(self, running: Running) -> None:
         super().__init__(_count(running))
-        self.conv_states = _Copies({number: state for (kind, number), state in running.items() if kind == "conv"})
-        self.recurrent_states = _Copies({number: state for (kind, number), state in running.items() if kind != "conv"})
+        self.conv_states, self.recurrent_states = (
+            _Copies({number: state for (own, number), state in running.items() if own == kind}) for kind in _KINDS
+        )
         self.has_previous_state = dict.fromkeys(self.has_previous_state, True)
 
-    def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        """What the convolution sees of the text, and the new tokens' (rows, channels, seen + new); nothing is stored."""
-        return torch.cat([self.conv_states[state_idx], conv_states], -1)
+    def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, *args: Any, **kwargs: Any) -> Tensor:
+        """What is seen of the text, and the new tokens' (rows, channels, seen + new); nothing is stored."""
+        known = self.conv_states[state_idx]
+        assert known is not None
+        return torch.cat([known, conv_states], -1)
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
         """The state that the pass came to, as it is; nothing is stored."""
         return recurrent_states
 
 
-class _ReadBoth(_ReadRunning, _Read):
+class _ReadBoth(_ReadRunning, _Read):  # type: ignore[misc, override]  # as transformers' own of both
     """Of a layer with attention and a state space side by side."""
 
     def __init__(self, running: Running, keys: Tensor, values: Tensor) -> None:
         _Read.__init__(self, keys, values)
         _ReadRunning.__init__(self, running)
-        self.dtype, self.device = keys.dtype, keys.device
+        self.dtype, self.device = keys.dtype, keys.device  # type: ignore[assignment]
 
 
 def _count(running: Running) -> int:
@@ -100,13 +105,12 @@ class LayerStates:
     @staticmethod
     def of(layer: Any) -> LayerStates:
         """Those in a layer of a cache, after a pass."""
-        keys = getattr(layer, "keys", None)
-        if not isinstance(layer, LinearAttentionCacheLayerMixin):
-            return LayerStates(None if keys is None else (keys, layer.values))
-        found: dict[tuple[str, int], Tensor] = {}
-        for kind, states in zip(_KINDS, (layer.conv_states, layer.recurrent_states), strict=True):
-            found |= {(kind, number): states[number] for number in states if states[number] is not None}
-        return LayerStates(None if keys is None else (keys, layer.values), found)
+        keys, values, running = getattr(layer, "keys", None), getattr(layer, "values", None), None
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            states = zip(_KINDS, (layer.conv_states, layer.recurrent_states), strict=True)
+            found = {(kind, number): state for kind, some in states for number, state in some.items()}
+            running = {which: state for which, state in found.items() if state is not None}
+        return LayerStates(None if keys is None or values is None else (keys, values), running)
 
     @staticmethod
     def stub_of(layer: Any, text: Tensor) -> LayerStates:
