@@ -64,7 +64,9 @@ def off_by(model: PreTrainedModel, patch: Patch, adapter: Path) -> float:
     return float((logits(PeftModel.from_pretrained(model, adapter)) - wanted).abs().max())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_vision", "opt", "falcon_old", "gpt_neox", "phi3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "gemma3_vision", "opt", "falcon_old", "gpt_neox", "phi3", "qwen3_5_vision"]
+)
 def test_peft_gives_the_patched_logits(checkpoint, tmp_path: Path, family: str) -> None:
     model, name = checkpoint(family)
     patch = make_patch(model, name)

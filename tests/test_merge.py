@@ -73,7 +73,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
         return model(torch.arange(3, 15)[None]).logits
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "qwen3", "qwen3_5_vision", "gemma4"])
 @pytest.mark.parametrize("shards", [{}, {"max_shard_size": "100KB"}], ids=["single", "sharded"])
 def test_merged_checkpoint_is_the_patched_model(tmp_path: Path, family: str, shards: dict[str, str]) -> None:
     base = checkpoint(tmp_path / "base", family, **shards)

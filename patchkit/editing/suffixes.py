@@ -60,12 +60,7 @@ class Suffixes:
     @torch.no_grad()
     def buckets(self, facts: Iterable[int]) -> list[Bucket]:
         """The buckets of the facts with these numbers."""
-        per_fact = len(self.rows[0])
-        numbers = [fact * per_fact + i for fact in facts for i in range(per_fact)]
-        by_turn: dict[tuple[int, int], list[int]] = {}
-        for number in numbers:
-            by_turn.setdefault(self._turn(number % per_fact), []).append(number)
-        groups = [group for some in by_turn.values() for group in self._alike(some)]
+        groups = [group for some in self.groups(facts).values() for group in some]
         passes = list[list[list[int]]]()
         for group in groups:
             if passes and sum(len(self._row(n).prefix) for g in (*passes[-1], group) for n in g) <= READ:
@@ -73,6 +68,24 @@ class Suffixes:
             else:
                 passes.append([group])
         return [bucket for some in passes for _, made in in_parts(self._buckets, some, _halved) for bucket in made]
+
+    def groups(self, facts: Iterable[int]) -> dict[tuple[int, int], list[list[int]]]:
+        """By turn, the numbers of the rows of these facts that run together."""
+        per_fact = len(self.rows[0])
+        numbers = [fact * per_fact + i for fact in facts for i in range(per_fact)]
+        by_turn: dict[tuple[int, int], list[int]] = {}
+        for number in numbers:
+            by_turn.setdefault(self._turn(number % per_fact), []).append(number)
+        return {turn: self._alike(some) for turn, some in by_turn.items()}
+
+    def padded(self, group: Sequence[int]) -> int:
+        """Tokens that a pass over the rows with these numbers runs."""
+        return len(group) * max(len(suffix(self._row(number))) for number in group)
+
+    def points(self, group: Iterable[int]) -> int:
+        """Predictions that count in the rows with these numbers."""
+        rows = map(self._row, group)
+        return sum(max(1, len(row.ids) - row.target + row.kept) for row in rows)
 
     def _turn(self, column: int) -> tuple[int, int]:
         """Which of the turns the rows of a column have: the asked rows and the essence prompt share some, the kept ones
@@ -104,10 +117,9 @@ class Suffixes:
         """Numbers of rows in groups of similar suffix length, with little padding."""
         rows = [self._row(number) for number in numbers]
         widths = [len(suffix(row)) for row in rows]
-        points = [max(1, len(row.ids) - row.target + row.kept) for row in rows]
 
         def fits(some: list[int]) -> bool:
-            return widths[some[-1]] * len(some) <= self.tokens and sum(points[i] for i in some) <= self._points
+            return widths[some[-1]] * len(some) <= self.tokens and self.points(numbers[i] for i in some) <= self._points
 
         return [[numbers[i] for i in some] for some in alike(widths, self.runner.room.a_pass, fits)]
 

@@ -19,7 +19,7 @@ from patchkit.editing.recipe import EditConfig
 from patchkit.editing.sentences import DRAWN
 from patchkit.editing.sentences import TOKENS as SENTENCE_TOKENS
 from patchkit.editing.session import Plan
-from patchkit.editing.suffixes import ASKED, KEPT, suffix
+from patchkit.editing.suffixes import Suffixes, suffix
 from patchkit.evaluate import answers, readings
 from patchkit.evaluate.answers import Ask
 from patchkit.evaluate.interview import ABOUT_TOKENS, ANSWER_TOKENS, Interview
@@ -85,7 +85,8 @@ class Forecast:
             "measuring": self._measuring(quick),
         }
         if sought:
-            found["again"] = AGAIN * (found["contexts"] + MORE * found["values"])
+            any_ = 1 - (1 - AGAIN) ** len(self.facts)
+            found["again"] = AGAIN * found["contexts"] + self._values(AGAIN, any_, MORE) + any_ * self._looking(quick)
         return found
 
     # --- once for a model ---------------------------------------------------------------------------------------------
@@ -164,30 +165,37 @@ class Forecast:
             found += self._written(count * 2 * prompt, count * DRAWN, SENTENCE_TOKENS)
         return found
 
-    def _values(self) -> float:
-        """Steps over the rows that take turns in them, with as many buckets as there are lengths of rows, or as hold
-        their tokens; and what is read once."""
-        room_ = self.workspace.runner.room
-        each = self.requests[0]
-        asked, kept, steps = len(each.rows), len(each.kept), self.config.value.pace(self.in_use).steps
-        turns, kept_turns = (ceil(asked / ASKED), ceil(kept / KEPT)) if kept else (1, 1)
-        parallel = min(self.config.value.parallel or room_.facts, len(self._sample))
-        tokens = points = passes = 0.0
-        for number in range(asked + 1 + kept):
-            column = [row for request in self.requests for row in [_rows(request)[number]]]
-            share = 1 / (turns if number <= asked else kept_turns)
-            tokens += share * sum(len(suffix(row)) for row in column)
-            points += share * sum(max(1, len(row.ids) - row.target + row.kept) for row in column)
-        groups = (1 if turns == 1 else 2) if not kept else 3
-        passes = max(groups, tokens * parallel / len(self._sample) / room_.tokens)
+    def _values(self, share: float = 1.0, chance: float = 1.0, more: int = 1) -> float:
+        """Steps over the rows that take turns in them, in passes as they are grouped, and what is read once.
+
+        Args:
+            share: of the facts, those whose values are sought.
+            chance: that there are any.
+            more: so many times the steps.
+        """
+        parallel = min(self.config.value.parallel or self.workspace.runner.room.facts, len(self.facts))
+        passes, tokens, points = self._step(parallel / len(self._sample))
         taken = STEPS[self.in_use, self.config.value.second_moment == "full"]
-        mean, rounds = taken * steps, max(1.0, len(self.facts) / parallel * taken)
-        found = self.speed.step.of(tokens * mean * self._more, passes * steps * rounds, points * mean * self._more)
-        prefixes = [row.prefix for request in self.requests for row in _rows(request)]
-        whole = (
-            self._read(prefixes) + sum(len(suffix(row)) for each in self.requests for row in _rows(each)) * self._more
-        )
-        return found + 1.5 * self.speed.read.of(whole, 2 * groups * rounds, points * self._more)
+        steps, all_ = more * self.config.value.pace(self.in_use).steps, share * self._more
+        passes *= max(chance, share * len(self.facts) / parallel * taken)
+        sought = self.speed.step.of(tokens * steps * taken * all_, passes * steps, points * steps * taken * all_)
+        return sought + self._before_steps(points, passes) * share
+
+    def _step(self, more: float) -> tuple[float, float, float]:
+        """Passes of a mean step of `more` times the facts of the sample, and tokens and predictions of the sample's."""
+        suffixes = Suffixes(self.workspace.runner, self.requests, self.plan.sites[-1].layer + 1)
+        passes = tokens = points = 0.0
+        for (_, turns), groups in suffixes.groups(range(len(self._sample))).items():
+            padded = sum(map(suffixes.padded, groups))
+            passes += max(len(groups), more * padded / suffixes.tokens) / turns
+            tokens += padded / turns
+            points += sum(map(suffixes.points, groups)) / turns
+        return passes, tokens, points
+
+    def _before_steps(self, points: float, passes: float) -> float:
+        rows = [row for request in self.requests for row in _rows(request)]
+        whole = self._read([row.prefix for row in rows]) + sum(len(suffix(row)) for row in rows) * self._more
+        return 1.5 * self.speed.read.of(whole, 2 * passes, points * self._more)
 
     # --- solves -------------------------------------------------------------------------------------------------------
 
@@ -218,15 +226,21 @@ class Forecast:
 
     def _checking(self, quick: bool) -> float:
         """How close keys are, the guard, and which facts do not hold."""
-        first, count = self.plan.sites[0], len(self.facts)
+        first = self.plan.sites[0]
         prompt = sum(len(each.rows[0].ids) for each in self.requests) * self._more
         found = self.speed.read.of(3 * prompt, 3) * self._below(first.layer)
         found += CHOLESKY * first.blocks * first.width**3 * self.speed.operation
-        text, asks, tokens = guard.TEXT_TOKENS, len(guard.QUESTIONS), guard.ANSWER_TOKENS
-        size = max(guard.EVERY, solve_batch_size(self.config))
-        answered = self._written(asks * 20, asks, tokens)
-        found += self.speed.read.of(text, 3) + answered
-        found += ceil(count / size) * (self.speed.read.of(text, 1, 2 * text) + answered)
+        return found + self.speed.read.of(guard.TEXT_TOKENS, 3) + self._guarded() + self._looking(quick)
+
+    def _guarded(self) -> float:
+        """The questions of the guard answered once."""
+        asks = len(guard.QUESTIONS)
+        return self._written(asks * 20, asks, guard.ANSWER_TOKENS)
+
+    def _looking(self, quick: bool) -> float:
+        """The guard after batches, and which facts do not hold."""
+        text, size = guard.TEXT_TOKENS, max(guard.EVERY, solve_batch_size(self.config))
+        found = ceil(len(self.facts) / size) * (self.speed.read.of(text, 1, 2 * text) + self._guarded())
         if not quick and methods.get(self.config.method).targets == "values":
             asked = [each.ask for each in Interview(self._trial).first_questions]
             found += self._answered(asked, ANSWER_TOKENS) * self._more
