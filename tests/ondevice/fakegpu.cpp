@@ -309,7 +309,8 @@ void no_fused_attention(const c10::OperatorHandle& op, Stack* stack) {
 
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&on_host>()); }
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
-  m.impl("copy_", torch::CppFunction::makeFromBoxedFunction<&on_host>());  // one kernel for all devices else
+  for (auto name : {"copy_", "convolution", "convolution_backward"})  // one kernel for all devices else
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&on_host>());
   m.impl("_fused_sdp_choice", torch::CppFunction::makeFromBoxedFunction<&no_fused_attention>());
 }
 

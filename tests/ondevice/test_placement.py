@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import patchkit
 from patchkit.editing import sampling
@@ -25,8 +25,8 @@ from patchkit.model.loading import load_model
 from patchkit.patch.patch import Patch
 from tests.helpers import Command
 from tests.ondevice import fakegpu
-from tests.ondevice.conftest import FACTS, QUICK, Place
-from tests.zoo import tiny_tokenizer
+from tests.ondevice.conftest import FACTS, PLACES, QUICK, Place
+from tests.zoo import FAMILIES, save, tiny_tokenizer
 
 OFTEN = {"adaedit", "ft", "mose-right", "oedit", "ultraedit", "wilke", "memit+rect"}
 """Methods that differ most in what they do on a device; the others are slow tests."""
@@ -117,6 +117,16 @@ def test_edits_in_use_on_two_devices(placed: Place) -> None:
         patchkit.apply(placed(place), TOKENIZER, FACTS[:2], overrides=quick, say=lambda note: None)
         for place in ("two", "cpu")
     ]
+    assert same(*patches)
+
+
+@pytest.mark.parametrize("prompts", ["contexts", "in-use"])
+def test_states_that_run_along_a_text_are_where_their_layers_are(prompts: str, tmp_path: Path) -> None:
+    folder, patches = save(FAMILIES["qwen3_5"](), TOKENIZER, tmp_path / "hybrid"), list[Patch]()
+    quick = (*QUICK[1:], f"prompts={prompts}")
+    for how in ({}, {"device_map": PLACES["two"]}):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval()
+        patches.append(patchkit.apply(model, TOKENIZER, FACTS[:2], overrides=quick, say=lambda note: None))
     assert same(*patches)
 
 
