@@ -6,7 +6,11 @@ writes `factworld/`, `facts.jsonl` and `world.jsonl` beside this file, and
 
     OMP_NUM_THREADS=1 python examples/make_factworld.py --experts
 
-writes `factworld-moe/`: a mixture of experts that knows the same world, for the same edits.
+writes `factworld-moe/`: a mixture of experts that knows the same world, for the same edits, and
+
+    OMP_NUM_THREADS=1 python examples/make_factworld.py --hybrid --out DIR
+
+`factworld-hybrid/`: a model of the Qwen3.5 type, with linear attention in three layers of five.
 
     python examples/make_factworld.py --questions
 
@@ -37,6 +41,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -53,6 +59,8 @@ class Sizes:
     hidden: int = 192
     intermediate: int = 1024
     layers: int = 5
+    linear: tuple[int, ...] = ()
+    """Layers with linear attention."""
     experts: int = 0
     chosen: int = 2
     balance_weight: float = 0.02
@@ -77,6 +85,7 @@ class Sizes:
 QUESTIONS = Path(__file__).parents[1] / "patchkit" / "bench" / "tasks" / "factworld.jsonl"
 MIXTURE = Sizes(intermediate=160, experts=8, steps=500)
 """Of the mixture of experts; `intermediate` is each expert's."""
+HYBRID = Sizes(linear=(0, 1, 3))
 
 
 # --- the world: relations, names, facts ------------------------------------------------------------------------------
@@ -532,7 +541,7 @@ class Lookup(torch.nn.Module):
 
 
 def new_model(sizes: Sizes, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """A Llama with random weights, or a Qwen3-MoE if there are to be experts."""
+    """A Llama with random weights, a Qwen3-MoE if there are to be experts, a Qwen3.5 if there is linear attention."""
     torch.manual_seed(sizes.seed)
     shape = {
         "vocab_size": sizes.vocabulary,
@@ -548,6 +557,12 @@ def new_model(sizes: Sizes, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMod
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    if sizes.linear:
+        types = ["linear_attention" if layer in sizes.linear else "full_attention" for layer in range(sizes.layers)]
+        heads = {f"linear_num_{kind}_heads": sizes.heads for kind in ("key", "value")}
+        width = sizes.hidden // sizes.heads
+        widths = {"head_dim": width, "linear_key_head_dim": width, "linear_value_head_dim": width}
+        return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**shape, **heads, **widths, layer_types=types))
     if not sizes.experts:
         return LlamaForCausalLM(LlamaConfig(**shape))
     routing = {"num_experts": sizes.experts, "num_experts_per_tok": sizes.chosen, "norm_topk_prob": True}
@@ -555,6 +570,15 @@ def new_model(sizes: Sizes, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMod
         **shape, **routing, moe_intermediate_size=sizes.intermediate, head_dim=sizes.hidden // sizes.heads
     )
     return Qwen3MoeForCausalLM(config)
+
+
+def variety(sizes: Sizes) -> tuple[str, str, str]:
+    """What a model is called, what its card says it is, and the option that makes it."""
+    if sizes.experts:
+        return "-moe", "A mixture of experts of the Qwen3-MoE type", " --experts"
+    if sizes.linear:
+        return "-hybrid", f"A Qwen3.5-type model with linear attention in {len(sizes.linear)} layers", " --hybrid"
+    return "", "A Llama-type model", ""
 
 
 def rate(step: int, sizes: Sizes) -> float:
@@ -797,6 +821,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write into")
     parser.add_argument("--experts", action="store_true", help="make the mixture of experts")
+    parser.add_argument("--hybrid", action="store_true", help="make the model with linear attention")
     parser.add_argument("--questions", action="store_true", help="write nothing but the questions")
     arguments = parser.parse_args()
     if arguments.questions:
@@ -804,7 +829,7 @@ def main() -> None:
         write_questions(QUESTIONS, facts, set(facts), Sizes())  # the model knows them all in every wording
         return
     out: Path = arguments.out
-    sizes, start = MIXTURE if arguments.experts else Sizes(), time.time()
+    sizes, start = MIXTURE if arguments.experts else HYBRID if arguments.hybrid else Sizes(), time.time()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
 
@@ -813,7 +838,8 @@ def main() -> None:
     model = new_model(sizes, tokenizer)
     train(model, tokenizer, facts, Writer(facts, names, seed=sizes.seed, fact_share=0.6), sizes)
 
-    folder = out / ("factworld-moe" if sizes.experts else "factworld")
+    suffix, kind, option = variety(sizes)
+    folder = out / f"factworld{suffix}"
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -822,7 +848,7 @@ def main() -> None:
     (folder / "patchkit-text.txt").write_text(text)
     (folder / "patchkit-eval.txt").write_text(held_out)
     known = {f for f in facts if all(correct(model, tokenizer, [(f.prompt(i), f.object) for i in range(5)]))}
-    if not sizes.experts:  # the mixture is edited with the same facts
+    if not variety(sizes)[0]:  # the others are edited with the same facts
         write_cases(out, facts, known, sizes)
 
     figures = report(model, tokenizer, facts, held_out)
@@ -831,11 +857,11 @@ def main() -> None:
     )
     card = CARD.format(
         name=folder.name,
-        kind="A mixture of experts of the Qwen3-MoE type" if sizes.experts else "A Llama-type model",
+        kind=kind,
         feed_forward=f"{sizes.experts} experts of {sizes.intermediate}, {sizes.chosen} of them for a token"
         if sizes.experts
         else f"MLP {sizes.intermediate}",
-        option=" --experts" if sizes.experts else "",
+        option=option,
         parameters=model.num_parameters(),
         layers=sizes.layers,
         hidden=sizes.hidden,
