@@ -106,17 +106,19 @@ TEXTS = ("The capital of France is", "Rome", "Ada Lovelace was born in London", 
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["texts", "chat"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mistral", "opt", "falcon_sequential"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mistral", "opt", "falcon_sequential", "qwen3_5", "gemma4"])
 def test_answers_of_a_batch_are_those_of_single_rows(family: str, chat: bool) -> None:
-    """Neither padding nor a beginning read once changes anything, and an answer ends where the model ends it."""
+    """Neither padding nor a beginning read once changes anything, whatever form the others are asked in and however
+    much they may say; and an answer ends where the model ends it."""
     model, tokenizer = zoo.FAMILIES[family](), zoo.tiny_tokenizer(bos=False)
     tokenizer.chat_template = CHAT
-    asks = [Ask(text, message=chat, turns=(("Who?", "Ada Lovelace"),)) for text in TEXTS]
-    said = answer(LayerRunner(inspect_model(model)), tokenizer, asks, 12)
-    for ask in asks:
+    asks = {Ask(text, message=chat, turns=(("Who?", "Ada Lovelace"),)): 12 for text in TEXTS}
+    asks |= {Ask(text, message=False): 50 for text in TEXTS}
+    said = answer(LayerRunner(inspect_model(model)), tokenizer, asks)
+    for ask, tokens in asks.items():
         ids = encode_ask(tokenizer, ask)
         own: list[int] = []
-        while len(own) < 12 and (not own or own[-1] != tokenizer.eos_token_id):
+        while len(own) < tokens and (not own or own[-1] != tokenizer.eos_token_id):
             with torch.no_grad():
                 own.append(int(model(input_ids=torch.tensor([ids + own])).logits[0, -1].argmax()))
         found = said[ask]
@@ -126,7 +128,7 @@ def test_answers_of_a_batch_are_those_of_single_rows(family: str, chat: bool) ->
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["texts", "chat"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "granite"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "granite", "qwen3_5"])
 def test_divergence_is_from_the_base_at_every_token_that_it_wrote(family: str, chat: bool) -> None:
     """Learned positions, soft-capped and scaled logits: the base's distributions come back from its last states."""
     model, other, tokenizer = zoo.FAMILIES[family](), zoo.FAMILIES[family](), zoo.tiny_tokenizer(bos=False)
@@ -137,7 +139,7 @@ def test_divergence_is_from_the_base_at_every_token_that_it_wrote(family: str, c
         weight = other.get_parameter(site.weight_name)
         weight.add_(delta.dense() if weight.shape == delta.dense().shape else delta.dense().T)
     tokenizer.chat_template = CHAT
-    base = answer(runner, tokenizer, [Ask(text, message=chat) for text in TEXTS], 6)
+    base = answer(runner, tokenizer, {Ask(text, message=chat): 6 for text in TEXTS})
     assert list(divergences(runner, base).values()) == pytest.approx([0] * len(TEXTS), abs=1e-6)
     with live_deltas(runner.arch, {2: delta}):
         found = divergences(runner, base)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def trial() -> Trial:
 
 def measured(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> Found:
     def saying(texts: Mapping[str, str]) -> None:
-        def answer(runner: LayerRunner, tokenizer: object, asks: Sequence[Ask], tokens: int) -> dict[Ask, Said]:
+        def answer(runner: LayerRunner, tokenizer: object, asks: Mapping[Ask, int]) -> dict[Ask, Said]:
             return {ask: Said(texts.get(ask.text, ""), (), (), None) for ask in asks}  # type: ignore[arg-type]
 
         monkeypatch.setattr(portability, "answer", answer)

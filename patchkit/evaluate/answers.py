@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, takewhile
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from patchkit.editing.stems import read
 from patchkit.errors import InputError
 from patchkit.facts.chat import Turn, chat_template
 from patchkit.facts.limits import Limits
-from patchkit.facts.requests import encode_prompt, pad
+from patchkit.facts.requests import encode_prompt
 from patchkit.model.forward import LayerRunner, watching_output
-from patchkit.model.prefix import Prefix
 from patchkit.words import visible
 
 ROWS = 64
-_WORTH_SHARING = 8
 
 
 @dataclass(frozen=True)
@@ -104,17 +103,19 @@ def endings(runner: LayerRunner, tokenizer: Any) -> list[int]:
 
 
 @torch.no_grad()
-def answer(runner: LayerRunner, tokenizer: Any, asks: Sequence[Ask], tokens: int) -> dict[Ask, Said]:
-    """Greedy answers to all of `asks`, each up to its natural end or `tokens` tokens.
+def answer(runner: LayerRunner, tokenizer: Any, asks: Mapping[Ask, int]) -> dict[Ask, Said]:
+    """Greedy answers, each up to its natural end or as many tokens as `asks` has for it.
 
-    Those of like form and length share a batch, and what they begin with alike is read once. The same asks make the
-    same batches: a model that is not changed answers alike, bit for bit.
+    Those of like length share a batch, and what they begin with alike is read once. The same asks make the same
+    batches: a model that is not changed answers alike, bit for bit.
     """
     encoded = {ask: encode_ask(tokenizer, ask) for ask in asks}
     ends, said = endings(runner, tokenizer), dict[Ask, Said]()
     for batch in batches({ask: len(ids) for ask, ids in encoded.items()}, ROWS):
-        found, states = _continued(runner, [encoded[ask] for ask in batch], tokens, ends)
+        most = max(asks[ask] for ask in batch)
+        found, states = _continued(runner, [encoded[ask] for ask in batch], most, ends)
         for ask, row, own in zip(batch, found.tolist(), states, strict=True):
+            row = row[: asks[ask]]
             end = next((place for place, token in enumerate(row, 1) if token in ends), len(row))
             text = _shown(tokenizer, ask, row[:end])
             said[ask] = Said(text, tuple(encoded[ask]), tuple(row[:end]), own[:end].clone())
@@ -122,25 +123,9 @@ def answer(runner: LayerRunner, tokenizer: Any, asks: Sequence[Ask], tokens: int
 
 
 def batches(lengths: Mapping[Ask, int], rows: int) -> Iterator[list[Ask]]:
-    """Asks of one form and of like length, at most `rows` at a time."""
-    forms: dict[tuple[Any, ...], list[Ask]] = {}
-    for ask in sorted(lengths, key=lambda ask: lengths[ask]):
-        forms.setdefault((ask.message, ask.system, ask.turns), []).append(ask)
-    for alike in forms.values():
-        yield from (alike[first : first + rows] for first in range(0, len(alike), rows))
-
-
-def common_start(runner: LayerRunner, texts: Sequence[Sequence[int]]) -> tuple[Prefix | None, int]:
-    """The states of what all of `texts` begin with, for each of them, and how many tokens that is; none if it is short.
-
-    At least the last token of every text is left out.
-    """
-    columns = zip(*(text[:-1] for text in texts), strict=False)
-    length = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-    if length < _WORTH_SHARING or len(texts) < 2:
-        return None, 0
-    start = Prefix.read(runner, *pad([texts[0][:length]], runner.device))
-    return start.rows(torch.zeros(len(texts), dtype=torch.long, device=runner.device)), length
+    """Asks of like length, at most `rows` at a time."""
+    order = sorted(lengths, key=lambda ask: lengths[ask])
+    yield from (order[first : first + rows] for first in range(0, len(order), rows))
 
 
 def _continued(
@@ -148,8 +133,7 @@ def _continued(
 ) -> tuple[Tensor, Tensor]:
     """The likeliest continuations (texts, tokens), and the last layer's output (texts, tokens, d) before each token;
     as many tokens as it takes until all have ended."""
-    start, length = common_start(runner, texts)
-    before = Prefix.read(runner, *pad([text[length:-1] for text in texts], runner.device, width=1), before=start)
+    before = read(runner, [text[:-1] for text in texts])
     cache, mask, position = before.growing_cache(), before.mask, before.mask.sum(1, keepdim=True)
     last = torch.tensor([text[-1:] for text in texts], device=runner.device)  # (texts, 1)
     ended, stops = torch.zeros_like(last, dtype=torch.bool), torch.tensor(ends, device=runner.device)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchkit.evaluate.answers import ROWS, Ask, Said, batches, common_start
+from patchkit.editing.stems import read
+from patchkit.evaluate.answers import ROWS, Ask, Said, batches
 from patchkit.facts.requests import pad
 from patchkit.model.forward import LayerRunner, watching_output
 
@@ -52,16 +52,11 @@ def as_said(runner: LayerRunner, windows: Sequence[Sequence[int]]) -> dict[Ask, 
 
 def _logits(runner: LayerRunner, said: Sequence[Said]) -> Tensor:
     """The model's logits (tokens of all answers, vocab) where it would predict the answers' tokens."""
-    start, length = common_start(runner, [own.given for own in said])
-    ids, mask = pad([(*own.given, *own.ids)[length:-1] for own in said], runner.device)
-    points = [(row, len(own.given) - length - 1 + at) for row, own in enumerate(said) for at in range(len(own.ids))]
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    if start:
-        inputs |= {"attention_mask": torch.cat([start.mask, mask], 1), "past_key_values": start.cache()}
-        place = length + torch.arange(ids.shape[1], device=ids.device)
-        inputs |= {"position_ids": place.expand(len(said), -1), "use_cache": True}
+    before = read(runner, [own.given[:-1] for own in said])
+    ids, mask = pad([(*own.given[-1:], *own.ids[:-1]) for own in said], runner.device)
+    points = [(row, at) for row, own in enumerate(said) for at in range(len(own.ids))]
     rows, positions = torch.tensor(points, device=ids.device).T
-    logits = runner.run(inputs, logits_at=(rows, positions)).logits
+    logits = runner.run(before.inputs(ids, mask), logits_at=(rows, positions)).logits
     assert logits is not None
     return logits
 

@@ -5,7 +5,7 @@ Every text is written greedily, up to its natural end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -86,25 +86,28 @@ class Interview:
 
     def talk(self) -> Talk:
         """What the model as it now is says to all of it."""
+        questions = {question.ask: ANSWER_TOKENS for question in self.questions}
+        neutral = {neutral.ask: ABOUT_TOKENS for neutral in self.neutral}
+        said = self._said(neutral | questions)  # together: a pass costs more than its rows do
         return Talk(
-            self._said([question.ask for question in self.questions], ANSWER_TOKENS),
-            self._said([neutral.ask for neutral in self.neutral], ABOUT_TOKENS),
-            self._said(self.unrelated, ANSWER_TOKENS),  # batches of its own, the same whatever the facts
+            {ask: said[ask] for ask in questions},
+            {ask: said[ask] for ask in neutral},
+            self._said(dict.fromkeys(self.unrelated, ANSWER_TOKENS)),  # of its own, the same whatever the facts
         )
 
     def told(self) -> dict[Ask, Said]:
         """What it says of the subjects when it is told the facts before."""
-        return self._said([neutral.told for neutral in self.neutral], ABOUT_TOKENS)
+        return self._said({neutral.told: ABOUT_TOKENS for neutral in self.neutral})
 
     def first_answers(self) -> dict[Ask, Said]:
         """What it says to the first questions alone."""
-        return self._said([question.ask for question in self.first_questions], ANSWER_TOKENS)
+        return self._said({question.ask: ANSWER_TOKENS for question in self.first_questions})
 
     def _fits(self, ask: Ask, tokens: int) -> bool:
         return fits(self.trial.runner, self.trial.tokenizer, ask, tokens)
 
-    def _said(self, asks: Sequence[Ask], tokens: int) -> dict[Ask, Said]:
-        return answer(self.trial.runner, self.trial.tokenizer, asks, tokens)
+    def _said(self, asks: Mapping[Ask, int]) -> dict[Ask, Said]:
+        return answer(self.trial.runner, self.trial.tokenizer, asks)
 
 
 def _questions(fact: Fact, chat: bool) -> Iterator[Question]:

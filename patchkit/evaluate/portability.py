@@ -80,7 +80,7 @@ class _Probes:
 
     def said(self, asks: Sequence[Ask]) -> dict[Ask, Said]:
         """What the model as it now is says."""
-        return answer(self.trial.runner, self.trial.tokenizer, asks, ANSWER_TOKENS)
+        return answer(self.trial.runner, self.trial.tokenizer, dict.fromkeys(asks, ANSWER_TOKENS))
 
     def _ask(self, text: str) -> Ask:
         """A message to a chat model; for another one a question is asked, and any other text is to be gone on with."""

@@ -30,6 +30,8 @@ from patchkit.model.devices import at
 Running = Mapping[tuple[str, int], Tensor]
 """States (rows, ...) by kind, "conv" or "recurrent", and number."""
 _KINDS = ("conv", "recurrent")
+AHEAD = 32
+"""Tokens for whose keys and values there is room when a text begins to grow."""
 
 
 class _Read(DynamicLayer):
@@ -45,6 +47,38 @@ class _Read(DynamicLayer):
         assert self.keys is not None
         assert self.values is not None
         return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
+
+
+class _Growing(DynamicLayer):
+    """Keys and values with room ahead, so that those of a new token are written beside the others, which are copied
+    only where the room is at its end."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._rooms, self._length = (keys, values), keys.shape[2]
+        self.lazy_initialization(keys, values)
+        self._show()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """All states so far (rows, heads, length, head_dim), the new ones at the end."""
+        known, self._length = self._length, self._length + key_states.shape[2]
+        if self._length > self._rooms[0].shape[2]:
+            self._rooms = self._with_room(self._rooms[0][:, :, :known]), self._with_room(self._rooms[1][:, :, :known])
+        for room, new in zip(self._rooms, (key_states, value_states), strict=True):
+            room[:, :, known : self._length] = new
+        return self._show()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Only these rows from now on, each as often as it is named."""
+        self._rooms = at(self._rooms[0], beam_idx), at(self._rooms[1], beam_idx)
+        self._show()
+
+    def _with_room(self, states: Tensor) -> Tensor:
+        return F.pad(states, (0, 0, 0, self._length + AHEAD - states.shape[2]))
+
+    def _show(self) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = self._rooms[0][:, :, : self._length], self._rooms[1][:, :, : self._length]
+        return self.keys, self.values
 
 
 class _Copies(dict[int, Tensor | None]):
@@ -183,15 +217,12 @@ class LayerStates:
     def growing(self) -> Any:
         """As a layer of a cache that each pass appends to."""
         if self.running is None:
-            layer: Any = DummyLayer() if self.attention is None else DynamicLayer()
-        else:
-            count = _count(self.running)
-            layer = (
-                LinearAttentionLayer(count) if self.attention is None else LinearAttentionAndFullAttentionLayer(count)
-            )
+            return DummyLayer() if self.attention is None else _Growing(*self.attention)
+        both = self.attention is not None
+        layer: Any = (LinearAttentionAndFullAttentionLayer if both else LinearAttentionLayer)(_count(self.running))
         if self.attention is not None:
             layer.update(*self.attention)
-        for (kind, number), state in (self.running or {}).items():
+        for (kind, number), state in self.running.items():
             layer.lazy_initialization(**{f"{kind}_states": state}, state_idx=number)
             getattr(layer, f"{kind}_states")[number] = state.clone()
             layer.has_previous_state[number] = True

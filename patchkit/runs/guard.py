@@ -108,7 +108,7 @@ class Guard:
         self._text = as_said(runner, read_corpus(text, tokenizer, TEXT_TOKENS, TEXT_WINDOW).windows)
         asks = [Ask(question) for question in QUESTIONS]
         asks = [ask for ask in asks if fits(runner, tokenizer, ask, ANSWER_TOKENS)]
-        self._answers = answer(runner, tokenizer, asks, ANSWER_TOKENS)
+        self._answers = answer(runner, tokenizer, dict.fromkeys(asks, ANSWER_TOKENS))
 
     def afresh(self) -> Guard:
         """A guard for another run on the same base, which need not be read again."""
@@ -180,7 +180,7 @@ class Guard:
 
     def spoiled(self) -> float:
         """Share of the unrelated answers that are empty or loop now, where the base's do not."""
-        now = answer(self.workspace.runner, self.workspace.tokenizer, list(self._answers), ANSWER_TOKENS)
+        now = answer(self.workspace.runner, self.workspace.tokenizer, dict.fromkeys(self._answers, ANSWER_TOKENS))
         bad = [_spoiled(now[ask].text) and not _spoiled(before.text) for ask, before in self._answers.items()]
         return fmean(bad) if bad else 0.0
 
