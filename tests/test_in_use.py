@@ -102,11 +102,14 @@ def test_a_template_without_system_prompts_gets_it_with_the_first_words() -> Non
     assert tokenizer.decode(encode_ask(tokenizer, Ask("Who", message=False))) == "Who"
 
 
+ANSWERING = ["llama", "gpt2", "gemma2", "mistral", "opt", "falcon_sequential", "qwen3_5", "gemma4"]
 TEXTS = ("The capital of France is", "Rome", "Ada Lovelace was born in London", "who")
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["texts", "chat"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mistral", "opt", "falcon_sequential", "qwen3_5", "gemma4"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "gemma2", "mistral", "opt", "falcon_sequential", "qwen3_5", "gemma4"]
+)
 def test_answers_of_a_batch_are_those_of_single_rows(family: str, chat: bool) -> None:
     """Neither padding nor a beginning read once changes anything, whatever form the others are asked in and however
     much they may say; and an answer ends where the model ends it."""
@@ -178,7 +181,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """What a model says, by a word that is in what it is given; the divergences are 0.5 everywhere."""
     script: dict[str, str] = {}
 
-    def says(runner: Any, tokenizer: Any, asks: Sequence[Ask], tokens: int) -> Mapping[Ask, Said]:
+    def says(runner: Any, tokenizer: Any, asks: Mapping[Ask, int]) -> Mapping[Ask, Said]:
         texts = {ask: next((text for key, text in script.items() if key in f"{ask}"), "well") for ask in asks}
         return {ask: Said(text, (), tuple(map(ord, text)), torch.empty(0)) for ask, text in texts.items()}
 
