@@ -89,7 +89,8 @@ results: models
 	$(BIN)/python -m tests.benchmarks.results --model $(MODEL) --device $(DEVICE) --facts $(FACTS) --text $(TEXT) \
 		--eval-text $(EVAL_TEXT)
 
-# The same of 50 facts on the embedded model, which show what the papers found: half an hour on one core, no downloads.
+# The same of 50 facts on the embedded model, which show what the papers found: a quarter of an hour on one core, no
+# downloads.
 results-embedded: .venv/ready
 	$(BIN)/python -m tests.benchmarks.results --stage embedded --stage embedded-trained
 

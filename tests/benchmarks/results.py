@@ -8,8 +8,8 @@
 runs `patchkit bench` into out/results/<stage>, where a run that was killed goes on, and writes docs/results/<stage>.md
 from its rows, docs/results/<stage>-charts.html, the report without facts, and out/results/<stage>.html, all of it.
 `make results` runs two stages as they stand in STAGES: 100 facts one by one for all methods of the four papers and
-their baselines, 1,000 in batches of 100 for six. `make results-embedded` runs the third, on the embedded model, in
-half an hour, and the fourth, a method that is trained before, on facts that come after those that it edits;
+their baselines, 1,000 in batches of 100 for six. `make results-embedded` runs the third, on the embedded model, and the
+fourth, a method that is trained before, on facts that come after those that it edits, in a quarter of an hour;
 `make results-default` the last two, 50 facts with methods at their defaults, in ten minutes. All but the first three
 have no charts among the pages.
 """
