@@ -64,6 +64,17 @@ def test_its_table_marks_the_spans(run: Command, model: Path) -> None:
     assert "nothing was edited and nothing written" in shown
 
 
+def test_an_id_with_a_line_break_stays_in_its_row(run: Command, model: Path) -> None:
+    write_facts("broken.jsonl", {**ROME, "id": " the\ncity\tof "}, {**ADA, "prompt": "Who?\nAda Lovelace was a"})
+    ended = run("plan", "broken.jsonl", "--model", model, "--layers", "1")
+    assert ended.status == 0, ended.err
+    _, rome, ada, empty, *_ = ended.out.splitlines()
+    assert rome.split()[:5] == ["1", "the", "city", "of", "<s>"]
+    assert ada.split()[:3] == ["2", "ada", "<s>"]
+    assert ada.endswith(" p a i n t e r")
+    assert empty.strip() == ""
+
+
 def test_neurons_of_subjects_own_are_said_to_be_written_too(run: Command, model: Path) -> None:
     ended = run("plan", "facts.jsonl", "--model", model, "--set", "neurons=on", "--quick")
     assert ended.status == 0, ended.err

@@ -15,7 +15,7 @@ from patchkit.cli.common import (
     stdout,
 )
 from patchkit.errors import InputError
-from patchkit.words import listed
+from patchkit.words import agreeing, listed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -126,14 +126,17 @@ def show_merged(merged: Merged, out: str) -> None:
         table.add_row(t.weight, f"{t.rounding}, {t.dtype}", f"{t.unchanged:.1%}", *shares)
     stdout.print(table)
     if merged.facts:
-        stdout.print(f"facts: {merged.facts.hold} of {merged.facts.asked} hold{_before(merged)}", soft_wrap=True)
-    stdout.print(f"checkpoint: {out}")
+        hold = merged.facts.hold
+        verb = agreeing(hold, "hold")
+        stdout.print(f"facts: {hold} of {merged.facts.asked} {verb}{_before(merged)}", soft_wrap=True)
+    stdout.print(f'checkpoint: {out} (`patchkit generate --model {out} "..."` tries it)', soft_wrap=True)
 
 
 def _before(merged: Merged) -> str:
     """Which facts do not hold, and how many of them did with the only patch attached, before weights were rounded."""
     assert merged.facts is not None
-    lost = f"; not: {listed(merged.facts.lost)}" if merged.facts.lost else ""
+    told = {fact.id: fact.in_short for manifest in merged.parents for fact in manifest.facts}
+    lost = f"; not: {listed([told.get(name, name) for name in merged.facts.lost])}" if merged.facts.lost else ""
     outcomes = merged.parents[0].outcomes if len(merged.parents) == 1 else {}
     before = sum(outcome.holds for outcome in outcomes.values())
     return lost + (f"; with the patch attached: {before} of {len(outcomes)}" if outcomes else "")
