@@ -53,6 +53,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def numbered(noun: str, numbers: Sequence[int]) -> str:
+    """ "layer 2", "layers 2, 3"."""
+    return f"{noun}{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers))}"
+
+
 _IRREGULAR = {"do": "does", "are": "is", "have": "has", "were": "was"}
 
 

@@ -592,6 +592,9 @@ def test_a_patch_is_continued_reverted_and_told_about(run: Command, checkpoint: 
     diff = run("diff", "old", "p")
     for part in ("+ curie", "~ rome-2  the city of Rome: capital -> Polish", "1 fact in both", "efficacy"):
         assert part in diff.out
+    with pytest.MonkeyPatch.context() as narrow:
+        narrow.setenv("COLUMNS", "80")
+        assert f"{WEIGHT.format(1)}  " in run("diff", "old", "p").out  # whole
     assert json.loads(run("diff", "old", "p", "--json").out)["changed"][0]["b"]["id"] == "rome-2"
     assert any(line.split()[-1:] == ["2"] for line in run("show", "q").out.splitlines())  # the run that wrote it
 

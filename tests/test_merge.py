@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -315,8 +316,6 @@ def test_rotations_turn_the_weight_as_it_is_meant(tmp_path: Path, family: str) -
 
 
 def test_command_checks_the_facts_and_writes_them_down(tmp_path: Path) -> None:
-    from click.testing import CliRunner
-
     base = checkpoint(tmp_path / "base", dtype=torch.bfloat16)
     patch_for(base).save(tmp_path / "patch")
     out = tmp_path / "out"
@@ -446,6 +445,10 @@ def test_only_weights_that_can_have_statistics_are_said_to_lack_them(tmp_path: P
     assert note.startswith("note: no statistics for model.layers.1.mlp.down_proj.weight: rounding keeps the facts")
     assert "run `patchkit stats --model BASE --layers 1 --out DIR` and merge again with --stats DIR" in note
     assert said_of([patch], base, tmp_path / "again", folder) == []
+    patch.save(tmp_path / "patch")
+    run = CliRunner()  # the weight that has two updates has one norm for both
+    shown = " ".join(run.invoke(cli, ["show", str(tmp_path / "patch")]).output.split())
+    assert shown.count("% of the weight's norm, with the one above") == 1
 
 
 def said_of(patches: list[Patch], base: Path, out: Path, statistics: Path | None = None) -> list[str]:

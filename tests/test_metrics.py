@@ -99,7 +99,7 @@ def test_a_metric_from_outside_is_in_every_command(printed: Printed, small_model
     assert "brevity 25.0% on 8 prompts" in logged
     assert logged.endswith("brevity: prompts that are short")
     differ = words(printed("diff", "p", "q"))
-    assert "a b what it counts" in differ
+    assert "metric a b what it counts" in differ
     assert "wordiness short 25.0% on 8 prompts 25.0% on 8 prompts prompts that are short" in differ
     card = Path("p/README.md").read_text(encoding="utf-8")
     assert "| wordiness short | 25.0% | 8 prompts | prompts that are short |" in card

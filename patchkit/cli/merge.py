@@ -14,6 +14,7 @@ from patchkit.cli.common import (
     quiet_transformers,
     stdout,
 )
+from patchkit.cli.narrow import Adapting
 from patchkit.errors import InputError
 from patchkit.words import agreeing, listed
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from patchkit.export.record import Merged, Rounding
     from patchkit.patch.patch import Patch
 
+_WIDE = 110
+"""Columns of text that the table of weights takes with their names whole."""
+_ERRORS = "errors: what rounding does to the change, as a share of it; in brackets, were each number rounded to nearest"
 LOSSY = 0.1
 """An error of a merged GGUF tensor, relative to the change, from which on the adapter is recommended."""
 
@@ -124,7 +128,9 @@ def show_merged(merged: Merged, out: str) -> None:
         errors = ((t.key_error, t.key_error_nearest), (t.text_error, t.text_error_nearest))
         shares = ("-" if a is None or b is None else f"{a:.1e} ({b:.1e})" for a, b in errors)
         table.add_row(t.weight, f"{t.rounding}, {t.dtype}", f"{t.unchanged:.1%}", *shares)
-    stdout.print(table)
+    stdout.print(Adapting(table, _WIDE))
+    if any(t.key_error is not None for t in merged.tensors):
+        stdout.print(_ERRORS, style="dim", soft_wrap=True)
     if merged.facts:
         hold = merged.facts.hold
         verb = agreeing(hold, "hold")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -16,7 +16,7 @@ from patchkit.evaluate.report import Report, Summary, said
 from patchkit.methods import Method, Wrapper
 from patchkit.patch.history import Difference, fact_changes
 from patchkit.patch.manifest import EditedFact, Manifest
-from patchkit.words import agreeing, counted, listed, one_line
+from patchkit.words import agreeing, counted, listed, numbered, one_line
 
 if TYPE_CHECKING:
     from patchkit.patch.stored import Stored
@@ -121,7 +121,8 @@ def patch_table(stored: Stored) -> RenderableType:
     for u in manifest.updates:
         turned = f", planes turn by {u.angles[0]:.2g} to {u.angles[2]:.2g} rad" if u.angles else ""
         change = "of a weight of zeros" if u.share is None else f"{u.share:.2%} of the weight's norm"
-        updates.add_row(u.weight, u.kind, str(u.rank), change + turned)
+        whole = ", with the one above" if u.place else ""
+        updates.add_row(u.weight, u.kind, str(u.rank), f"{change}{whole}{turned}")
     parts: list[RenderableType] = [head, Adapting(updates), Text(), Adapting(_facts_table(manifest), _WIDE)]
     if lost := manifest.lost():
         asked = counted(len(manifest.outcomes), "fact")
@@ -155,12 +156,12 @@ def planned_table(found: PlannedRun) -> RenderableType:
     parts: list[RenderableType] = [Adapting(facts)]
     if len(found.facts) > MOST_ROWS:
         parts.append(Text(f"... and {len(found.facts) - MOST_ROWS} more (--json has all of them)", style="dim"))
-    layers = ", ".join(str(weight.layer) for weight in found.weights)
+    layers = numbered("layer", [weight.layer for weight in found.weights])
     spent = ", ".join(f"{phase} {seconds:,.0f} s" for phase, seconds in found.seconds.items())
     stored = " (statistics are stored)" if found.statistics_stored else ""
     lines = [
         f"would edit {counted(len(found.facts), 'fact')} in {counted(len(found.batches), 'solve')} with "
-        f"{found.method}, layers {layers}: {listed([weight.weight for weight in found.weights])}"
+        f"{found.method}, {layers}: {listed([weight.weight for weight in found.weights])}"
         + (", and a neuron for each subject in what leads into them" if found.neurons else ""),
         f"about {sum(found.seconds.values()):,.0f} s on {found.device}{stored}: {spent}",
         f"about {found.memory / 1e9:.1f} GB of memory: "
@@ -202,7 +203,7 @@ def run_text(manifest: Manifest, number: int) -> Text:
     run, changed = manifest.history[number], fact_changes(manifest, number)
     what = "" if run.source else f" {counted(len(run.facts), 'fact')}"
     block = Text(f"run {number + 1}: {run.action}{what}", style="bold")
-    lines = [f"when    {run.when}", f"method  {run.method}, layers {', '.join(map(str, run.layers))}"]
+    lines = [f"when    {run.when}", f"method  {run.method}, {numbered('layer', run.layers)}"]
     if run.action == "apply":
         lines.append(f"recipe  {run.recipe_digest[:16]}, seed {run.recipe.get('seed')}")
         lines.append(f"text    {run.text.source}, {counted(run.text.tokens, 'token')}")
@@ -240,14 +241,21 @@ def diff_table(found: Difference, a: str, b: str) -> RenderableType:
         targets = f"{_short(pair.a.target_new)} -> {_short(pair.b.target_new)}"
         head.append(f"\n  ~ {one_line(pair.b.id)}  {_short(pair.prompt)}: {targets}", style="not bold yellow")
     head.append(f"\n{counted(found.same, 'fact')} in both\n", style="not bold")
-    table = Table("", "a", "b", "what it counts", box=None, pad_edge=False, header_style="bold")
+    weights = Table("share of its norm that changes", "a", "b", box=None, pad_edge=False, header_style="bold")
     for weight, norms in found.updates.items():
-        shares = ("-" if norm is None else f"{norm:.2%}" for norm in norms)
-        table.add_row(f"change of {weight}", *shares, "of the weight's norm")
+        weights.add_row(Text(weight, overflow="fold"), *("-" if norm is None else f"{norm:.2%}" for norm in norms))
+    return Group(head, weights, *_both_measured(found))
+
+
+def _both_measured(found: Difference) -> Iterator[RenderableType]:
+    """The few metrics that stand for all, of both sides, as far as either was measured."""
     sides = [Summary.model_validate(metrics) if metrics else None for metrics in found.metrics]
-    for metric in headlines() if any(sides) else ():
-        table.add_row(metric.label, *("-" if side is None else _on(metric, side) for side in sides), metric.what)
-    return Group(head, table)
+    table = Table("metric", "a", "b", "what it counts", box=None, pad_edge=False, header_style="bold")
+    for metric in headlines():
+        if any(side and metric.of(side) is not None for side in sides):
+            table.add_row(metric.label, *("-" if side is None else _on(metric, side) for side in sides), metric.what)
+    if table.rows:
+        yield from (Text(), table)
 
 
 _WRITES = {
