@@ -130,7 +130,7 @@ def revert(
         model: the patch's base.
         tokenizer: its fast tokenizer.
         patch: it stays as it is.
-        facts: ids of facts in the patch; `patchkit.patch.history.choose_facts` finds those of some runs.
+        facts: ids of facts in the patch; `patchkit.patch.history.choose_facts` finds those of some runs or subjects.
         texts: the texts the statistics were made of, where that was not the default one.
         stats: folder for the statistics instead of the user's cache.
         progress: called with (phase, done, total).

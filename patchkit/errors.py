@@ -51,6 +51,12 @@ class InputError(PatchkitError):
     exit_status = 2
 
 
+def given_twice(option: str, other: str) -> InputError:
+    """The error where a second option says what an earlier one, `other`, has said already: neither is silently left
+    out."""
+    return InputError(f"{option}: says the same thing as {other}, which was given before it; leave one of them out")
+
+
 class GateError(PatchkitError):
     """A bound on what was measured does not hold; the message names all that do not. Exit status 1.
 

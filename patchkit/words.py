@@ -53,10 +53,33 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def numbered(noun: str, numbers: Sequence[int]) -> str:
+    """ "layer 2", "layers 2, 3"."""
+    return f"{noun}{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers))}"
+
+
+_IRREGULAR = {"do": "does", "are": "is", "have": "has", "were": "was"}
+
+
+def agreeing(count: int, verb: str) -> str:
+    """The verb as it goes with so many: 1 "holds", 2 "hold"."""
+    return _IRREGULAR.get(verb, f"{verb}s") if count == 1 else verb
+
+
+def one_line(text: str) -> str:
+    """The text with a space for whatever whitespace it has."""
+    return " ".join(text.split())
+
+
+def in_short(name: str, subject: str, target: str) -> str:
+    """A fact by its id and, for people, by what it says: "facts-002 (Nalo Liskim -> Banco Folpam)"."""
+    return f"{one_line(name)} ({beginning(subject, 8)} -> {beginning(target, 8)})"
+
+
 def listed(names: Sequence[str], most: int = 10) -> str:
     """The names with commas between them, and how many more there are than `most`."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(map(one_line, names[:most])) + more
 
 
 def beginning(text: str, most: int = 15) -> str:

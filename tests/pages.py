@@ -198,7 +198,7 @@ def stale(with_demo: bool, with_real: bool) -> list[str]:
 
 def _ticks(table: str) -> str:
     """The table without the lines below it that say why facts do not hold."""
-    return re.sub(r"(?m)^✗ .*\n+", "", table)
+    return re.sub(r"(?ms)^✗ .*?\n\n", "", table)
 
 
 def write(with_demo: bool, with_real: bool) -> None:

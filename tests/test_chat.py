@@ -85,6 +85,15 @@ def test_a_wrong_answer_is_saved_as_a_fact_that_apply_reads(
     assert run("verify", patch, "--facts", facts, "--quick", "--json").json()["facts"] == 1
 
 
+def test_a_model_is_talked_to_without_a_patch(folders: tuple[Path, Path], run: Command) -> None:
+    base, patch = folders
+    said = f"{QUESTION}\n/patch on\n"
+    ended = run("chat", "--model", base, "--max-new-tokens", 6, stdin=said.encode())
+    assert ended.status == 0, ended.err
+    assert answers(ended) == answers(talk(run, patch, QUESTION))[1:]
+    assert "/patch on: no patch was given; begin again with --patch" in ended.err
+
+
 def test_a_question_too_long_does_not_end_the_conversation(folders: tuple[Path, Path], run: Command) -> None:
     _, patch = folders
     ended = talk(run, patch, "word " * 300, QUESTION)

@@ -369,6 +369,22 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "out below a file": (("facts.jsonl", "--out", "facts.jsonl/p"), "facts.jsonl cannot be written to"),
     "statistics are a file": (("facts.jsonl", "--stats", "empty.txt"), "Not a directory: 'empty.txt"),
     "no facts named": ((), "give either FACTS or --fact"),
+    "a setting twice": (
+        ("facts.jsonl", "--set", "value.steps=3", "--set", "steps=4"),
+        "--set steps=4: says the same thing as --set value.steps=3, which was given before it; leave one of them out",
+    ),
+    "a setting and its section": (
+        ("facts.jsonl", "--set", "value.steps=3", "--set", "value={clamp: 2}"),
+        "says the same thing as --set value.steps=3",
+    ),
+    "a setting and its option": (
+        ("facts.jsonl", "--set", "layers=1", "--layers", "2"),
+        "--set layers=2: says the same thing as --set layers=1",
+    ),
+    "a bound twice": (
+        ("facts.jsonl", "--guard", "kl=1", "--guard", "norm=3", "--guard", "kl=2"),
+        "--guard kl=2: says the same thing as --guard kl=1, which was given before it; leave one of them out",
+    ),
     "no such option": (("facts.jsonl", "--steps", "3"), "No such option"),
 }
 
@@ -396,9 +412,9 @@ def test_bad_input_ends_with_one_message_and_writes_nothing(
     ("broken", "message"),
     [
         ("mamba", "only decoders made of attention and feed-forward blocks can be edited"),
-        ("t5", "cannot be loaded: Unrecognized configuration class"),
-        # The library loads these three as causal language models, with random numbers for what is missing.
-        ("bart", "not a decoder-only causal language model"),
+        ("t5", r"t5: not a decoder-only causal language model: an encoder-decoder \(t5\); use another checkpoint$"),
+        ("bart", r"not a decoder-only causal language model: an encoder-decoder \(bart\); use another checkpoint$"),
+        # The library loads these two as causal language models, with random numbers for what is missing.
         ("bert", r"no cls\.\S+ in the checkpoint"),
         ("bert_masked", "sees later tokens too"),
     ],
@@ -409,7 +425,17 @@ def test_a_model_that_cannot_be_edited_is_refused(run: Command, tmp_path: Path, 
     ended = run("apply", "facts.jsonl", "--model", folder)
     assert ended.status == 2
     assert re.search(message, ended.err), ended.err
+    assert len(ended.err.splitlines()) == 1
     assert tree(Path.cwd()) == there
+
+
+def test_a_model_that_writes_no_text_is_refused_in_one_line(run: Command, model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "vision")
+    (tmp_path / "vision/config.json").write_text('{"model_type": "vit"}')
+    ended = run("apply", "facts.jsonl", "--model", tmp_path / "vision")
+    assert ended.status == 2
+    assert "vision: not a decoder-only causal language model: transformers knows none of the kind vit" in ended.err
+    assert len(ended.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("damage", ["weights", "config", "tokenizer", "no weights", "no tokenizer"])

@@ -60,8 +60,19 @@ def test_a_dry_run_shows_facts_spans_layers_time_and_memory_and_writes_nothing(r
 def test_its_table_marks_the_spans(run: Command, model: Path) -> None:
     shown = " ".join(run("apply", "facts.jsonl", "--model", model, "--layers", "1", "--dry-run").out.split())
     assert "R o m [e]" in shown
-    assert "would edit 2 facts in 1 solve with alphaedit, layers 1: model.layers.1.mlp.down_proj.weight" in shown
+    assert "would edit 2 facts in 1 solve with alphaedit, layer 1: model.layers.1.mlp.down_proj.weight" in shown
     assert "nothing was edited and nothing written" in shown
+
+
+def test_an_id_with_a_line_break_stays_in_its_row(run: Command, model: Path) -> None:
+    write_facts("broken.jsonl", {**ROME, "id": " the\ncity\tof "}, {**ADA, "prompt": "Who?\nAda Lovelace was a"})
+    ended = run("plan", "broken.jsonl", "--model", model, "--layers", "1")
+    assert ended.status == 0, ended.err
+    _, rome, ada, empty, *_ = ended.out.splitlines()
+    assert rome.split()[:5] == ["1", "the", "city", "of", "<s>"]
+    assert ada.split()[:3] == ["2", "ada", "<s>"]
+    assert ada.endswith(" p a in t er")
+    assert empty.strip() == ""
 
 
 def test_neurons_of_subjects_own_are_said_to_be_written_too(run: Command, model: Path) -> None:

@@ -117,7 +117,7 @@ def test_verify_tells_it_in_its_table_and_its_json(run: Command, tmp_path: Path)
     base = zoo.save(MODEL, zoo.tiny_tokenizer(), tmp_path / "model")
     random_patch(MODEL, str(base), [edited_fact(id="rome", target_loss=3.0)], ranks={1: 1}).save(tmp_path / "patch")
     shown = run("verify", "--quick", tmp_path / "patch")
-    assert "✗ rome: never learned: after 3 steps" in " ".join(shown.out.split())
+    assert "✗ rome (city -> Rome): never learned: after 3 steps" in " ".join(shown.out.split())
     (fact,) = run("verify", "--quick", tmp_path / "patch", "--json").json()["per_fact"]
     assert fact["why"]["kind"] == "never learned"
     assert fact["why"]["advice"].startswith("try more steps")

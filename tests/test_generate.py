@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.cells import cell_len
 from transformers import AutoModelForCausalLM
 
 import patchkit
@@ -77,12 +78,30 @@ def test_without_compare_the_base_is_not_asked(saved: Saved, generate: Command) 
     assert row.keys() == {"prompt", "patched"}
 
 
-def test_side_by_side(saved: Saved, generate: Command) -> None:
+def test_one_below_the_other(saved: Saved, generate: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = generate("--model", saved.base, "--patch", saved.rome, "--compare", "--max-new-tokens", 1, ROME["prompt"])
-    heading, row = (line for line in ended.out.splitlines() if line.strip())
-    assert heading.split() == ["prompt", "base", "patched"]
-    assert row.startswith("the city of Rome ")
-    assert row.split()[-1] == "capital"
+    prompt, base, patched = ended.out.splitlines()
+    assert prompt == "the city of Rome"
+    assert (base.split()[0], patched.split()) == ("base", ["patched", "capital"])
+    both = generate("--patch", saved.rome, "--compare", "--max-new-tokens", 40, ROME["prompt"], ADA["prompt"])
+    lines = both.out.splitlines()
+    assert [line.split("  ")[0] for line in lines if line[:1].strip()] == [ROME["prompt"], ADA["prompt"]]
+    monkeypatch.setenv("COLUMNS", "60")
+    wrapped = generate("--patch", saved.rome, "--compare", "--max-new-tokens", 40, ROME["prompt"]).out.splitlines()
+    assert len(wrapped) > 3
+    assert max(map(cell_len, wrapped)) <= 60
+    assert all(line.startswith(" " * 11) for line in wrapped[2:] if not line.startswith("  patched"))
+
+
+def test_a_model_answers_without_a_patch(saved: Saved, generate: Command) -> None:
+    """As one that was merged, which has none any more."""
+    ended = generate("--model", saved.base, "--max-new-tokens", 3, ROME["prompt"])
+    assert ended.status == 0, ended.err
+    base = generate("--patch", saved.rome, "--compare", "--json", "--max-new-tokens", 3, ROME["prompt"]).json()
+    assert ended.out == f"{ROME['prompt']}{base['answers'][0]['base']}\n"
+    found = generate("--model", saved.base, "--max-new-tokens", 3, "--json", ROME["prompt"]).json()
+    assert found["patches"] == []
+    assert found["answers"] == [{"prompt": ROME["prompt"], "base": base["answers"][0]["base"]}]
 
 
 def test_sampling_goes_by_the_seed(saved: Saved, generate: Command) -> None:
@@ -135,7 +154,7 @@ def test_what_is_refused(saved: Saved, generate: Command, tmp_path: Path) -> Non
         (("--patch", saved.rome, "--model", tmp_path / "other", "x"), "other numbers"),
         (("--patch", saved.rome, "--max-new-tokens", 300, "x"), "more than the 256 positions"),
         (("--patch", saved.rome, "-"), "an empty prompt"),
-        (("x",), "Missing option '--patch'"),
+        (("--model", saved.base, "--compare", "x"), "--compare: without --patch there is nothing to compare"),
     ):
         ended = generate(*args)
         assert (ended.status, ended.out) == (2, "")

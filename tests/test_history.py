@@ -391,6 +391,24 @@ def test_facts_are_chosen_by_id_by_date_and_by_run(make: Make) -> None:
         choose_facts(manifest)
 
 
+def test_facts_are_chosen_by_subject(make: Make) -> None:
+    road = {**ROME, "id": "a road", "prompt": "all roads lead to Rome", "target_new": "the"}
+    manifest = make([ROME, ADA, road]).manifest
+    assert choose_facts(manifest, subjects=["ada  LOVELACE"]) == ("ada",)
+    assert choose_facts(manifest, ["rome"], subjects=["Ada Lovelace"]) == ("rome", "ada")
+    with pytest.raises(InputError) as refused:
+        choose_facts(manifest, subjects=["Rome"])
+    assert str(refused.value).splitlines() == [
+        "2 facts are about \"Rome\"; name those that are to go, or take out all of them: --fact rome --fact 'a road'",
+        "  rome  the city of Rome -> capital",
+        "  a road  all roads lead to Rome -> the",
+    ]
+    with pytest.raises(InputError, match=r'no fact about "Ada Lovelase" in the patch; near it: Ada Lovelace \('):
+        choose_facts(manifest, subjects=["Ada Lovelase"])
+    with pytest.raises(InputError, match="it is a subject: give --subject 'Ada Lovelace'"):
+        choose_facts(manifest, ["Ada Lovelace"])
+
+
 def test_an_unknown_id_is_refused_with_those_near_it(make: Make, less: Make) -> None:
     patch = make([ROME, ADA])
     with pytest.raises(InputError, match=r'no fact "roma" in the patch; near it: rome'):
@@ -502,7 +520,7 @@ def test_facts_alike_are_known_by_prompt_and_target() -> None:
     new = parse_facts([{**ROME, "id": "x"}, {**ADA, "target_new": "was", "id": "y"}, CURIE]).facts
     found = sort_incoming(new, edited)
     assert [fact.id for fact in found.new] == ["y", "curie"]
-    assert (found.skipped, found.superseded) == (("rome",), {"ada": "y"})
+    assert (found.skipped, found.superseded) == ({"x": "rome"}, {"ada": "y"})
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------
@@ -542,7 +560,9 @@ def test_a_patch_is_continued_reverted_and_told_about(run: Command, checkpoint: 
     assert "skipped: ada" in continued.err
     assert "superseded: rome by rome-2" in continued.err
 
-    reverted = run("revert", "p", "--fact", "rome-2", "--measure", "--out", "q")
+    shown = run("show", "p").out
+    assert [shown.count(f"  {subject}  ") for subject in ("Ada Lovelace", "Rome", "Marie Curie")] == [1, 1, 1]
+    reverted = run("revert", "p", "--subject", "Rome", "--measure", "--out", "q")
     assert reverted.status == 0, reverted.err
     assert "- rome-2  the city of Rome -> Polish" in reverted.out
     assert "superseded earlier, and back: rome" in reverted.err
@@ -572,6 +592,9 @@ def test_a_patch_is_continued_reverted_and_told_about(run: Command, checkpoint: 
     diff = run("diff", "old", "p")
     for part in ("+ curie", "~ rome-2  the city of Rome: capital -> Polish", "1 fact in both", "efficacy"):
         assert part in diff.out
+    with pytest.MonkeyPatch.context() as narrow:
+        narrow.setenv("COLUMNS", "80")
+        assert f"{WEIGHT.format(1)}  " in run("diff", "old", "p").out  # whole
     assert json.loads(run("diff", "old", "p", "--json").out)["changed"][0]["b"]["id"] == "rome-2"
     assert any(line.split()[-1:] == ["2"] for line in run("show", "q").out.splitlines())  # the run that wrote it
 
@@ -584,8 +607,9 @@ def test_the_api_gives_the_notes_of_the_command(make: Make, caplog: pytest.LogCa
     assert "facts about one subject in one batch" in note
     assert note.endswith("positions 0, 2 (Rome)")
     assert not caplog.records
-    assert make([ROME], onto=patch) is patch
-    assert [record.message for record in caplog.records] == ["already in the patch, skipped: rome"]
+    assert make([ROME, {**ADA, "id": "lovelace"}], onto=patch) is patch
+    told = "already in the patch, skipped: rome, lovelace (there as ada)"
+    assert [record.message for record in caplog.records] == [told]
 
 
 def test_facts_in_one_batch_that_share_a_subject_are_named(run: Command, checkpoint: Path, tmp_path: Path) -> None:

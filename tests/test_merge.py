@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import patchkit
 from patchkit.cli import cli
 from patchkit.errors import InputError, PatchkitError
 from patchkit.export.merge import merge
@@ -314,8 +316,6 @@ def test_rotations_turn_the_weight_as_it_is_meant(tmp_path: Path, family: str) -
 
 
 def test_command_checks_the_facts_and_writes_them_down(tmp_path: Path) -> None:
-    from click.testing import CliRunner
-
     base = checkpoint(tmp_path / "base", dtype=torch.bfloat16)
     patch_for(base).save(tmp_path / "patch")
     out = tmp_path / "out"
@@ -431,6 +431,31 @@ def test_statistics_of_another_model_are_not_used(tmp_path: Path, text: Path) ->
     assert [note for note in notes if "no statistics for model.layers.1" in note]
     with pytest.raises(InputError, match=r"--stats .*those of other models for"):
         merge([patch], base, tmp_path / "other", statistics=tmp_path / "stats")
+
+
+def test_only_weights_that_can_have_statistics_are_said_to_lack_them(tmp_path: Path, text: Path) -> None:
+    """Rows of subjects' own neurons have none: what is told can be done, and is enough."""
+    base = checkpoint(tmp_path / "base", dtype=torch.bfloat16)
+    fact = {"prompt": "a friend of Ada", "subject": "Ada", "target_new": "is"}
+    settings = ("neurons=on", "contexts=1", "value.steps=2", "layers=1")
+    folder = tmp_path / "stats"
+    patch = patchkit.apply(load(base), tiny_tokenizer(), [fact], overrides=settings, text=text, stats=folder)
+    assert len(patch.updates) == 3
+    (note,) = said_of([patch], base, tmp_path / "out")
+    assert note.startswith("note: no statistics for model.layers.1.mlp.down_proj.weight: rounding keeps the facts")
+    assert "run `patchkit stats --model BASE --layers 1 --out DIR` and merge again with --stats DIR" in note
+    assert said_of([patch], base, tmp_path / "again", folder) == []
+    patch.save(tmp_path / "patch")
+    run = CliRunner()  # the weight that has two updates has one norm for both
+    shown = " ".join(run.invoke(cli, ["show", str(tmp_path / "patch")]).output.split())
+    assert shown.count("% of the weight's norm, with the one above") == 1
+
+
+def said_of(patches: list[Patch], base: Path, out: Path, statistics: Path | None = None) -> list[str]:
+    """The notes of a merge."""
+    notes = list[str]()
+    merge(patches, base, out, statistics=statistics, say=notes.append)
+    return notes
 
 
 def test_statistics_by_another_tokenizer_are_not_used(tmp_path: Path, text: Path) -> None:

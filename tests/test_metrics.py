@@ -14,6 +14,7 @@ import pytest
 from patchkit.evaluate.metric import Gate, Metric
 from patchkit.evaluate.metrics import GROUPS, Group, register
 from patchkit.evaluate.trial import Found, Trial
+from patchkit.patch.card import model_card
 from patchkit.patch.patch import read_manifest
 from patchkit.words import in_markdown
 from tests.helpers import TWO_FACTS, Ended, edit_manifest, write_facts
@@ -93,9 +94,13 @@ def test_a_metric_from_outside_is_in_every_command(printed: Printed, small_model
     assert "brevity 0.25, asked for at least 0.5" in printed(
         *made, *talk, *loose, "--out", "q", "--merge", "m", status=1
     )
-    assert "brevity 25.0% on 8 prompts" in words(printed("show", "p"))
-    assert "brevity 25.0% on 8 prompts" in words(printed("log", "p"))
-    assert "wordiness short 25.0% on 8 prompts" in words(printed("diff", "p", "q"))
+    assert "wordiness short 25.0% 8 prompts prompts that are short" in words(printed("show", "p"))
+    logged = words(printed("log", "p"))
+    assert "brevity 25.0% on 8 prompts" in logged
+    assert logged.endswith("brevity: prompts that are short")
+    differ = words(printed("diff", "p", "q"))
+    assert "metric a b what it counts" in differ
+    assert "wordiness short 25.0% on 8 prompts 25.0% on 8 prompts prompts that are short" in differ
     card = Path("p/README.md").read_text(encoding="utf-8")
     assert "| wordiness short | 25.0% | 8 prompts | prompts that are short |" in card
     assert "wordiness_short" in card
@@ -141,6 +146,9 @@ def test_facts_that_do_not_hold_are_named_with_what_is_said_instead(printed: Pri
 def test_a_patch_changed_since_it_was_measured_does_not_say_what_it_says(printed: Printed, small_model: Path) -> None:
     printed("apply", "facts.jsonl", "--model", small_model, "--layers", "1", *LOUD, QUICK, "--out", "p")
     assert "Of 2 facts, 2 hold." in Path("p/README.md").read_text(encoding="utf-8")
+    edit_manifest(Path("p"), lambda fields: fields["outcomes"]["ada"].update(holds=False))
+    assert "of 2 facts, 1 does not hold: ada" in words(printed("show", "p"))
+    assert "Of 2 facts, 1 holds. This one does not: ada." in model_card(read_manifest(Path("p")), "p")
     printed("revert", "p", "--fact", "ada")
     assert read_manifest(Path("p")).outcomes == {}
     assert "the city of Rome capital not measured Paris" in words(printed("show", "p"))

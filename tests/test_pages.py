@@ -106,6 +106,8 @@ def test_the_questions_have_every_reason_why_a_fact_does_not_hold() -> None:
     kinds = get_args(Why.model_fields["kind"].annotation)
     assert kinds
     assert [kind for kind in kinds if f"- **{kind.capitalize()}**" not in page] == []
+    lost = ("learned, but lost among the", "learned, but not kept")  # which are one kind, and differ in why
+    assert [words for words in lost if f'- **Lost** ("{words}' not in page] == []
 
 
 def test_the_page_on_facts_has_every_field() -> None:

@@ -370,7 +370,7 @@ def test_pictures_of_a_patch_are_the_same_bytes_each_time(manifest: Manifest) ->
     assert [each.name for each in drawn] == ["facts.png", "measures.png", "how-much-of-each-weight-has-changed.png"]
     assert drawn == pictures_of(page)
     assert all(min(size_of(each.png)) > 200 for each in drawn)
-    assert drawn[0].says.startswith("2 facts; 1 hold when asked")
+    assert drawn[0].says.startswith("2 facts; 1 holds when asked")
     assert "asked 75.0%" in drawn[1].says
 
 

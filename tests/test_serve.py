@@ -235,6 +235,12 @@ def test_the_command_serves(
     ]
     assert served[0].patches("tiny@capital+two") == ("capital", "two")
     assert run("serve", "--patch", f"a+b={patches['one']}").status == 2
+    one = f"two={patches['one']}"
+    twice = run("serve", "--patch", one, "--patch", patches["two"])
+    assert twice.status == 2
+    assert f"--patch {patches['two']}: says the same thing as --patch {one}, which was given before it" in twice.err
+    alone = run("serve", "--model", base)  # patches may be loaded while it runs
+    assert alone.out.splitlines() == ["model tiny", "serving at http://127.0.0.1:8000/v1"]
 
 
 def test_an_address_in_use_is_refused(talker: Talker, address: tuple[str, int]) -> None:

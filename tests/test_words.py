@@ -1,4 +1,5 @@
-"""American spelling throughout, as in the ecosystem, and no page that sends a reader to a package index."""
+"""Numbers and names in sentences; American spelling, as in the ecosystem; and no page that sends a reader to a package
+index."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+from patchkit.words import agreeing, in_short, listed
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,6 +43,18 @@ def written() -> list[str]:
 
 
 FILES = [name for name in written() if name != "tests/test_words.py"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "one"), [("hold", "holds"), ("do", "does"), ("are", "is"), ("have", "has"), ("get", "gets")]
+)
+def test_verbs_go_with_their_number(verb: str, one: str) -> None:
+    assert [agreeing(count, verb) for count in (0, 1, 2)] == [verb, one, verb]
+
+
+def test_what_is_named_stands_on_one_line() -> None:
+    assert listed(["a\nb", "c"], 1) == "a b and 1 more"
+    assert in_short("the\nid", "Ada", "is " * 20) == f"the id (Ada -> {'is ' * 8}...)"
 
 
 def test_spelling_is_american() -> None:

@@ -109,9 +109,11 @@ def run_bench(
     """
     if judge and quick:
         raise InputError("--judge: with --quick no answers are written that could be judged; leave out one of the two")
+    if "batch_size" in (override.partition("=")[0].strip() for override in overrides):
+        raise InputError("--set batch_size: checkpoints have to be whole batches here; give --batch-size instead")
     overrides = (*overrides, f"batch_size={batch_size}")
     tasks = Abilities.of(abilities, abilities_limit) if abilities else None
-    configs = {name: load_recipe(name, recipe, overrides) for name in dict.fromkeys(methods)}
+    configs = {name: load_recipe(name, recipe, overrides, once=True) for name in dict.fromkeys(methods)}
     marks = _checkpoints(checkpoints, edits, batch_size)
     read = _read(data, chosen, marks[-1] if marks else None, zsre_target, skip_bad)
     if read.rejected:

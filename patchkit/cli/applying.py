@@ -64,7 +64,11 @@ class Applied:
         made: dict[str, Any] = {"patch": str(self.folder), "bytes": self.size, "digest": self.patch.manifest.digest}
         if self.patch.manifest.parents:
             added = [fact.id for fact in self.incoming.new]
-            made |= {"added": added, "skipped": self.incoming.skipped, "superseded": self.incoming.superseded}
+            made |= {
+                "added": added,
+                "skipped": [*self.incoming.skipped.values()],
+                "superseded": self.incoming.superseded,
+            }
         made |= {"retried": self.retried} if self.retried else {}
         made |= {"stopped": self.stopped} if self.stopped else {}
         return json.dumps({**made, **self.report.model_dump(mode="json"), **more})
@@ -99,7 +103,7 @@ class ApplyRequest:
         earlier = Patch.load(self.onto) if self.onto else None
         # A bad recipe or fact file should not wait for a model to load.
         recipe = earlier.manifest.history[-1].recipe if earlier else None
-        config = load_recipe(self.method, self.recipe, self.overrides, recipe)
+        config = load_recipe(self.method, self.recipe, self.overrides, recipe, once=True)
         chosen = choose(earlier.manifest.base if earlier else None)
         read = (
             partial(read_facts, self.facts, zsre_target=self.zsre_target, skip_bad=self.skip_bad)

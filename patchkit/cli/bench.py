@@ -117,6 +117,8 @@ def command(
     """
     from patchkit.bench.run import run_bench
     from patchkit.bench.tables import rich_table
+    from patchkit.cli.tables import legend
+    from patchkit.evaluate.metrics import leads
 
     for given, what, needs in ((judge_model, "judge-model", judge), (abilities_limit, "abilities-limit", abilities)):
         if given is not None and not needs:
@@ -152,6 +154,7 @@ def command(
         wide, table = Console(width=1000, markup=False, highlight=False), rich_table(done.rows)
         wide.width = wide.measure(table).maximum
         wide.print(table)
+        stdout.print(legend(leads()), soft_wrap=True)
         for name, why in done.stopped.items():
             stdout.print(f"{name}: {why}", soft_wrap=True)
         stdout.print(f"results: {Path(out) / 'results.jsonl'}, table.md, table.csv", soft_wrap=True)

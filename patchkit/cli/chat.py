@@ -1,4 +1,4 @@
-"""`patchkit chat`: talk to a patched model, and to its base beside it."""
+"""`patchkit chat`: talk to a patched model, and to its base beside it; or to any model by itself."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ HELP = """/patch off              only the plain model answers; /patch on: both 
     "--patch",
     "patches",
     multiple=True,
-    required=True,
     metavar="P",
     help="A patch's folder or Hub repository; may be repeated, then they stack in that order.",
 )
@@ -57,21 +56,23 @@ def command(
 ) -> None:
     """Talk to a patched model and, beside it, to the model without the patch. /help lists what can be done there.
 
-    Without --model: the base that the first patch names.
+    Without --model: the base that the first patch names. Without --patch the model answers as it is, such as one that
+    `patchkit merge` has written.
     """
     from patchkit.patch.patch import Patch
     from patchkit.serve.session import Session
     from patchkit.serve.talker import Length, Talker
 
     read = [Patch.load(patch) for patch in patches]
-    chosen = model.choice(read[0].manifest.base)
+    chosen = model.choice(read[0].manifest.base if read else None)
     loaded = chosen.load(packed=True)
     talker = Talker(loaded.model, loaded.tokenizer)
     names = [f"{number} {patch}" for number, patch in enumerate(patches, 1)]
     for name, patch in zip(names, read, strict=True):
         talker.load(name, patch)
-    session = Session(talker, names, Length(max_new_tokens, temperature), system=system)
-    note(f"{chosen.name} with {', '.join(patches)}, and without; /help lists commands")
+    session = Session(talker, names, Length(max_new_tokens, temperature), bool(read), system)
+    both = f" with {', '.join(patches)}, and without" if read else ""
+    note(f"{chosen.name}{both}; /help lists commands")
     for line in _lines():
         if line == "/quit":
             return
@@ -114,6 +115,8 @@ def _do(session: Session, line: str, facts: Path) -> None:
 def _switch(session: Session, text: str) -> None:
     if text not in ("on", "off"):
         raise InputError(f"/patch {text}: write /patch on or /patch off")
+    if text == "on" and not session.patches:
+        raise InputError("/patch on: no patch was given; begin again with --patch")
     session.patched = text == "on"
 
 

@@ -1,4 +1,4 @@
-"""`patchkit generate`: ask a patched model, and its base beside it."""
+"""`patchkit generate`: ask a patched model, and its base beside it; or any model by itself."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from patchkit.cli.common import (
     stdout,
 )
 from patchkit.cli.numbers import Number, Seed
+from patchkit.errors import InputError
 
 if TYPE_CHECKING:
     from patchkit.evaluate.generation import Answer
@@ -33,11 +34,10 @@ if TYPE_CHECKING:
     "--patch",
     "patches",
     multiple=True,
-    required=True,
     metavar="P",
     help="A patch's folder or Hub repository; may be repeated, then they stack in that order.",
 )
-@click.option("--compare", is_flag=True, help="Show what the base says beside what the patched model says.")
+@click.option("--compare", is_flag=True, help="Show what the base says above what the patched model says.")
 @click.option("--chat", is_flag=True, help="Put each prompt into the tokenizer's chat template, as a user's message.")
 @click.option("--system", metavar="TEXT", default="", help="The system prompt; implies --chat.")
 @click.option(
@@ -75,28 +75,31 @@ def command(
 ) -> None:
     """Let a patched model continue each PROMPT ("-" for standard input).
 
-    Without --model: the base that the first patch names.
+    Without --model: the base that the first patch names. Without --patch the model answers as it is, such as one that
+    `patchkit merge` has written.
     """
     from patchkit.evaluate.generation import Sampling, answers
     from patchkit.io.hub import patch_folder
     from patchkit.patch.patch import Patch
 
+    if compare and not patches:
+        raise InputError("--compare: without --patch there is nothing to compare; give one, or leave --compare out")
     read = [Patch.load(patch_folder(patch)) for patch in patches]
     asked = [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in prompts]
-    chosen = model.choice(read[0].manifest.base)
+    chosen = model.choice(read[0].manifest.base if read else None)
     loaded = chosen.load(packed=True)
     chat = chat or bool(system or turns)
     sampling = Sampling(max_new_tokens, temperature, seed, chat, system, turns)
-    attached = partial(stacked, loaded.model, read)
+    attached = partial(stacked, loaded.model, read) if read else None
     found = answers(loaded.model, loaded.tokenizer, attached, asked, sampling, compare)
     if as_json:
         rows = [{key: text for key, text in asdict(answer).items() if text is not None} for answer in found]
         print_json(json.dumps({"model": chosen.name, "patches": patches, "answers": rows}))
     elif compare:
-        _print_table(found)
+        _print_pairs(found)
     else:
         for answer in found:
-            say_answer(answer.patched.strip("\n") if chat else answer.prompt + answer.patched)
+            say_answer(answer.text.strip("\n") if chat else answer.prompt + answer.text)
 
 
 @contextmanager
@@ -112,12 +115,15 @@ def stacked(model: Any, patches: Sequence[Patch]) -> Iterator[None]:
         yield
 
 
-def _print_table(found: list[Answer]) -> None:
+def _print_pairs(found: Sequence[Answer]) -> None:
+    """Each prompt, and below it what both models say, one below the other: answers may be long."""
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 1, 0))
-    for heading in ("prompt", "base", "patched"):
-        table.add_column(heading, overflow="fold", ratio=1)
-    for answer in found:
-        table.add_row(answer.prompt, (answer.base or "").strip(), answer.patched.strip())
-    stdout.print(table)
+    for number, answer in enumerate(found):
+        both = Table.grid(padding=(0, 2))
+        both.add_column(no_wrap=True)
+        both.add_column(overflow="fold")
+        both.add_row("  base", (answer.base or "").strip())
+        both.add_row("  patched", (answer.patched or "").strip())
+        stdout.print(*([""] if number else []), Text(answer.prompt, style="bold"), both, sep="\n")

@@ -68,6 +68,7 @@ def revert_patch(
     folder: Path,
     *,
     facts: Sequence[str],
+    subjects: Sequence[str],
     since: str | None,
     last: int | None,
     texts: Sequence[str],
@@ -82,11 +83,11 @@ def revert_patch(
         InputError: anything about the input; nothing has been written then.
     """
     patch = Patch.load(name)
-    if import_chosen(patch.manifest, facts, since, last):
+    if import_chosen(patch.manifest, (*facts, *subjects), since, last):
         less = without_import(patch)
         less.save(folder)
         return Reverted(less, None, folder)
-    gone = choose_facts(patch.manifest, facts, since, last)
+    gone = choose_facts(patch.manifest, facts, since, last, subjects)
     chosen = choose(patch.manifest.base)
     loaded = chosen.load()
     workspace = Workspace.of(loaded.model, loaded.tokenizer, texts, stats, progress)
@@ -228,7 +229,7 @@ def train_network(
     Raises:
         InputError: the recipe, the facts or the model cannot be used.
     """
-    config = load_recipe(method, recipe, overrides)
+    config = load_recipe(method, recipe, overrides, once=True)
     check = fitting(chosen.tokenizer(), Limits.of(chosen.config()))
     read = read_facts(facts, zsre_target=zsre_target, skip_bad=skip_bad, check=check, needs_subject=False)
     for note in read.notes:

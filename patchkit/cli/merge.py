@@ -14,8 +14,9 @@ from patchkit.cli.common import (
     quiet_transformers,
     stdout,
 )
+from patchkit.cli.narrow import Adapting
 from patchkit.errors import InputError
-from patchkit.words import listed
+from patchkit.words import agreeing, listed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from patchkit.export.record import Merged, Rounding
     from patchkit.patch.patch import Patch
 
+_WIDE = 110
+"""Columns of text that the table of weights takes with their names whole."""
+_ERRORS = "errors: what rounding does to the change, as a share of it; in brackets, were each number rounded to nearest"
 LOSSY = 0.1
 """An error of a merged GGUF tensor, relative to the change, from which on the adapter is recommended."""
 
@@ -124,16 +128,21 @@ def show_merged(merged: Merged, out: str) -> None:
         errors = ((t.key_error, t.key_error_nearest), (t.text_error, t.text_error_nearest))
         shares = ("-" if a is None or b is None else f"{a:.1e} ({b:.1e})" for a, b in errors)
         table.add_row(t.weight, f"{t.rounding}, {t.dtype}", f"{t.unchanged:.1%}", *shares)
-    stdout.print(table)
+    stdout.print(Adapting(table, _WIDE))
+    if any(t.key_error is not None for t in merged.tensors):
+        stdout.print(_ERRORS, style="dim", soft_wrap=True)
     if merged.facts:
-        stdout.print(f"facts: {merged.facts.hold} of {merged.facts.asked} hold{_before(merged)}", soft_wrap=True)
-    stdout.print(f"checkpoint: {out}")
+        hold = merged.facts.hold
+        verb = agreeing(hold, "hold")
+        stdout.print(f"facts: {hold} of {merged.facts.asked} {verb}{_before(merged)}", soft_wrap=True)
+    stdout.print(f'checkpoint: {out} (`patchkit generate --model {out} "..."` tries it)', soft_wrap=True)
 
 
 def _before(merged: Merged) -> str:
     """Which facts do not hold, and how many of them did with the only patch attached, before weights were rounded."""
     assert merged.facts is not None
-    lost = f"; not: {listed(merged.facts.lost)}" if merged.facts.lost else ""
+    told = {fact.id: fact.in_short for manifest in merged.parents for fact in manifest.facts}
+    lost = f"; not: {listed([told.get(name, name) for name in merged.facts.lost])}" if merged.facts.lost else ""
     outcomes = merged.parents[0].outcomes if len(merged.parents) == 1 else {}
     before = sum(outcome.holds for outcome in outcomes.values())
     return lost + (f"; with the patch attached: {before} of {len(outcomes)}" if outcomes else "")

@@ -9,17 +9,19 @@ from rich.table import Table
 from rich.text import Text
 
 NARROW = 70
-"""Columns of text below which a table of facts is no longer read across."""
+"""Columns of text below which a table is no longer read across."""
 
 
 @dataclass(frozen=True)
 class Adapting:
-    """A table; where it is narrow, its rows one below the other, a line for each cell that has something in it."""
+    """A table; where there are fewer columns of text than it takes, its rows one below the other, a line for each cell
+    that has something in it."""
 
     table: Table
+    takes: int = NARROW
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if options.max_width >= NARROW:
+        if options.max_width >= self.takes:
             yield self.table
             return
         headings = [str(column.header) for column in self.table.columns]

@@ -23,6 +23,9 @@ from patchkit.words import counted
 @click.command("revert")
 @click.argument("patch")
 @click.option("--fact", "facts", multiple=True, metavar="ID", help="Take this fact out; may be repeated.")
+@click.option(
+    "--subject", "subjects", multiple=True, metavar="NAME", help="Take out the fact about NAME; may be repeated."
+)
 @click.option("--since", metavar="DATE", help="Take out what was added since, such as 2026-01-31 (UTC).")
 @click.option("--last", type=click.IntRange(1), metavar="N", help="Take out what the last N runs of apply added.")
 @model_options
@@ -37,6 +40,7 @@ from patchkit.words import counted
 def command(
     patch: str,
     facts: tuple[str, ...],
+    subjects: tuple[str, ...],
     since: str | None,
     last: int | None,
     model: ModelOptions,
@@ -47,7 +51,8 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Take facts out of PATCH: those named, and those added since a date or by the last runs.
+    """Take facts out of PATCH: those named by id or subject, as `patchkit show` lists them, and those added since a
+    date or by the last runs.
 
     The others are solved for again without them, from the keys and values stored in the patch. The model is loaded to
     find the statistics that belong to it, and runs only where those are missing.
@@ -62,6 +67,7 @@ def command(
             model.choice,
             folder,
             facts=facts,
+            subjects=subjects,
             since=since,
             last=last,
             texts=texts,

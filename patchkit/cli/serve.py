@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import PurePath
 
 import click
 
 from patchkit.cli.common import ModelOptions, model_options, note, stdout
-from patchkit.errors import InputError
+from patchkit.errors import InputError, given_twice
 
 
 @click.command("serve")
@@ -17,7 +18,6 @@ from patchkit.errors import InputError
     "--patch",
     "patches",
     multiple=True,
-    required=True,
     metavar="[NAME=]P",
     help="A patch's folder or Hub repository, served as BASE@NAME; may be repeated. NAME is its last part by default.",
 )
@@ -41,8 +41,8 @@ def command(
     from patchkit.serve.server import Served, listen
     from patchkit.serve.talker import Talker
 
-    named = {name: Patch.load(where) for name, where in map(_named, patches)}
-    chosen = model.choice(next(iter(named.values())).manifest.base)
+    named = {name: Patch.load(where) for name, where in _places(patches).items()}
+    chosen = model.choice(next((patch.manifest.base for patch in named.values()), None))
     loaded = chosen.load(packed=True)
     talker = Talker(loaded.model, loaded.tokenizer)
     for name, patch in named.items():
@@ -53,6 +53,17 @@ def command(
     if host not in ("127.0.0.1", "localhost", "::1"):
         note("whoever reaches this address may load patches from this machine's folders")
     listen(served, host, port, lambda url: stdout.print(f"serving at {url}", soft_wrap=True))
+
+
+def _places(patches: Sequence[str]) -> dict[str, str]:
+    """Where each patch is, by its name."""
+    places, given = dict[str, str](), dict[str, str]()
+    for text in patches:
+        name, where = _named(text)
+        if name in places:
+            raise given_twice(f"--patch {text}", f"--patch {given[name]}")
+        places[name], given[name] = where, text
+    return places
 
 
 def _named(text: str) -> tuple[str, str]:

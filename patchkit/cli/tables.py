@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -16,7 +16,7 @@ from patchkit.evaluate.report import Report, Summary, said
 from patchkit.methods import Method, Wrapper
 from patchkit.patch.history import Difference, fact_changes
 from patchkit.patch.manifest import EditedFact, Manifest
-from patchkit.words import counted, listed
+from patchkit.words import agreeing, counted, listed, numbered, one_line
 
 if TYPE_CHECKING:
     from patchkit.patch.stored import Stored
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 MOST_ROWS = 40
 MOST_CHARACTERS = 120
 """Of a text in a cell."""
+_WIDE = 100
+"""Columns of text that facts take where their subjects stand beside them."""
 
 
 def apply_table(report: Report) -> RenderableType:
@@ -50,10 +52,10 @@ def apply_table(report: Report) -> RenderableType:
 
 
 def _reasons(report: Report) -> list[RenderableType]:
-    """Why facts do not hold, by id, and what to try."""
+    """Why facts do not hold, each with what it was to say, and what to try."""
     failed = [fact for fact in report.per_fact if fact.why]
     lines = [
-        Text.assemble((f"✗ {fact.id}", "red"), f": {fact.why.because}; {fact.why.advice}")
+        Text.assemble((f"✗ {fact.in_short}", "red"), f": {fact.why.because}; {fact.why.advice}")
         for fact in failed[:MOST_ROWS]
         if fact.why
     ]
@@ -65,24 +67,42 @@ def _reasons(report: Report) -> list[RenderableType]:
 def metrics_table(found: Summary) -> RenderableType:
     """Every metric that was measured, on how much, and what it counts: first the few that matter most, and in any case
     those that stand for all."""
+    first = [metric for metric in leads() if metric.of(found) is not None]
+    others = [
+        metric
+        for metric in metrics()
+        if metric not in first and (metric.of(found) is not None or (metric.headline and not metric.lead))
+    ]
+    return _explained(found, first, others)
+
+
+def headline_table(found: Summary) -> RenderableType:
+    """The few metrics that stand for all, and what each counts."""
+    return _explained(found, (), [metric for metric in headlines() if metric.of(found) is not None])
+
+
+def _explained(found: Summary, first: Sequence[Metric], others: Sequence[Metric]) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(counted(found.facts, "fact"))
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("on", no_wrap=True)
     table.add_column("what it counts", overflow="fold")
-    first = [metric for metric in leads() if metric.of(found) is not None]
     for metric in first:
         table.add_row(*_row(metric, found), style="bold")
     if first:
         table.add_row()
-    for metric in metrics():
-        if metric not in first and (metric.of(found) is not None or (metric.headline and not metric.lead)):
-            table.add_row(*_row(metric, found))
+    for metric in others:
+        table.add_row(*_row(metric, found))
     return table
 
 
 def _row(metric: Metric, found: Summary) -> tuple[str, ...]:
     return metric.label, metric.shown(found), metric.items(found), metric.explained(found)
+
+
+def legend(of: Sequence[Metric]) -> Text:
+    """What metrics count, for where they are named with nothing beside them."""
+    return Text("; ".join(f"{metric.headline or metric.label}: {metric.what}" for metric in of), style="dim")
 
 
 def patch_table(stored: Stored) -> RenderableType:
@@ -101,29 +121,28 @@ def patch_table(stored: Stored) -> RenderableType:
     for u in manifest.updates:
         turned = f", planes turn by {u.angles[0]:.2g} to {u.angles[2]:.2g} rad" if u.angles else ""
         change = "of a weight of zeros" if u.share is None else f"{u.share:.2%} of the weight's norm"
-        updates.add_row(u.weight, u.kind, str(u.rank), change + turned)
-    parts: list[RenderableType] = [head, Adapting(updates), Text(), Adapting(_facts_table(manifest))]
+        whole = ", with the one above" if u.place else ""
+        updates.add_row(u.weight, u.kind, str(u.rank), f"{change}{whole}{turned}")
+    parts: list[RenderableType] = [head, Adapting(updates), Text(), Adapting(_facts_table(manifest), _WIDE)]
     if lost := manifest.lost():
-        parts += [
-            Text(),
-            Text(f"of {counted(len(manifest.outcomes), 'fact')}, {len(lost)} do not hold: {listed(lost)}"),
-        ]
+        asked = counted(len(manifest.outcomes), "fact")
+        parts += [Text(), Text(f"of {asked}, {len(lost)} {agreeing(len(lost), 'do')} not hold: {listed(lost)}")]
     if found := manifest.measured():
-        parts += [Text(), Text(summary_line(found))]
+        parts += [Text(), headline_table(found)]
     return Group(*parts)
 
 
 def _facts_table(manifest: Manifest) -> Table:
-    """The facts with what the model said of them when they were last measured."""
+    """The facts, by what revert takes them out by, with what the model said of them when they were last measured."""
     facts = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("id", "prompt", "target", "says now", "", "instead of", "run"):
-        facts.add_column(heading, overflow="fold", no_wrap=heading == "id")  # an id is what revert asks for
+    for heading in ("id", "subject", "prompt", "target", "says now", "", "instead of", "run"):
+        facts.add_column(heading, overflow="fold", no_wrap=heading == "id")  # which is to be copied whole
     for fact in manifest.facts:
         outcome = manifest.outcomes.get(fact.id)
         says = said(outcome, fact.target_new) if outcome else "not measured"
         mark = _mark(outcome.holds) if outcome else Text()
-        cells = map(_short, (fact.prompt, fact.target_new, says))
-        facts.add_row(fact.id, *cells, mark, _short(fact.target_true or ""), str(fact.run + 1))
+        cells = map(_short, (fact.subject if fact.names_subject else "", fact.prompt, fact.target_new, says))
+        facts.add_row(one_line(fact.id), *cells, mark, _short(fact.target_true or ""), str(fact.run + 1))
     return facts
 
 
@@ -133,16 +152,16 @@ def planned_table(found: PlannedRun) -> RenderableType:
     for heading in ("line", "id", "tokens: [subject's last] > target"):
         facts.add_column(heading, overflow="fold", no_wrap=heading == "id")
     for fact in found.facts[:MOST_ROWS]:
-        facts.add_row(str(fact.line), fact.id, _spans(fact))
+        facts.add_row(str(fact.line), one_line(fact.id), _spans(fact))
     parts: list[RenderableType] = [Adapting(facts)]
     if len(found.facts) > MOST_ROWS:
         parts.append(Text(f"... and {len(found.facts) - MOST_ROWS} more (--json has all of them)", style="dim"))
-    layers = ", ".join(str(weight.layer) for weight in found.weights)
+    layers = numbered("layer", [weight.layer for weight in found.weights])
     spent = ", ".join(f"{phase} {seconds:,.0f} s" for phase, seconds in found.seconds.items())
     stored = " (statistics are stored)" if found.statistics_stored else ""
     lines = [
         f"would edit {counted(len(found.facts), 'fact')} in {counted(len(found.batches), 'solve')} with "
-        f"{found.method}, layers {layers}: {listed([weight.weight for weight in found.weights])}"
+        f"{found.method}, {layers}: {listed([weight.weight for weight in found.weights])}"
         + (", and a neuron for each subject in what leads into them" if found.neurons else ""),
         f"about {sum(found.seconds.values()):,.0f} s on {found.device}{stored}: {spent}",
         f"about {found.memory / 1e9:.1f} GB of memory: "
@@ -151,8 +170,6 @@ def planned_table(found: PlannedRun) -> RenderableType:
         *([] if found.fits else [_too_much(found)]),
         "nothing was edited and nothing written",
     ]
-    if found.skipped:
-        lines.append(f"already in the patch: {listed(found.skipped)}")
     return Group(*parts, Text(), Text("\n".join(lines)))
 
 
@@ -165,8 +182,9 @@ def _too_much(found: PlannedRun) -> str:
 
 def _spans(fact: PlannedFact) -> str:
     first, end = fact.target_tokens
-    marked = [f"[{token}]" if i == fact.subject_token else token for i, token in enumerate(fact.tokens[:first])]
-    return f"{' '.join(marked)} > {' '.join(fact.tokens[first:end])}"
+    tokens = [token.replace("\n", "\\n") for token in fact.tokens]  # which is a token of some vocabularies
+    marked = [f"[{token}]" if i == fact.subject_token else token for i, token in enumerate(tokens[:first])]
+    return f"{' '.join(marked)} > {' '.join(tokens[first:end])}"
 
 
 def log_table(manifest: Manifest) -> RenderableType:
@@ -174,7 +192,9 @@ def log_table(manifest: Manifest) -> RenderableType:
     blocks: list[RenderableType] = []
     for number in reversed(range(len(manifest.history))):
         blocks += [run_text(manifest, number), Text()]
-    return Group(*blocks[:-1])
+    measured = [found for run in manifest.history if (found := run.measured())]
+    named = [metric for metric in headlines() if any(metric.of(found) is not None for found in measured)]
+    return Group(*blocks, legend(named)) if named else Group(*blocks[:-1])
 
 
 def run_text(manifest: Manifest, number: int) -> Text:
@@ -183,7 +203,7 @@ def run_text(manifest: Manifest, number: int) -> Text:
     run, changed = manifest.history[number], fact_changes(manifest, number)
     what = "" if run.source else f" {counted(len(run.facts), 'fact')}"
     block = Text(f"run {number + 1}: {run.action}{what}", style="bold")
-    lines = [f"when    {run.when}", f"method  {run.method}, layers {', '.join(map(str, run.layers))}"]
+    lines = [f"when    {run.when}", f"method  {run.method}, {numbered('layer', run.layers)}"]
     if run.action == "apply":
         lines.append(f"recipe  {run.recipe_digest[:16]}, seed {run.recipe.get('seed')}")
         lines.append(f"text    {run.text.source}, {counted(run.text.tokens, 'token')}")
@@ -193,13 +213,14 @@ def run_text(manifest: Manifest, number: int) -> Text:
     if found := run.measured():
         lines.append(f"result  {summary_line(found)}")
     if run.skipped:
-        lines.append(f"skipped {', '.join(run.skipped)}: already there")
+        lines.append(f"skipped {listed(run.skipped)}: already there")
     for line in lines:
         block.append(f"\n  {line}", style="not bold")
     for fact in changed.added:
         block.append(f"\n    + {_says(fact)}", style="not bold green")
     for old, new in changed.superseded:
-        block.append(f"\n    ~ {_says(new)}, superseding {old.id} -> {old.target_new}", style="not bold yellow")
+        was = f"{one_line(old.id)} -> {_short(old.target_new)}"
+        block.append(f"\n    ~ {_says(new)}, superseding {was}", style="not bold yellow")
     for fact in changed.restored:
         block.append(f"\n    + {_says(fact)}, back", style="not bold green")
     for fact in changed.reverted:
@@ -217,16 +238,24 @@ def diff_table(found: Difference, a: str, b: str) -> RenderableType:
     for fact in found.only_b:
         head.append(f"\n  + {_says(fact)}", style="not bold green")
     for pair in found.changed:
-        targets = f"{pair.a.target_new} -> {pair.b.target_new}"
-        head.append(f"\n  ~ {pair.b.id}  {pair.prompt}: {targets}", style="not bold yellow")
+        targets = f"{_short(pair.a.target_new)} -> {_short(pair.b.target_new)}"
+        head.append(f"\n  ~ {one_line(pair.b.id)}  {_short(pair.prompt)}: {targets}", style="not bold yellow")
     head.append(f"\n{counted(found.same, 'fact')} in both\n", style="not bold")
-    table = Table("", "a", "b", box=None, pad_edge=False, header_style="bold")
+    weights = Table("share of its norm that changes", "a", "b", box=None, pad_edge=False, header_style="bold")
     for weight, norms in found.updates.items():
-        table.add_row(f"change of {weight}", *("-" if norm is None else f"{norm:.2%}" for norm in norms))
+        weights.add_row(Text(weight, overflow="fold"), *("-" if norm is None else f"{norm:.2%}" for norm in norms))
+    return Group(head, weights, *_both_measured(found))
+
+
+def _both_measured(found: Difference) -> Iterator[RenderableType]:
+    """The few metrics that stand for all, of both sides, as far as either was measured."""
     sides = [Summary.model_validate(metrics) if metrics else None for metrics in found.metrics]
-    for metric in headlines() if any(sides) else ():
-        table.add_row(metric.label, *("-" if side is None else _on(metric, side) for side in sides))
-    return Group(head, table)
+    table = Table("metric", "a", "b", "what it counts", box=None, pad_edge=False, header_style="bold")
+    for metric in headlines():
+        if any(side and metric.of(side) is not None for side in sides):
+            table.add_row(metric.label, *("-" if side is None else _on(metric, side) for side in sides), metric.what)
+    if table.rows:
+        yield from (Text(), table)
 
 
 _WRITES = {
@@ -260,7 +289,7 @@ def _method_rows(m: Method | Wrapper, writes: str) -> Table:
 
 def _short(text: str) -> str:
     """A text as a cell has room for it, on one line."""
-    text = " ".join(text.split())
+    text = one_line(text)
     return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 3]}..."
 
 
@@ -272,7 +301,10 @@ def _share(rate: float | None, count: int | None, word: str) -> str:
     """ "2 of 3 hold" from 0.667."""
     if rate is None:
         return "-"
-    return f"{rate:.0%} {word}" if count is None else f"{round(rate * count)} of {count} {word}"
+    if count is None:
+        return f"{rate:.0%} {word}"
+    there = round(rate * count)
+    return f"{there} of {count} {agreeing(there, word)}"
 
 
 def _on(metric: Metric, found: Summary) -> str:
@@ -282,7 +314,7 @@ def _on(metric: Metric, found: Summary) -> str:
 
 
 def _says(fact: EditedFact) -> str:
-    return f"{fact.id}  {_short(fact.prompt)} -> {_short(fact.target_new)}"
+    return f"{one_line(fact.id)}  {_short(fact.prompt)} -> {_short(fact.target_new)}"
 
 
 def tuned_table(found: Found) -> RenderableType:
@@ -325,5 +357,6 @@ def located_table(found: Located) -> RenderableType:
             ),
             style="bold" if chosen else None,
         )
-    counts = f"{found.counted} of {counted(found.facts, 'fact')} count: noise on their subjects takes something away"
+    count = f"{found.counted} of {counted(found.facts, 'fact')} {agreeing(found.counted, 'count')}"
+    counts = f"{count}: noise on their subjects takes something away"
     return Group(Adapting(table), Text(counts, style="dim"))

@@ -9,6 +9,7 @@ import click
 
 from patchkit.cli.common import ModelOptions, model_options, note, print_json, progress_bars, stdout, zsre_option
 from patchkit.cli.numbers import Number, Seed
+from patchkit.words import counted, numbered
 
 
 @click.command("train")
@@ -73,8 +74,8 @@ def command(
     if as_json:
         print_json(json.dumps(asdict(done)))
         return
-    where = ", ".join(map(str, done.layers))
-    stdout.print(f"network: {done.file} (layers {where}, {done.steps:,} steps)", soft_wrap=True)
+    where = numbered("layer", done.layers)
+    stdout.print(f"network: {done.file} ({where}, {counted(done.steps, 'step')})", soft_wrap=True)
     if done.edit_loss is not None and done.drift is not None:
         stdout.print(
             f"by the end an edit left {done.edit_loss:.3f} nats of loss at its target, and moved other text by "

@@ -47,6 +47,7 @@ from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import LiveDelta
 from patchkit.model.openers import Opener, Openers, firing, openers
 from patchkit.model.weights import Site, read_weight
+from patchkit.words import counted
 
 SHARPNESS, THRESHOLD = 20.0, 0.5
 """Of the gate: steep enough for SiLU and GELU to be shut at s = 0 and open at s = 1, whatever the sentence."""
@@ -179,8 +180,8 @@ class OwnNeurons:
         free = sorted((max(cost, NOTHING), layer) for layer, each in self.layers.items() for cost in each.free_costs())
         if len(free) < len(subjects):
             raise InputError(
-                f"neurons=on: {len(free)} neurons of layers {min(self.layers)} to {max(self.layers)} may still be "
-                f"rewritten, and {len(subjects)} subjects want one; use neurons=off, or more --layers"
+                f"neurons=on: {counted(len(free), 'neuron')} of layers {min(self.layers)} to {max(self.layers)} may "
+                f"still be rewritten for {counted(len(subjects), 'subject')}; use neurons=off, or more --layers"
             )
         layer_of = dict(zip(subjects, sorted(layer for _, layer in free[: len(subjects)]), strict=True))
         found: dict[int, list[int]] = {layer: [] for layer in sorted(set(layer_of.values()))}

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from patchkit import methods
 from patchkit.editing.value_config import ValueConfig
-from patchkit.errors import InputError
+from patchkit.errors import InputError, given_twice
 from patchkit.facts.chat import chat_template
 from patchkit.io.places import shipped
 from patchkit.io.yaml_text import read_yaml
@@ -131,10 +131,13 @@ def load_recipe(
     recipe: str | None = None,
     overrides: Sequence[str] = (),
     earlier: Mapping[str, Any] | None = None,
+    once: bool = False,
 ) -> EditConfig:
     """The configuration of `--method`, `--recipe` (a file, or the name of one under recipes/<method>/) and `--set`s.
 
-    `earlier` is the recipe of the patch that is continued, which is used if neither of the first two is given.
+    Args:
+        earlier: the recipe of the patch that is continued, which is used if neither of the first two is given.
+        once: refuse a second override of one setting, as on the command line; else the later one counts.
 
     Raises:
         InputError: unknown method, recipe or key, or a value of the wrong kind; the message names the key.
@@ -159,8 +162,12 @@ def load_recipe(
         )
     if isinstance(data.get("settings"), dict):
         data["settings"] = methods.get(data["method"]).config.renamed(data["settings"])
+    given = dict[tuple[str, ...], str]()
     for override in overrides:
-        _override(data, override)
+        path = _override(data, override)
+        if once and (other := next((given[known] for known in given if _overlap(known, path)), None)):
+            raise given_twice(f"--set {override}", f"--set {other}")
+        given[path] = override
     return validate(data, f"{where} with --set" if overrides else where)
 
 
@@ -213,9 +220,14 @@ def _read(method: str | None, recipe: str | None) -> tuple[dict[str, Any], str]:
     return data, str(path)
 
 
-def _override(data: dict[str, Any], override: str) -> None:
-    """Apply one `key=value`. A key of the method or of the value optimizer may stand without its section, and so may a
-    wrapper's, as in `nas.anchor=1`."""
+def _overlap(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    """Whether two paths name the same setting, or one the section that the other is in."""
+    return all(a == b for a, b in zip(one, other, strict=False))
+
+
+def _override(data: dict[str, Any], override: str) -> tuple[str, ...]:
+    """Apply one `key=value`; gives where it stands. A key of the method or of the value optimizer may be written
+    without its section, and so may a wrapper's, as in `nas.anchor=1`."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise InputError(f'--set {override}: write it as key=value, such as "value.steps=30"')
@@ -235,6 +247,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         section[parts[-1]] = read_yaml(text)
     except ValueError as error:
         raise InputError(f"--set {override}: not YAML: {error}") from None
+    return tuple(parts)
 
 
 def layers_of(config: EditConfig, depth: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,17 +37,22 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the patched model answers to one prompt, and what the base does if that was asked for as well."""
+    """What the patched model answers to one prompt, and what the base does; None where that was not asked for."""
 
     prompt: str
-    patched: str
-    base: str | None = None
+    patched: str | None
+    base: str | None
+
+    @property
+    def text(self) -> str:
+        """What the patched model answers; where there was no patch, the base."""
+        return (self.base if self.patched is None else self.patched) or ""
 
 
 def answers(
     model: PreTrainedModel,
     tokenizer: Any,
-    attached: Callable[[], AbstractContextManager[Any]],
+    attached: Callable[[], AbstractContextManager[Any]] | None,
     prompts: Sequence[str],
     sampling: Sampling,
     compare: bool = False,
@@ -55,6 +60,7 @@ def answers(
     """Answer every prompt inside `attached()`, which puts patches on the model and takes them off again.
 
     Args:
+        attached: None where there are no patches, and the base answers alone.
         compare: answer without the patches as well.
 
     Raises:
@@ -66,9 +72,14 @@ def answers(
         if fault := limits.fault(ids, sampling.max_new_tokens):
             hint = "" if limits.fault(ids) else ", or lower --max-new-tokens"
             raise InputError(f'prompt "{prompt[:40]}": {fault}{hint}')
-    with attached():
-        patched = [_continue(model, tokenizer, ids, sampling) for ids in encoded]
-    base = [_continue(model, tokenizer, ids, sampling) if compare else None for ids in encoded]
+
+    def said() -> list[str]:
+        return [_continue(model, tokenizer, ids, sampling) for ids in encoded]
+
+    nothing = [None] * len(encoded)
+    with attached() if attached else nullcontext():
+        patched = said() if attached else nothing
+    base = said() if compare or not attached else nothing
     return [Answer(*row) for row in zip(prompts, patched, base, strict=True)]
 
 

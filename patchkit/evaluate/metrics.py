@@ -106,7 +106,7 @@ GROUPS: list[Group] = [
             Metric(
                 "in_use",
                 "unrelated",
-                "the base's answer, word for word",
+                "an answer about something else is the base's, word for word",
                 "Share of 24 fixed questions and 8 beginnings of texts, none about any fact, whose greedy answer of up "
                 "to 30 tokens is the base's, token for token.",
                 "answer",

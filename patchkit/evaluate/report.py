@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from patchkit.evaluate.texts import NeighborReport, ParaphraseReport, Perplexity
-from patchkit.words import beginning, first_words
+from patchkit.words import beginning, first_words, in_short
 
 Counts = dict[str, dict[str, int]]
 """On how many items each number stands: counts["efficacy"]["exact"] facts."""
@@ -90,6 +90,7 @@ class FactReport(BaseModel):
     model_config = ConfigDict(frozen=True)
     id: str
     prompt: str
+    subject: str = ""
     target_new: str
     target_true: str | None
     says_before: str
@@ -111,6 +112,11 @@ class FactReport(BaseModel):
         """Whether the fact is there after the edit, what a tick in a table stands for: its first question, asked alone,
         is answered with the target; where nothing was asked, its prompt is continued with it, token by token."""
         return self.asked.holds if self.asked else bool(self.efficacy.exact)
+
+    @property
+    def in_short(self) -> str:
+        """Its id, with what it says; a report of an earlier version has no subject, for which the prompt stands."""
+        return in_short(self.id, self.subject or self.prompt, self.target_new)
 
     @property
     def outcome(self) -> Outcome:

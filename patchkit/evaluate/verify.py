@@ -197,6 +197,7 @@ def _report(fact: Fact, before: Answers, after: Answers) -> FactReport:
     return FactReport(
         id=fact.id,
         prompt=fact.prompt,
+        subject=fact.subject,
         target_new=fact.target_new,
         target_true=fact.target_true,
         says_before=before.said[pair].strip(),

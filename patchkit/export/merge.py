@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from patchkit.errors import InputError
-from patchkit.export.edits import check_base, collect_edits
+from patchkit.export.edits import Edit, check_base, collect_edits
 from patchkit.export.record import BASES_OWN, Merged, MergedTensor, Rounding
 from patchkit.export.rounded import RoundingTask, round_change, rounding_of
 from patchkit.export.spectra import find_spectra
@@ -68,7 +68,7 @@ def merge(
     checkpoint = stored_tensors(source)
     edits = collect_edits(patches, checkpoint, source)
     by_keys = {edit.weight: edit.d_in for edit in edits if rounding_of(edit, rounding) == "keys" and not edit.of_expert}
-    texts = find_spectra(by_keys, patches, source, statistics, say)
+    texts = find_spectra(by_keys, _solved(edits, patches), patches, source, statistics, say)
     tasks = [RoundingTask(edit, force, rounding_of(edit, rounding), texts.get(edit.weight)) for edit in edits]
     weights = {stored.file for stored in checkpoint.values()}
     with new_folder(target) as folder:
@@ -84,6 +84,14 @@ def merge(
         say(f"note: {lost[0].weight}: {gone}; merge into a float32 copy of the checkpoint, or attach the patch")
     _warn_of_other_weights([path.relative_to(source) for path in set(places) - weights], say)
     return merged
+
+
+def _solved(edits: Sequence[Edit], patches: Sequence[Patch]) -> set[str]:
+    """Weights that were solved for by statistics: they have keys. Rows of subjects' own neurons and imported changes
+    were not; of a patch without its state nobody knows."""
+    solved = {edit.weight for edit in edits if edit.keys.shape[1]}
+    unknown = not any(patch.manifest.imported for patch in patches)
+    return solved or {edit.weight for edit in edits if unknown}
 
 
 def find_base(base: str, commit: str | None, out: str | Path) -> Path:

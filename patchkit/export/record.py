@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from patchkit.io.records import FrozenRecord, write_atomic_text
 from patchkit.patch.bases import is_path
-from patchkit.patch.card import Card
+from patchkit.patch.card import Card, not_held
 from patchkit.patch.manifest import Manifest
-from patchkit.words import counted, in_markdown
+from patchkit.words import agreeing, counted, in_markdown
 
 Rounding = Literal["keys", "nearest"]
 MANIFEST = "patchkit-manifest.json"
@@ -86,5 +86,6 @@ class Merged(FrozenRecord):
     def _held(self) -> str | None:
         if self.facts is None:
             return None
-        lost = f" These do not: {in_markdown(', '.join(self.facts.lost))}." if self.facts.lost else ""
-        return f"Of {counted(self.facts.asked, 'fact')}, asked after rounding, {self.facts.hold} hold.{lost}"
+        asked, hold = counted(self.facts.asked, "fact"), self.facts.hold
+        lost = not_held(self.facts.lost)
+        return f"Of {asked}, asked after rounding, {hold} {agreeing(hold, 'hold')}.{lost}"

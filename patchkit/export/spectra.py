@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +20,15 @@ from patchkit.patch.patch import Patch
 from patchkit.statistics.corpus import TextRecord
 from patchkit.statistics.moments import are_moments, digests_below
 from patchkit.statistics.store import Entry, StatisticsStore
+from patchkit.words import listed
 
-_ADVICE = "rounding minds the edited keys but not plain text's; `patchkit stats --out DIR`, --stats DIR"
 Spectra = dict[str, tuple[str, Spectrum]]
 """By on-disk name of a weight: the name of the statistics' file, and the part of it that rounding uses."""
 
 
 def find_spectra(
     weights: Mapping[str, int],
+    needed: Collection[str],
     patches: Sequence[Patch],
     base: Path,
     folder: str | Path | None,
@@ -39,10 +40,11 @@ def find_spectra(
     those of the latest run's text are taken, and of these the ones computed in the widest dtype.
 
     Args:
+        needed: those of `weights` that can have some, and are missed where they have none.
         folder: of a `StatisticsStore`, whatever its text; by default the cache, for the texts of the patches' runs.
 
     Raises:
-        InputError: `folder` was given and does not have one text's statistics of every weight.
+        InputError: `folder` was given and does not have one text's statistics of every weight that needs some.
     """
     texts = [run.text for patch in patches for run in reversed(patch.manifest.history)]
     candidates = _candidates(weights, texts, folder)
@@ -59,13 +61,23 @@ def find_spectra(
                 found[weight] = (best.entry.file.name, _spectrum(best.entry))
             except Damaged as error:
                 say(f"note: {error}; `patchkit stats` computes them again")
-        if folder and weight not in found:
-            what = "those of other models" if candidates and not right else "none"
-            raise InputError(f"--stats {folder}: {what} for {weight}; give one that `patchkit stats` wrote for it")
-    if missing := [weight for weight in weights if weight not in found]:
-        others_too = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        say(f"note: no statistics for {missing[0]}{others_too}: {_ADVICE}")
+    missing = [weight for weight in weights if weight in needed and weight not in found]
+    if folder and (lacking := missing or ([] if found else list(weights))):
+        what = "those of other models" if candidates and not right else "none"
+        raise InputError(f"--stats {folder}: {what} for {lacking[0]}; give one that `patchkit stats` wrote for it")
+    if missing:
+        say(f"note: no statistics for {listed(missing, 1)}: {_what_to_do(patches)}")
     return found
+
+
+def _what_to_do(patches: Sequence[Patch]) -> str:
+    """What it means that statistics are missing, and where to get them."""
+    layers = sorted({layer for patch in patches for run in patch.manifest.history for layer in run.layers})
+    where = ",".join(map(str, layers))
+    return (
+        "rounding keeps the facts, and may change other texts a little more than it has to; to spare them, run "
+        f"`patchkit stats --model BASE --layers {where} --out DIR` and merge again with --stats DIR"
+    )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
+from patchkit.words import one_line
+
 MISSING = object()
 _VALUE_WIDTH = 60  # characters of a value quoted in a message
 _TYPO = 0.8  # difflib ratio from which an unknown name is taken for a misspelled field
@@ -142,11 +144,11 @@ class Record:
         return value
 
     def identifier(self, name: str) -> str | None:
-        """Text or a whole number, as text."""
+        """Text or a whole number, as text on one line: tables and messages name a record by it."""
         value = self.get(name)
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
-        return self.optional(name)
+        return one_line(self.optional(name) or "") or None
 
     def refuse_typos(self, known: Sequence[str]) -> None:
         """Refuse a field with almost the name of a known one that is not there."""

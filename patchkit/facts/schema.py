@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from patchkit.words import in_short
+
 Pair = tuple[str, str] | tuple[str, str, str]
 """A prompt and what should follow it, and what comes between where that is not left to `patchkit.facts.text`."""
 
@@ -128,6 +130,11 @@ class Fact(BaseModel):
     def names_subject(self) -> bool:
         """Whether it has a subject of its own: where it has none, its whole prompt or question stands in that place."""
         return self.subject not in (self.prompt.strip(), self.asked.strip())
+
+    @property
+    def in_short(self) -> str:
+        """Its id, with what it says."""
+        return in_short(self.id, self.subject, self.target_new)
 
     def __hash__(self) -> int:
         return hash((self.id, self.prompt, self.target_new))  # not every field is hashable; equal facts agree in these

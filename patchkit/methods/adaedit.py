@@ -29,7 +29,7 @@ class AdaEditConfig(AlphaEditConfig, MemitConfig):
     config=AdaEditConfig,
     paper="https://aclanthology.org/2025.acl-long.208/",
     equations="eq. 1-4",
-    use_when="the patch must be small: half the bytes of the other deltas",
+    use_when="the patch has to be small: half the bytes of the other low-rank changes",
     update="sparse",
     attention=True,
 )

@@ -20,7 +20,7 @@ class AlphaEditConfig(MethodConfig):
     config=AlphaEditConfig,
     paper="https://arxiv.org/abs/2410.02355",
     equations="eq. 8-14",
-    use_when="the default: many facts, in one batch or in sequence, with plain text's keys left alone",
+    use_when="the default: many facts, at once or one after another; what comes up in ordinary text is left alone",
 )
 def alphaedit(problem: LayerProblem, config: AlphaEditConfig) -> Delta:
     """Least squares inside the null space of plain text's keys, earlier edits protected.

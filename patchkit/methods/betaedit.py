@@ -21,7 +21,7 @@ class BetaEditConfig(MethodConfig):
     config=BetaEditConfig,
     paper="https://arxiv.org/abs/2605.09285",
     equations="the regularized solve in the null space",
-    use_when="long sequences, where what plain text has left in AlphaEdit's null space adds up",
+    use_when="long sequences, in which the little that alphaedit changes for ordinary text adds up",
 )
 def betaedit(problem: LayerProblem, config: BetaEditConfig) -> Delta:
     """Least squares inside the null space of plain text's keys, against what they still have there.

@@ -23,7 +23,7 @@ class BlueConfig(AlphaEditConfig, MemitConfig):
     config=BlueConfig,
     paper="https://arxiv.org/abs/2502.03748",
     equations="section 4",
-    use_when="several layers are to be edited, but spreading one residual over all of them blurs it",
+    use_when="several layers are to be edited, and a fact gets blurred where all of them share it",
     ends_only=True,
 )
 def blue(problem: LayerProblem, config: BlueConfig) -> Update:

@@ -20,7 +20,7 @@ class EmmetConfig(MethodConfig):
     config=EmmetConfig,
     paper="https://arxiv.org/abs/2403.14236",
     equations="the closed form for a batch under equality constraints",
-    use_when="a batch whose values must all be met exactly, as ROME meets one",
+    use_when="a batch of facts that are all to be written in full, as rome writes one",
 )
 def emmet(problem: LayerProblem, config: EmmetConfig) -> Delta:
     """ROME for a batch: the smallest change in C's metric with (W + Δ)K = V.

@@ -53,7 +53,7 @@ def _resized(rows: Tensor, like: Tensor) -> Tensor:
     config=MoseConfig,
     paper="https://arxiv.org/abs/2601.07873",
     equations="eq. 15-22",
-    use_when="comparing with MOSE as published: the weight's norm and condition number do not move at all",
+    use_when="comparing with MOSE as published: weights are turned and never grow",
     update="rotation",
     constrain=on_spheres,
     choose=wisest,

@@ -121,7 +121,7 @@ def reach(problem: LayerProblem, config: MoseRightConfig) -> Constraint:
     config=MoseRightConfig,
     paper="https://arxiv.org/abs/2601.07873",
     equations="eq. 15-20 with W' = W R, and AlphaEdit eq. 9 for where R may act",
-    use_when="long sequences where the weight's norm and condition number must not move at all",
+    use_when="very many facts one after another: weights are turned and never grow (norm and condition number stay)",
     update="rotation",
     constrain=reach,
     block_by_block=True,

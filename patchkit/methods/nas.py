@@ -28,7 +28,7 @@ class NasConfig(MethodConfig):
     config=NasConfig,
     paper="https://arxiv.org/abs/2602.02543",
     equations="v* scaled to a reference norm of the unedited model",
-    use_when="long sequences: stops values and weights from driving each other's norms up",
+    use_when="long sequences: stops changes and weights from making each other grow",
     needs_statistics=True,
 )
 def nas(problem: LayerProblem, config: NasConfig, solve: Callable[[LayerProblem], Update]) -> Update:

@@ -23,7 +23,7 @@ class NullSpaceConfig(MethodConfig):
     config=NullSpaceConfig,
     paper="https://arxiv.org/abs/2410.02355",
     equations="eq. 8-10",
-    use_when="a method should leave plain text's keys alone, as AlphaEdit does",
+    use_when="a method should leave alone what comes up in ordinary text, as alphaedit does",
     needs_statistics=True,
 )
 def nullspace(problem: LayerProblem, config: NullSpaceConfig, solve: Callable[[LayerProblem], Update]) -> Update:

@@ -78,7 +78,7 @@ def _cosines(bases: Like, weight: float, facts: Tensor, start: Tensor, delta: Te
     config=OEditConfig,
     paper="https://arxiv.org/abs/2410.11469",
     equations="eq. 9-14, 25-27",
-    use_when="comparing with O-Edit; oedit+ makes the orthogonality exact",
+    use_when="comparing with O-Edit as published; oedit+ keeps facts apart more strictly",
     needs_gradients=True,
     penalty=penalty,
 )

@@ -43,7 +43,7 @@ def _cut(bases: Like, facts: Tensor, start: Tensor, delta: Tensor) -> Tensor:
     config=OEditPlusConfig,
     paper="https://arxiv.org/abs/2410.11469",
     equations="eq. 15, 26, 28",
-    use_when="many facts in sequence, each leaving the earlier ones' directions alone; not more facts than d_out",
+    use_when="many facts one after another, none of which disturbs those before; no more than the model is wide",
     needs_gradients=True,
     constrain=inside,
     spends_directions=True,

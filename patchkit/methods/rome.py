@@ -19,7 +19,7 @@ class RomeConfig(MethodConfig):
     config=RomeConfig,
     paper="https://arxiv.org/abs/2202.05262",
     equations="eq. 2",
-    use_when="one fact, one layer, and the value must be met exactly",
+    use_when="one fact, one layer, and the fact is to be written in full",
     one_by_one=True,
     single_site=True,
 )

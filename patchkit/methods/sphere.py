@@ -26,7 +26,7 @@ class SphereConfig(MethodConfig):
     config=SphereConfig,
     paper="https://arxiv.org/abs/2510.01172",
     equations="the projection I - αUU'",
-    use_when="long sequences: keeps the weight's rows spread over the sphere as training left them",
+    use_when="long sequences: the directions of a weight's rows stay spread as training left them",
 )
 def sphere(problem: LayerProblem, config: SphereConfig, solve: Callable[[LayerProblem], Update]) -> Update:
     """Removes from the update the part along the principal directions of the base's neurons.

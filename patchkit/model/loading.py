@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from patchkit.errors import InputError, PatchkitError
@@ -156,10 +157,8 @@ def load_model(
     if dtype not in ("auto", *DTYPES):
         raise InputError(f"--dtype {dtype}: choose one of: auto, {', '.join(DTYPES)}")
     kind: Any = DTYPES.get(dtype, torch.float32 if on_cpu else "auto")
-    tokenizer = load_tokenizer(name, run_code)
+    config, tokenizer = load_config(name, run_code), load_tokenizer(name, run_code)
     try:
-        config = _config_of(name, run_code)
-        encodes = getattr(config, "is_encoder_decoder", False)
         with redirect_stdout(sys.stderr):  # packages of quantized weights print while they are imported and read
             model, found = _read(name, config, kind, run_code, placement, packed)
     except InputError:
@@ -168,11 +167,10 @@ def load_model(
         raise _not_loaded(name, error) from None
     if not found["missing_keys"]:  # those are made up, and may be anything
         refuse_not_finite(model, name)
-    if encodes or found["missing_keys"] or not _is_causal(model):
-        what = "an encoder-decoder" if encodes else "a model that sees later tokens too"
-        if found["missing_keys"]:
-            what = f"no {min(found['missing_keys'])} in the checkpoint"
-        raise InputError(f"model {name}: not a decoder-only causal language model: {what}; use another checkpoint")
+    if found["missing_keys"]:
+        raise _no_decoder(name, f"no {min(found['missing_keys'])} in the checkpoint")
+    if not _is_causal(model):
+        raise _no_decoder(name, "a model that sees later tokens too")
     return LoadedModel(model.eval(), tokenizer, name, getattr(model.config, "_commit_hash", None))
 
 
@@ -239,13 +237,19 @@ def load_config(name: str, run_code: bool = False) -> Any:
     """The configuration of a local folder or a Hub repository.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it is that of an encoder-decoder, or of no language model.
     """
     refuse_missing(name)
     try:
-        return _config_of(name, run_code)
+        config = _config_of(name, run_code)
     except Exception as error:  # a damaged checkpoint makes its readers raise anything
         raise _not_loaded(name, error) from None
+    if getattr(config, "is_encoder_decoder", False):
+        raise _no_decoder(name, f"an encoder-decoder ({config.model_type})")
+    own_code = getattr(config, "auto_map", None) or {}
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own_code:
+        raise _no_decoder(name, f"transformers knows none of the kind {config.model_type}")
+    return config
 
 
 def refuse_missing(name: str) -> None:
@@ -290,6 +294,10 @@ def _not_loaded(name: str, error: Exception) -> InputError:
     reason = shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
     nowhere = "" if Path(name).exists() else "there is no such folder, and from the Hub it "
     return InputError(f"model {name}: {nowhere}cannot be loaded: {reason}")
+
+
+def _no_decoder(name: str, what: str) -> InputError:
+    return InputError(f"model {name}: not a decoder-only causal language model: {what}; use another checkpoint")
 
 
 def check_tokenizer(tokenizer: Any, name: str) -> None:

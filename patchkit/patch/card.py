@@ -17,7 +17,7 @@ from patchkit.evaluate.report import Summary, said
 from patchkit.patch.bases import is_path, public_name
 from patchkit.patch.manifest import EditedFact, Manifest, Run
 from patchkit.version import project_page
-from patchkit.words import counted, in_code, in_markdown, listed
+from patchkit.words import agreeing, counted, in_code, in_markdown, listed
 
 Kind = Literal["patch", "adapter", "merged"]
 FACT_ROWS = 100
@@ -65,7 +65,7 @@ put false statements about people or events into a model that others will trust.
 
 _LEADS = {
     "patch": "A {patchkit} patch: {facts} into `{base}` by {methods}. "
-    "The base model is not included; the patch holds {updates} weight updates of {parameters:,} numbers in all.",
+    "The base model is not included; the patch holds {updates} of {parameters:,} numbers in all.",
     "adapter": "An adapter with {facts} into `{base}` by {methods}, exported from a "
     "{patchkit} patch. The base model is not included. ",
     "merged": "`{base}` with {facts} into it by {methods}, merged with "
@@ -174,7 +174,7 @@ class Card:
             facts=facts,
             base=base,
             methods=methods,
-            updates=len(updates),
+            updates=counted(len(updates), "weight update"),
             parameters=sum(update.numbers for update in updates),
         )
 
@@ -215,8 +215,8 @@ class Card:
         if not outcomes:
             return "\nWhich of them hold was not measured."
         lost = [name for manifest in self.manifests for name in manifest.lost()]
-        missing = f" These do not: {listed(list(map(in_markdown, lost)), FACT_ROWS)}." if lost else ""
-        return f"\nOf {counted(len(outcomes), 'fact')}, {len(outcomes) - len(lost)} hold.{missing}"
+        hold = len(outcomes) - len(lost)
+        return f"\nOf {counted(len(outcomes), 'fact')}, {hold} {agreeing(hold, 'hold')}.{not_held(lost)}"
 
     def _looks(self) -> str:
         """Where every fact is to be seen before and after, and the pictures."""
@@ -278,6 +278,14 @@ class Card:
 def model_card(manifest: Manifest, title: str) -> str:
     """README.md of a patch's folder: Markdown with front matter as the Hub reads it."""
     return Card((manifest,), title).markdown()
+
+
+def not_held(facts: Sequence[str]) -> str:
+    """The sentence that names the facts that do not hold, by their ids; nothing where all do."""
+    if not facts:
+        return ""
+    these = "This one does" if len(facts) == 1 else "These do"
+    return f" {these} not: {listed(list(map(in_markdown, facts)), FACT_ROWS)}."
 
 
 def base_name(name: str) -> str:

@@ -88,8 +88,8 @@ def _overwritten(fact: EditedFact, manifest: Manifest, keys: Mapping[str, list[T
     return Why(
         kind="lost",
         because=f"learned, but lost among the {others} written with it or later" if after else "learned, but not kept",
-        advice=f"try {'a smaller --batch-size, ' if together else ''}more layers (--layers), or a method that meets "
-        "values exactly (rome)",
+        advice=f"try {'a smaller --batch-size, ' if together else ''}more layers (--layers), or --method rome "
+        "(fact by fact)",
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -20,6 +21,7 @@ from patchkit.errors import InputError
 from patchkit.facts.schema import Fact, FactFile
 from patchkit.facts.text import same_wording
 from patchkit.patch.manifest import EditedFact, Manifest, Run
+from patchkit.words import beginning, listed
 
 # --- the columns of the state -----------------------------------------------------------------------------------------
 
@@ -63,12 +65,12 @@ class Incoming:
 
     Attributes:
         new: the facts to write.
-        skipped: ids of facts that the patch has already.
+        skipped: id of a fact that the patch has already -> the id that it has there.
         superseded: id of an earlier fact -> id of the new one with the same prompt and another target.
     """
 
     new: tuple[Fact, ...]
-    skipped: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
     superseded: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -112,17 +114,17 @@ def sort_incoming(facts: Sequence[Fact], present: Sequence[EditedFact]) -> Incom
     Two facts are about the same thing if their prompts are equal but for whitespace.
     """
     by_prompt = {same_wording(fact.prompt): fact for fact in present}
-    new, skipped, superseded = list[Fact](), list[str](), dict[str, str]()
+    new, skipped, superseded = list[Fact](), dict[str, str](), dict[str, str]()
     for fact in facts:
         old = by_prompt.get(same_wording(fact.prompt))
         if old is not None and old.target_new == fact.target_new:
-            skipped.append(old.id)
+            skipped[fact.id] = old.id
             continue
         if old is not None:
             superseded[old.id] = fact.id
             fact = with_checks_of(old, fact)
         new.append(fact)
-    return Incoming(tuple(new), tuple(skipped), superseded)
+    return Incoming(tuple(new), skipped, superseded)
 
 
 def with_checks_of(old: Fact, new: Fact) -> Fact:
@@ -139,19 +141,25 @@ def with_checks_of(old: Fact, new: Fact) -> Fact:
 
 
 def choose_facts(
-    manifest: Manifest, ids: Sequence[str] = (), since: str | None = None, last: int | None = None
+    manifest: Manifest,
+    ids: Sequence[str] = (),
+    since: str | None = None,
+    last: int | None = None,
+    subjects: Sequence[str] = (),
 ) -> tuple[str, ...]:
-    """Ids of the facts in the patch that are named in `ids`, or that were added since a date or by the last runs.
+    """Ids of the facts in the patch that are named in `ids`, are the only one about one of `subjects`, or were added
+    since a date or by the last runs.
 
     Args:
         since: an ISO date or time; UTC unless it says otherwise.
         last: how many of the latest runs that added facts.
 
     Raises:
-        InputError: nothing asked for, an id or date that cannot be used, or no fact left of those runs.
+        InputError: nothing asked for, an id, subject or date that cannot be used, or no fact left of those runs.
     """
+    ids = (*ids, *(_about(manifest, subject) for subject in subjects))
     if not ids and since is None and last is None:
-        raise InputError("revert: nothing chosen; give --fact ID, --since DATE or --last N")
+        raise InputError("revert: nothing chosen; give --fact ID, --subject NAME, --since DATE or --last N")
     named = leave(manifest, _later_first(manifest, ids)) if ids else None
     adding = [i for i, run in enumerate(manifest.history) if run.action == "apply"]
     runs: set[int] = set()
@@ -171,6 +179,32 @@ def choose_facts(
     ]:
         chosen += too
     return tuple(chosen)
+
+
+def _about(manifest: Manifest, subject: str) -> str:
+    """The id of the only fact about a subject, which may be written in other case."""
+    told: dict[str, list[EditedFact]] = {}
+    for fact in manifest.facts:
+        told.setdefault(_plain(fact.subject), []).append(fact)
+    found = told.get(_plain(subject), [])
+    if len(found) == 1:
+        return found[0].id
+    if not found:
+        near = difflib.get_close_matches(_plain(subject), told, 5, 0.4)
+        names = listed([told[name][0].subject for name in near])
+        raise InputError(f'no fact about "{subject}" in the patch; {_near(names)} (`patchkit show` lists all)')
+    lines = [f"  {fact.id}  {beginning(fact.prompt)} -> {beginning(fact.target_new)}" for fact in found]
+    every = " ".join(f"--fact {shlex.quote(fact.id)}" for fact in found)
+    advice = f"name those that are to go, or take out all of them: {every}"
+    raise InputError("\n".join([f'{len(found)} facts are about "{subject}"; {advice}', *lines]))
+
+
+def _plain(subject: str) -> str:
+    return same_wording(subject).casefold()
+
+
+def _near(names: str) -> str:
+    return f"near it: {names}" if names else "none is near it"
 
 
 @dataclass(frozen=True)
@@ -231,12 +265,14 @@ def import_chosen(manifest: Manifest, ids: Sequence[str], since: str | None, las
 
 def _require(manifest: Manifest, fact_id: str, there: Collection[str]) -> None:
     """Raises InputError: there is no such fact, or not any more."""
-    known = [fact.id for fact in manifest.facts if fact.id in there]
+    known = {fact.id: fact for fact in manifest.facts if fact.id in there}
     left = [i for i, run in enumerate(manifest.history, 1) if any(fact.id == fact_id for fact in run.removed)]
     if left:
         raise InputError(f'no fact "{fact_id}" in the patch any more: run {left[-1]} took it out')
-    near = difflib.get_close_matches(fact_id, known, 5, 0.4) or known[:5]
-    hint = f"near it: {', '.join(near)}" if near else "it holds none at all"
+    near = difflib.get_close_matches(fact_id, known, 5, 0.4) or list(known)[:5]
+    hint = f"near it: {listed([known[name].in_short for name in near])}" if near else "it holds none at all"
+    if _plain(fact_id) in (_plain(fact.subject) for fact in known.values()):
+        hint = f"it is a subject: give --subject {shlex.quote(fact_id)}"
     raise InputError(f'no fact "{fact_id}" in the patch; {hint} (`patchkit show` lists all)')
 
 

@@ -24,6 +24,7 @@ from patchkit.model.weights import is_quantized, loaded_weight, oriented, shape_
 from patchkit.patch.passes import NOTHING, Passes, remove_hook
 from patchkit.patch.patch import Patch
 from patchkit.patch.unfolded import folding_at_full_precision, folding_of, unfolded
+from patchkit.words import agreeing
 
 Placed = tuple[Update | InBlock, ...]
 """Updates of a module's weight, in the order in which they act; of experts, each of one of them."""
@@ -252,9 +253,9 @@ def check_base(patch: Patch, modules: Mapping[str, PatchedWeight], numbers: bool
                 raise base.wrong_numbers(weight)
             unknown.append(weight)
     if numbers and unknown:
+        quantized = f"{len(unknown)} of {len(modules)} touched weights {agreeing(len(unknown), 'are')} quantized"
         warnings.warn(
-            f"{len(unknown)} of {len(modules)} touched weights are quantized ({unknown[0]}): compared with {base.name} "
-            "by name and shape, not by their numbers",
+            f"{quantized} ({unknown[0]}): compared with {base.name} by name and shape, not by their numbers",
             stacklevel=_callers_level(),
         )
 

@@ -17,6 +17,7 @@ from patchkit.maths.linalg import Delta
 from patchkit.maths.rotations import Rotation
 from patchkit.maths.updates import KINDS, Chain, Full, Sparse, tensors_of
 from patchkit.patch.manifest import EditedFact, Manifest, UpdateInfo
+from patchkit.words import counted
 
 UPDATES, STATE = "patch.safetensors", "state.safetensors"
 _VALUES = ("targets", "start")
@@ -161,7 +162,7 @@ def _wrong_counts(
     for kind in _VALUES:
         values = state.get(f"values{own}.{kind}")
         if values is not None and values.shape[1] != len(facts):
-            yield f"values{own}.{kind} has {values.shape[1]} columns for {len(facts)} facts"
+            yield f"values{own}.{kind} has {counted(values.shape[1], 'column')} for {counted(len(facts), 'fact')}"
     counts = dict[int, int]()
     for fact in facts:
         run = manifest.history[fact.run]

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from patchkit.report.charts import Heat, Lines, Series
 from patchkit.report.page import Page
 from patchkit.runs.locate import Located
-from patchkit.words import counted
+from patchkit.words import agreeing, counted
 
 
 def locations_page(found: Located) -> Page:
@@ -17,10 +17,11 @@ def locations_page(found: Located) -> Page:
         values = [(float(each.layer), getattr(each, field)) for each in found.layers]
         return Series(name, [(layer, value) for layer, value in values if value is not None])
 
+    count = f"{found.counted} {agreeing(found.counted, 'count')}"
     shares = [line("feed-forward", "feed_forward"), line("whole layer", "states")]
     return Page(
         title=f"Where {PurePath(found.model).name} keeps what it says of {counted(found.counted, 'subject')}",
-        lead=[f"Recommended layers: {found.recommended}. Of {counted(found.facts, 'fact')}, {found.counted} count."],
+        lead=[f"Recommended layers: {found.recommended}. Of {counted(found.facts, 'fact')}, {count}."],
         headline=None,
         charts=[
             Lines("what comes back", "layer", shares, caption="Share of what noise on the subject took away."),

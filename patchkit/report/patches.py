@@ -11,7 +11,7 @@ from patchkit.patch.card import base_name
 from patchkit.patch.manifest import Manifest, Run, UpdateInfo
 from patchkit.report.charts import Bars, Lines, Series
 from patchkit.report.page import Page, Table
-from patchkit.words import counted
+from patchkit.words import agreeing, counted
 
 
 def patch_page(name: str, manifest: Manifest, report: Report | None) -> Page:
@@ -38,7 +38,8 @@ def _lead(manifest: Manifest, report: Report | None) -> Iterator[str]:
     yield f"{counted(len(manifest.facts), 'fact')} written into {base_name(base.name)}{commit} by {methods}{where}."
     if report:
         lost = sum(not fact.holds for fact in report.per_fact)
-        hold = f"{report.facts - lost} hold, {lost} not."
+        held = report.facts - lost
+        hold = f"{held} {agreeing(held, 'hold')}, {lost} {agreeing(lost, 'do')} not."
         yield f"Measured beside the untouched base on {counted(report.facts, 'fact')}: {hold}"
     else:
         yield "The facts were not asked for; the numbers are those that the patch's last run has measured."

@@ -21,7 +21,7 @@ from patchkit.io.files import write_atomically
 from patchkit.report.charts import LOG_FROM, Bars, Cloud, Heat, Lines
 from patchkit.report.facts import Shown
 from patchkit.report.page import Page
-from patchkit.words import counted, visible
+from patchkit.words import agreeing, counted, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -150,7 +150,7 @@ def chosen(facts: Sequence[Shown]) -> list[Shown]:
 
 def _said_of(facts: Sequence[Shown], some: Sequence[Shown], held: int) -> str:
     shown = "" if len(some) == len(facts) else f"{len(some)} of "
-    return f"{shown}{counted(len(facts), 'fact')}; {held:,} hold when asked"
+    return f"{shown}{counted(len(facts), 'fact')}; {held:,} {agreeing(held, 'hold')} when asked"
 
 
 def _cut(text: str, room: int) -> str:

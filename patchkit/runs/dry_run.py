@@ -118,7 +118,7 @@ def planned(prepared: Prepared, workspace: Workspace, quick: bool = False, start
         facts=tuple(
             _fact(fact, row, lines[fact.id], workspace.tokenizer) for fact, row in zip(facts, rows, strict=True)
         ),
-        skipped=prepared.incoming.skipped,
+        skipped=tuple(prepared.incoming.skipped.values()),
         superseded=dict(prepared.incoming.superseded),
         weights=tuple(_weight(site) for site in how.sites),
         neurons=config.neurons == "on",

@@ -36,6 +36,7 @@ from patchkit.runs.settle import settle, with_network
 from patchkit.runs.workspace import Workspace
 from patchkit.statistics.corpus import PACKAGE_TEXT, Corpus
 from patchkit.version import stamp
+from patchkit.words import agreeing
 
 SMALL_TEXT = "statistics: from the small English text that comes with patchkit; --text FILE with more text is better"
 
@@ -194,8 +195,9 @@ def _about_experts(covariances: Mapping[int, Covariance]) -> Iterator[str]:
     for layer, each in covariances.items():
         if isinstance(each, SideBySide) and each.few:
             yield (
-                f"statistics: layer {layer}: {len(each.few)} of {len(each.matrix)} experts get fewer tokens of the "
-                "text than their keys have entries, and count in part as the layer's experts do in the mean; --text "
+                f"statistics: layer {layer}: {len(each.few)} of {len(each.matrix)} experts "
+                f"{agreeing(len(each.few), 'get')} fewer tokens of the text than keys have entries, and "
+                f"{agreeing(len(each.few), 'count')} in part as the layer's experts do in the mean; --text "
                 "FILE with more text is better"
             )
 
@@ -203,7 +205,8 @@ def _about_experts(covariances: Mapping[int, Covariance]) -> Iterator[str]:
 def _directions_left(patch: Patch) -> str:
     fullest = min(patch.manifest.updates, key=lambda update: update.shape[0] - update.rank)
     left, whole = max(0, fullest.shape[0] - fullest.rank), fullest.shape[0]
-    return f"{left} of {whole} output directions of {fullest.weight} are not used by any fact yet, one goes with each"
+    unused = f"{left} of {whole} output directions of {fullest.weight} {agreeing(left, 'are')} not used by any fact yet"
+    return f"{unused}, one goes with each"
 
 
 def _contexts(earlier: Patch, config: EditConfig) -> tuple[str, ...]:
@@ -297,7 +300,7 @@ class _RunResult:
             text=self.corpus.record,
             seconds={phase: round(spent, 3) for phase, spent in self.edited.seconds.items()},
             superseded=dict(incoming.superseded),
-            skipped=incoming.skipped,
+            skipped=tuple(incoming.skipped.values()),
             removed=tuple(fact for fact in onto.manifest.facts if fact.id in incoming.superseded) if onto else (),
             **_stamp(self.workspace),
         )

@@ -13,7 +13,7 @@ from functools import partial
 from statistics import fmean
 
 from patchkit.editing.state import EditRun, EditState, base_weight
-from patchkit.errors import InputError
+from patchkit.errors import InputError, given_twice
 from patchkit.evaluate import wording
 from patchkit.evaluate.answers import Ask, Said, answer, fits
 from patchkit.evaluate.divergence import as_said, divergences
@@ -60,11 +60,14 @@ class Bounds:
         """From "kl=0.1" and the like.
 
         Raises:
-            InputError: another name, or not a number above 0.
+            InputError: another name, one that is given twice, or not a number above 0.
         """
         found: dict[str, float] = {}
         for each in given:
             name, _, number = each.partition("=")
+            if name in found:
+                other = next(other for other in given if other.startswith(f"{name}="))
+                raise given_twice(f"--guard {each}", f"--guard {other}")
             try:
                 found[name] = float(number)
             except ValueError:

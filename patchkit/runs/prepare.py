@@ -92,7 +92,8 @@ def prepare(
 
 def _about_incoming(incoming: Incoming) -> Iterator[str]:
     if incoming.skipped:
-        yield f"already in the patch, skipped: {listed(incoming.skipped)}"
+        known = [new if new == old else f"{new} (there as {old})" for new, old in incoming.skipped.items()]
+        yield f"already in the patch, skipped: {listed(known)}"
     if incoming.superseded:
         yield f"superseded: {listed([f'{old} by {new}' for old, new in incoming.superseded.items()])}"
 

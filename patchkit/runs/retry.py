@@ -20,7 +20,7 @@ from patchkit.runs.execute import run, take_out
 from patchkit.runs.guard import Guard
 from patchkit.runs.prepare import Prepared
 from patchkit.runs.workspace import Workspace
-from patchkit.words import counted, listed
+from patchkit.words import agreeing, counted, listed
 
 MORE, LOWER = 2, 0.1
 """The second time a value gets so many times the steps, and goes on to so much less loss than it first stopped at."""
@@ -59,8 +59,9 @@ def retried(
     made = EditConfig.model_validate(patch.manifest.history[-1].recipe)  # with what was left to patchkit decided
     steps = MORE * value.pace(made.in_use(workspace.tokenizer)).steps
     value = value.model_copy(update={"steps": steps, "stop_loss": LOWER * value.stop_loss})
-    names = [fact.id for fact in lost]
-    say(f"{counted(len(lost), 'fact')} of {len(facts)} not held, edited again with {steps} steps: {listed(names)}")
+    names = listed([fact.in_short for fact in lost])
+    verb = agreeing(len(lost), "do")
+    say(f"{counted(len(lost), 'fact')} of {len(facts)} {verb} not hold, edited again with {steps} steps: {names}")
     second = _again(prepared, workspace, patch, lost, value, guard and guard.afresh())
     if second is None:
         say("the guard would have ended that; the first edit is kept")
@@ -69,7 +70,7 @@ def retried(
     if len(still) >= len(lost):
         say("no more facts hold than before; the first edit is kept")
         return Retried(patch)
-    return Retried(second, tuple(names))
+    return Retried(second, tuple(fact.id for fact in lost))
 
 
 def _lost(workspace: Workspace, patch: Patch, facts: Collection[Fact], quick: bool) -> list[Fact]:

@@ -10,6 +10,7 @@ from patchkit.evaluate.trial import Trial
 from patchkit.evaluate.verify import facts_held
 from patchkit.ranks import world
 from patchkit.runs.workspace import Workspace
+from patchkit.words import agreeing
 
 LINES, LEAST = 10, 20
 """A run says at most so often how it goes, and nothing where it writes fewer facts than that."""
@@ -37,7 +38,8 @@ class Tally:
             return
         self.said = count * LINES // self.asked
         held = world().from_first(lambda: self._held(run))
-        self.say(f"{count} of {self.asked} facts written; {held} of their prompts are completed with the target")
+        verb = agreeing(held, "are")
+        self.say(f"{count} of {self.asked} facts written; {held} of their prompts {verb} completed with the target")
 
     def _held(self, run: EditRun) -> int:
         facts = [written.fact for written in run.facts]
