@@ -305,6 +305,9 @@ def _last_state(model: PreTrainedModel, layer: nn.Module, module: nn.Module, pus
 
     def stop(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
         hidden = output if isinstance(output, Tensor) else output[0]  # (1, 4, hidden)
+        if hidden.shape != (1, 4, model.config.get_text_config().hidden_size):
+            advice = "layers that hand on several states of a token are not supported"
+            raise _refusal(model, f"one state of each token from {type(layer).__name__}", f"{[*hidden.shape]}", advice)
         raise _Reached(hidden[0, -1].clone())
 
     tokens = torch.arange(4, device=home_of(model.get_input_embeddings()))[None]  # (1, 4)
