@@ -269,7 +269,7 @@ def test_layers_that_hand_on_more_than_hidden_states_are_refused() -> None:
 SEVERAL_STATES = {
     **{"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8},
     **{"v_head_dim": 8, "n_routed_experts": 8, "moe_intermediate_size": 24, "num_experts_per_tok": 2},
-    **{"head_dim": 8, "index_topk": 8, "index_head_dim": 16, "index_n_heads": 2},
+    **{"head_dim": 8, "index_topk": 8, "index_head_dim": 16, "index_n_heads": 2, "pad_token_id": 2},
 }
 
 
