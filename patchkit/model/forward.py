@@ -21,7 +21,7 @@ from patchkit.model.arch import Architecture
 from patchkit.model.devices import at, home_of
 from patchkit.model.inputs import SiteInput, watching_site
 from patchkit.model.linears import Linears
-from patchkit.model.states import empty_cache, refuse_between
+from patchkit.model.states import empty_cache, lending, refuse_between
 from patchkit.model.threads import forward_in_this_thread, in_this_thread
 from patchkit.model.trial import arities, pass_through
 from patchkit.model.tuning import Room, room_on
@@ -85,6 +85,11 @@ class LayerRunner:
     def runs_on(self) -> bool:
         """Whether layers keep states that run along a text, into which padding after it would go."""
         return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.empty_cache().layers)
+
+    def resumable(self, layer: int) -> int:
+        """The highest layer up to `layer` from which the model can be run: some read keys and values of a lower one."""
+        lent = lending(self.arch.model)
+        return min(layer, lent.lender) if lent and layer < self.depth else layer
 
     def run(
         self,
