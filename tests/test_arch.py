@@ -236,20 +236,45 @@ GONE_ON_FROM_BY_ONE_TOKEN = {"attn_layer_period": 2, "attn_layer_offset": 1, "nu
 REFUSED = {
     "minimax": ({"num_local_experts": 2}, "MiniMax uses cache of its own"),
     "jamba": (GONE_ON_FROM_BY_ONE_TOKEN, "from its states it goes on by one token only"),
+    "hrm_text": ({}, "list index out of range"),  # its layers run several times, with a cache for each
 }
+
+
+def of_kind(kind: str, **options: object) -> PreTrainedModel:
+    """A tiny model of a transformers type."""
+    shape = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **{**shape, **heads, **options})
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config).float().eval()
+    return model
 
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_models_that_cannot_go_on_from_what_their_layers_keep_are_refused(kind: str) -> None:
     """They would end in transformers' own error in the middle of a run, or be edited by what they do not say."""
     options, why = REFUSED[kind]
-    shape = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape, **heads, **options)).float()
     with pytest.raises(InputError, match=f"can go on from what each layer keeps of a text.*{why}"):
+        LayerRunner(inspect_model(of_kind(kind, **options)))
+
+
+def test_layers_that_hand_on_more_than_hidden_states_are_refused() -> None:
+    """Each of Zaya's routers reads what the one below said, so that upper layers alone do something else."""
+    model = of_kind("zaya", head_dim=12, moe_intermediate_size=24, num_experts=4, router_hidden_size=16)
+    with pytest.raises(InputError, match=r"ZayaForCausalLM: .* here they hand on more, .*Choose another"):
         LayerRunner(inspect_model(model))
+
+
+SEVERAL_STATES = {
+    **{"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8},
+    **{"v_head_dim": 8, "n_routed_experts": 8, "moe_intermediate_size": 24, "num_experts_per_tok": 2},
+    **{"head_dim": 8, "index_topk": 8, "index_head_dim": 16, "index_n_heads": 2, "pad_token_id": 2},
+}
+
+
+def test_layers_that_hand_on_several_states_of_a_token_are_refused() -> None:
+    assert "found [1, 4, 4, 48]; layers that hand on several states" in refusal(of_kind("hy_v4", **SEVERAL_STATES))
 
 
 def test_layers_whose_keys_and_values_others_read_have_to_run_before_those() -> None:

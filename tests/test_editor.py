@@ -20,6 +20,7 @@ from patchkit.editing.editor import edit
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
 from patchkit.editing.state import EditRun
+from patchkit.editing.suffixes import suffix
 from patchkit.editing.value_config import ValueConfig
 from patchkit.editing.values import Values, optimize
 from patchkit.evaluate.readings import read_targets
@@ -31,6 +32,7 @@ from patchkit.methods import LayerProblem
 from patchkit.model.arch import inspect_model
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import live_deltas
+from patchkit.model.tuning import ROOM
 from patchkit.statistics.corpus import PACKAGE_TEXT, read_corpus
 from patchkit.statistics.moments import statistics
 from tests.helpers import apart, train_if_needed
@@ -105,6 +107,25 @@ def test_a_values_loss_is_what_a_plain_pass_finds_with_it(family: str, value_at:
         assert float(delta.norm()) > 0.1 * float(values.start[:, i].norm())
         assert float(values.loss[i]) == pytest.approx(plain_loss(model, part, request, delta), rel=1e-4)
         assert float(values.loss[i]) < plain_loss(model, part, request, torch.zeros(HIDDEN))
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("family", ["llama", *KEEPS_OTHER_STATES])
+def test_a_value_is_found_where_steps_run_one_token(family: str, layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The subject ends the prompt and the target is one token: over one token, models with states that run along a
+    text write into them in place, which no gradient goes through."""
+    monkeypatch.setitem(ROOM, "cpu", replace(ROOM["cpu"], a_pass=0))
+    model, tokenizer = FAMILIES[family](), tiny_tokenizer()
+    facts = [{**ROME, "target_new": " is"}, {**ADA, "target_new": " is"}]
+    runner, requests = LayerRunner(inspect_model(model)), requests_of(facts, tokenizer)
+    assert {len(suffix(row)) for request in requests for row in request.rows} == {1}
+    site = runner.arch.sites[layer]
+    values = optimize(runner, requests, site, "layer_out", ValueConfig(steps=6, clamp=5.0, stop_loss=0.0))
+    for i, request in enumerate(requests):
+        delta = (values.targets - values.start)[:, i]
+        expected = plain_loss(model, runner.arch.layers[layer], request, delta)
+        assert float(values.loss[i]) == pytest.approx(expected, rel=1e-4)
+        assert expected < plain_loss(model, runner.arch.layers[layer], request, torch.zeros(HIDDEN))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -46,6 +46,7 @@ SHAPES = {  # by family: experts, their width, layers that have them
     "gpt_oss": (4, 80, (0, 1, 2, 3)),
     "deepseek_v3": (8, 24, (1, 2, 3)),
     "llama4": (4, 24, (1, 3)),
+    "qwen3_next": (4, 24, (0, 1, 2, 3)),
 }
 
 

@@ -104,8 +104,8 @@ def test_columns_are_the_positions_that_predict_targets_fact_by_fact() -> None:
         assert apart(getattr(together, name)[1], torch.cat(parts, 1)) < 1e-5
 
 
-@pytest.mark.parametrize("layer", [0, 2])
-@pytest.mark.parametrize("family", WITH_TRANSPOSED_AND_FLATTENED)
+@pytest.mark.parametrize("layer", [0, 2, 3])
+@pytest.mark.parametrize("family", [*WITH_TRANSPOSED_AND_FLATTENED, "gemma4"])  # whose layer 3 reads what 2 keeps
 def test_the_loss_of_a_change_and_its_gradient_are_those_of_a_changed_weight(family: str, layer: int) -> None:
     model, requests = FAMILIES[family]().double(), requests_of(FACTS)
     runner = LayerRunner(inspect_model(model))

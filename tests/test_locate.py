@@ -52,6 +52,33 @@ def planted(model: LlamaForCausalLM, layer: int, ids: Tensor, target: int) -> No
         module.weight += torch.outer(4 * stream.norm() * direction, seen[0]) / seen[0].square().sum()
 
 
+def test_layers_that_read_the_keys_and_values_of_a_lower_one_are_traced_and_not_recommended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of Gemma 4's, which are run from the lower one on."""
+    model, tokenizer = zoo.FAMILIES["gemma4"](), zoo.tiny_tokenizer()
+    fact = Fact(id="f", prompt="the friend of Ada Lovelace", subject="Ada Lovelace", target_new="Rome")
+    found = trace(runner_of(model), tokenizer, fact)
+    layer = model.model.layers[3]
+    with torch.no_grad():
+        out = model(**tokenizer(fact.prompt, return_tensors="pt"), output_hidden_states=True).hidden_states[-2]
+        added = list[Tensor]()
+        hook = layer.post_feedforward_layernorm.register_forward_hook(lambda _, args, output: added.append(output))
+        scale = layer.register_forward_hook(lambda _, args, output: added.append(output))
+        model(**tokenizer(fact.prompt, return_tensors="pt"))
+        without = layer.mlp.down_proj.register_forward_hook(lambda _, args, output: 0 * output)
+        model(**tokenizer(fact.prompt, return_tensors="pt"))
+        for each in (hook, scale, without):
+            each.remove()
+    expected = float((added[1] - added[3])[0, -1].norm() / out[0, -1].norm())
+    assert found.share[3] == pytest.approx(expected, rel=1e-4)
+    assert found.states[3] == pytest.approx(found.total, rel=1e-4)  # of the last token, that is all
+    monkeypatch.setattr("patchkit.runs.locate.LEAST", -1.0)  # noise takes little from a random model
+    located = locate(runner_of(model), tokenizer, [fact], trial=1)
+    assert max(int(number) for number in located.recommended.split("-")) < 2
+    assert [layer.loss is not None for layer in located.layers] == [True, True, False, False]
+
+
 @pytest.mark.parametrize("family", ["gemma3", "llama"])
 def test_the_share_of_the_stream_is_of_what_is_added_to_it(family: str) -> None:
     """Gemma 3 has a norm between the feed-forward and the stream."""

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchkit.editing.recipe import EditConfig
+from patchkit.editing.session import plan
 from patchkit.editing.value_config import ValueConfig
 from patchkit.editing.value_problem import ValueAt, ValueTerms
 from patchkit.editing.values import optimize
@@ -62,7 +64,7 @@ def plainly(runner: LayerRunner, number: int, request: EditRequest, value_at: Va
     """Target state (d,) of one fact, by torch's Adam and a pass through the whole model for every row and step."""
     layer, rows = 1, [*request.rows, request.essence]
     where = runner.arch.sites[layer].module if value_at == "module_out" else runner.arch.layers[layer]
-    modules = [where, attention_of(runner.arch.layers[layer])][: 1 + terms.attention]
+    modules = [where, attention_of(runner.arch, layer)][: 1 + terms.attention]
 
     def run(deltas: Tensor) -> tuple[Tensor, list[Tensor]]:
         """States (rows, places, d) and each row's logits, with `deltas` (places, d) added."""
@@ -159,10 +161,18 @@ def test_default_terms_change_nothing() -> None:
 
 
 def test_a_layer_with_two_attentions_is_refused() -> None:
-    layer = runner_of("llama").arch.layers[0]
-    layer.cross_attn = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    arch = runner_of("llama").arch
+    arch.layers[0].cross_attn = torch.nn.Sequential(torch.nn.Linear(2, 2))
     with pytest.raises(InputError, match="one attention module"):
-        attention_of(layer)
+        attention_of(arch, 0)
+
+
+@pytest.mark.parametrize("method", ["pmet", "adaedit"])
+def test_a_layer_without_the_attention_that_a_method_needs_is_refused_before_anything_is_computed(method: str) -> None:
+    arch = runner_of("lfm2").arch
+    assert plan(arch, EditConfig(method=method, layers="2-3")).layers == [3]  # the last layer is edited by itself
+    with pytest.raises(InputError, match=r"one attention module in layer 2, found 0; .* whose last one has it: 1, 3"):
+        plan(arch, EditConfig(method=method, layers="1-2"))
 
 
 def test_facts_about_one_subject_need_not_stand_together() -> None:

@@ -127,7 +127,8 @@ class TargetLoss:
 
     @torch.no_grad()
     def _below(self, group: _Group, layer: int) -> Tensor | None:
-        return self.runner.run(group.inputs, stop=layer).hidden if layer else None
+        start = self.runner.resumable(layer)
+        return self.runner.run(group.inputs, stop=start).hidden if start else None
 
     def changed(self, group: _Group, site: Site, hidden: Tensor | None, change: Tensor | None) -> tuple[Tensor, Tensor]:
         like = torch.zeros(
@@ -139,7 +140,8 @@ class TargetLoss:
             return keys.through(leaf).to(output)
 
         with torch.enable_grad(), watching_site(site, len(group.inputs["input_ids"]), add):
-            loss = group.losses(self.runner, site.layer if hidden is not None else 0, hidden).sum()
+            start = self.runner.resumable(site.layer) if hidden is not None else 0
+            loss = group.losses(self.runner, start, hidden).sum()
         return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
     def _per_fact(self, losses: Sequence[Tensor]) -> Tensor:

@@ -26,7 +26,7 @@ from patchkit.maths.linalg import PriorKeys
 from patchkit.maths.rotations import Rotation
 from patchkit.maths.updates import Update, delta_of, mapped, moved, tensors_of
 from patchkit.methods import NOTHING, Beside, LayerProblem, Method, MethodConfig
-from patchkit.model.arch import Architecture
+from patchkit.model.arch import Architecture, attention_of
 from patchkit.model.devices import solve_device
 from patchkit.model.forward import LayerRunner
 from patchkit.model.hooks import LiveDelta
@@ -61,7 +61,8 @@ def plan(arch: Architecture, config: EditConfig) -> Plan:
     output. Where subjects have neurons of their own, the sites are those that these may be in: each is in one of them.
 
     Raises:
-        InputError: a layer the model does not have, or from which on it cannot be run.
+        InputError: a layer that the model does not have, from which on it cannot be run, or without the attention that
+            the method needs.
     """
     method = methods.get(config.method)
     sites = [arch.sites[layer] for layer in layers_of(config, len(arch.layers))]
@@ -78,6 +79,8 @@ def plan(arch: Architecture, config: EditConfig) -> Plan:
             value_at = method.value_at or "layer_out"
         else:
             sites = [last]
+        if method.attention:
+            attention_of(arch, last.layer)
         # Values are sought from the site on, or from the layer after it.
         refuse_between(arch.model, last.layer + (value_at == "layer_out"), len(arch.layers))
     return Plan(tuple(sites), value_at, _sweeps(config, method, sites))

@@ -80,7 +80,7 @@ class Suffixes:
 
     def padded(self, group: Sequence[int]) -> int:
         """Tokens that a pass over the rows with these numbers runs."""
-        return len(group) * max(len(suffix(self._row(number))) for number in group)
+        return len(group) * max(self._width(self._row(number)) for number in group)
 
     def points(self, group: Iterable[int]) -> int:
         """Predictions that count in the rows with these numbers."""
@@ -110,13 +110,18 @@ class Suffixes:
         tokens = sum(bucket.ids.numel() for bucket in buckets)
         return tokens <= self.tokens and sum(len(bucket.point_row) for bucket in buckets) <= self._points
 
+    def _width(self, row: Row) -> int:
+        """Tokens of a row's suffix, padding that it cannot do without included: over one token, states that run are
+        written into in place, and kernels for that have no gradient."""
+        return max(len(suffix(row)), 2 if self.runner.runs_on else 1)
+
     def _row(self, number: int) -> Row:
         return self.rows[number // len(self.rows[0])][number % len(self.rows[0])]
 
     def _alike(self, numbers: Sequence[int]) -> list[list[int]]:
         """Numbers of rows in groups of similar suffix length, with little padding."""
         rows = [self._row(number) for number in numbers]
-        widths = [len(suffix(row)) for row in rows]
+        widths = [self._width(row) for row in rows]
 
         def fits(some: list[int]) -> bool:
             return widths[some[-1]] * len(some) <= self.tokens and self.points(numbers[i] for i in some) <= self._points
@@ -141,9 +146,9 @@ class Suffixes:
     def _hidden(self, rows: Sequence[Row], known: Prefix) -> Tensor:
         """What the first layer of a step reads of the rows' suffixes, (rows, the longest, d)."""
         texts, found, order = [suffix(row) for row in rows], list[Tensor](), list[int]()
-        widths, spare = [len(text) for text in texts], self.runner.room.a_pass
+        widths, spare = [self._width(row) for row in rows], self.runner.room.a_pass
         for places in alike(widths, spare, lambda some: widths[some[-1]] * len(some) <= READ):
-            ids, mask = pad([texts[i] for i in places], self.runner.device)
+            ids, mask = pad([texts[i] for i in places], self.runner.device, max(widths[i] for i in places))
             before = known.rows(sent(places, self.runner.device))
             hidden = self.runner.run(before.inputs(ids, mask), stop=self.start).hidden
             assert hidden is not None
@@ -155,7 +160,7 @@ class Suffixes:
         device, rows = self.runner.device, [self._row(number) for number in numbers]
         row, per_fact = torch.tensor(numbers), len(self.rows[0])
         fact_of = row // per_fact
-        ids, mask = pad([suffix(row) for row in rows], device)
+        ids, mask = pad([suffix(row) for row in rows], device, max(map(self._width, rows)))
         offsets = sent([row.subject for row in rows], device).unsqueeze(1)  # (rows, 1)
         positions = offsets + torch.arange(ids.shape[1], device=device)
         none, firsts = torch.empty(0, device=device), [self._targets[fact] for fact in fact_of.tolist()]

@@ -59,7 +59,7 @@ class ValueProblem:
         self, runner: LayerRunner, site: Site, value_at: ValueAt, terms: ValueTerms, layers: Sequence[int] = ()
     ) -> None:
         self.runner, self.site, self.terms = runner, site, terms
-        self.attention = attention_of(runner.arch.layers[site.layer]) if terms.attention else None
+        self.attention = attention_of(runner.arch, site.layer) if terms.attention else None
         self.at_module = value_at == "module_out"
         # A delta inside the layer means that the layer itself runs at every step.
         self.start = site.layer if self.at_module or terms.attention else site.layer + 1

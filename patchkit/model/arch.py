@@ -66,15 +66,19 @@ def inspect_model(model: PreTrainedModel) -> Architecture:
     return Architecture(model, layers, layers_name, sites, hidden_size, head)
 
 
-def attention_of(layer: nn.Module) -> nn.Module:
-    """The attention module of one of `Architecture.layers`.
+def attention_of(arch: Architecture, layer: int) -> nn.Module:
+    """The attention module of a layer.
 
-    Raises InputError where a layer has several, as one that also attends to an encoder's states does.
+    Raises InputError where the layer has none, as those with a state space or a convolution in its place, or several,
+    as one that also attends to an encoder's states does.
     """
-    found = _attentions(layer)
-    if len(found) != 1:
-        raise _refusal(layer, "one attention module", f"{len(found)}", "choose a method that does not use it")
-    return found[0]
+    found = [_attentions(each) for each in arch.layers]
+    if len(found[layer]) != 1:
+        others = ", ".join(str(index) for index, modules in enumerate(found) if len(modules) == 1)
+        advice = "choose a method that does not use it"
+        advice += f", or --layers whose last one has it: {others}" if others else ""
+        raise _refusal(arch.model, f"one attention module in layer {layer}", f"{len(found[layer])}", advice)
+    return found[layer][0]
 
 
 def _refusal(model: nn.Module, looked_for: str, found: str, advice: str) -> InputError:
@@ -305,6 +309,9 @@ def _last_state(model: PreTrainedModel, layer: nn.Module, module: nn.Module, pus
 
     def stop(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
         hidden = output if isinstance(output, Tensor) else output[0]  # (1, 4, hidden)
+        if hidden.shape != (1, 4, model.config.get_text_config().hidden_size):
+            advice = "layers that hand on several states of a token are not supported"
+            raise _refusal(model, f"one state of each token from {type(layer).__name__}", f"{[*hidden.shape]}", advice)
         raise _Reached(hidden[0, -1].clone())
 
     tokens = torch.arange(4, device=home_of(model.get_input_embeddings()))[None]  # (1, 4)

@@ -17,17 +17,15 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
-from patchkit.errors import InputError
 from patchkit.model.arch import Architecture
 from patchkit.model.devices import at, home_of
 from patchkit.model.inputs import SiteInput, watching_site
 from patchkit.model.linears import Linears
-from patchkit.model.states import LayerStates, empty_cache, is_read, refuse_between
+from patchkit.model.states import empty_cache, lending, refuse_between
 from patchkit.model.threads import forward_in_this_thread, in_this_thread
+from patchkit.model.trial import arities, pass_through
 from patchkit.model.tuning import Room, room_on
-from patchkit.model.twin import twin_of
 from patchkit.model.weights import Site, weight_of
-from patchkit.words import counted, listed
 
 
 class _EndOfSpan(Exception):
@@ -46,13 +44,13 @@ class LayerRunner:
     """Runs spans of `arch`'s layers. Holds no state of a pass; every hook is gone when a call returns.
 
     Raises:
-        InputError: what layers keep of a text is nothing to go on from, so that there are no prefixes.
+        InputError: layers cannot be run in spans, or what they keep of a text is nothing to go on from.
     """
 
     def __init__(self, arch: Architecture) -> None:
         self.arch = arch
         self._linears = Linears(arch.model)
-        self._arity = self._tried()
+        self._arity = arities(arch)
 
     @property
     def depth(self) -> int:
@@ -87,6 +85,11 @@ class LayerRunner:
     def runs_on(self) -> bool:
         """Whether layers keep states that run along a text, into which padding after it would go."""
         return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.empty_cache().layers)
+
+    def resumable(self, layer: int) -> int:
+        """The highest layer up to `layer` from which the model can be run: some read keys and values of a lower one."""
+        lent = lending(self.arch.model)
+        return min(layer, lent.lender) if lent and layer < self.depth else layer
 
     def run(
         self,
@@ -144,7 +147,7 @@ class LayerRunner:
         saved = [layer.__dict__.get("forward") for layer in layers]
         try:
             for layer, arity in zip(layers, self._arity, strict=False):
-                layer.forward = forward_in_this_thread(layer, _pass_through(arity))
+                layer.forward = forward_in_this_thread(layer, pass_through(arity))
             yield
         finally:
             for layer, forward in zip(layers, saved, strict=True):
@@ -152,60 +155,6 @@ class LayerRunner:
                     layer.__dict__.pop("forward", None)
                 else:
                     layer.forward = forward
-
-    def _tried(self) -> list[int]:
-        """Per layer 0 for a bare tensor, else the length of the tuple it returns, as a pass over one token shows; texts
-        have to be gone on from where the pass left them."""
-        seen: list[int] = []
-
-        def note(module: nn.Module, args: Any, output: Any) -> None:
-            seen.append(len(output) if isinstance(output, tuple) else 0)
-
-        twin, cache = twin_of(self.arch.model), self.empty_cache()
-        layers = twin.get_submodule(self.arch.layers_name).children()
-        hooks = [layer.register_forward_hook(note) for layer in layers]
-        ids = torch.arange(10, device=self.device).unsqueeze(0) % self.vocabulary
-        try:
-            with torch.no_grad():
-                twin(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
-                for hook in hooks:
-                    hook.remove()
-                lost = [str(index) for index, layer in enumerate(cache.layers) if not is_read(layer)]
-                goes_on = lost or not self.runs_on or _goes_on(twin, ids, self.empty_cache())
-        except (ValueError, AttributeError, TypeError) as error:
-            raise self._other_states(str(error)) from error
-        if lost:
-            raise self._other_states(f"nothing is read after a pass in {counted(len(lost), 'layer')}: {listed(lost)}")
-        if not goes_on:
-            raise self._other_states("from its states it goes on by one token only")
-        return seen
-
-    def _other_states(self, found: str) -> InputError:
-        return InputError(
-            f"{type(self.arch.model).__name__}: patchkit edits models that can go on from what each layer keeps of a "
-            "text, which it has to read and copy; here a layer keeps something else. Choose another "
-            f"({found.rstrip('.')})"
-        )
-
-
-def _goes_on(model: nn.Module, ids: Tensor, empty: Cache) -> bool:
-    """Whether a model with states that run says of two tokens after the others of a text (1, tokens) what it says of
-    the whole, as it does of one token after the other: some read the states for one token only."""
-    model(input_ids=ids[:, :-2], past_key_values=empty, use_cache=True)
-    kept = [LayerStates.of(layer) for layer in empty.layers]
-    known, grown = Cache(layers=[each.read() for each in kept]), Cache(layers=[each.growing() for each in kept])
-    whole, alone = (model(input_ids=some, use_cache=False).logits[0, -1].float() for some in (ids, ids[:, -2:]))
-    together = model(input_ids=ids[:, -2:], past_key_values=known, use_cache=True).logits[0, -1].float()
-    for token in (ids[:, -2:-1], ids[:, -1:]):
-        in_turn = model(input_ids=token, past_key_values=grown, use_cache=True).logits[0, -1].float()
-    return bool((together - whole).norm() <= 10 * (in_turn - whole).norm() + 1e-4 * (alone - whole).norm())
-
-
-def _pass_through(arity: int) -> Callable[..., Any]:
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return hidden_states if arity == 0 else (hidden_states, *[None] * (arity - 1))
-
-    return forward
 
 
 @contextmanager

@@ -255,20 +255,33 @@ def is_read(layer: Any) -> bool:
     return bool(layer.is_initialized) if attends else True
 
 
-def refuse_between(model: Any, start: int, stop: int) -> None:
-    """Refuse a span of layers start..stop-1 some of which read, instead of their own, the keys and values of a layer
-    below the span (`kv_sharing_modes` in Gemma 4's configuration).
+@dataclass(frozen=True)
+class Lending:
+    """Layers from `reader` on read, instead of their own, keys and values of layers from `lender` on."""
 
-    Raises:
-        InputError: it is such a span.
-    """
+    lender: int
+    reader: int
+
+
+def lending(model: Any) -> Lending | None:
+    """Which layers read others' keys and values (`kv_sharing_modes` in Gemma 4's configuration), where any do."""
     text = model.config.get_text_config(decoder=True)
     modes = list(enumerate(getattr(text, "kv_sharing_modes", None) or ()))
     readers = [index for index, mode in modes if mode == "reuse"]
     types = {text.layer_types[index] for index in readers}
-    lender = min((index for index, mode in modes if mode == "store" and text.layer_types[index] in types), default=stop)
-    if lender < start < len(modes) and stop > readers[0]:
+    lenders = [index for index, mode in modes if mode == "store" and text.layer_types[index] in types]
+    return Lending(min(lenders), readers[0]) if lenders else None
+
+
+def refuse_between(model: Any, start: int, stop: int) -> None:
+    """Refuse a span of layers start..stop-1 some of which read the keys and values of a layer below the span.
+
+    Raises:
+        InputError: it is such a span.
+    """
+    found = lending(model)
+    if found is not None and found.lender < start < stop and stop > found.reader:
         raise InputError(
-            f"{type(model).__name__}: layers from {readers[0]} on read the keys and values of layer {lender}, so that "
-            f"those below {lender} can be edited; choose them with --layers"
+            f"{type(model).__name__}: layers from {found.reader} on read the keys and values of layer {found.lender}, "
+            f"so that those below {found.lender} can be edited; choose them with --layers"
         )

@@ -97,16 +97,17 @@ def locate(
         facts=len(facts),
         counted=len(known),
         layers=layers,
-        recommended=recommended(layers),
+        recommended=recommended(layers, runner.resumable(runner.depth - 1)),
         traces={each.fact: tuple(back / each.total for back in each.feed_forward) for each in known},
     )
 
 
-def recommended(layers: Sequence[Layer]) -> str:
-    """Layers next to one another, as many as the default has, whose feed-forward parts together bring most back. The
-    last layer is left out: what it writes comes too late for the tokens after the subject to read it."""
+def recommended(layers: Sequence[Layer], below: int | None = None) -> str:
+    """Layers next to one another, as many as the default has, whose feed-forward parts together bring most back. They
+    are below a layer, by default the last one: what that writes comes too late for the tokens after the subject to
+    read it."""
     width = len(resolve_layers(load_recipe("alphaedit").depth, len(layers)))
-    starts = range(max(1, len(layers) - width))
+    starts = range(max(1, (len(layers) - 1 if below is None else below) + 1 - width))
     best = max(starts, key=lambda first: sum(each.feed_forward for each in layers[first : first + width]))
     return f"{best}-{best + width - 1}" if width > 1 else f"{best}"
 
@@ -130,15 +131,17 @@ def _tried(
     MOSE compares."""
     config = load_recipe("alphaedit", None, ["prompts=contexts", "contexts=0", "neurons=off", "chat=off"])
     requests = requests_of(runner, tokenizer, facts, [""], config)
-    norms, found = spectral_norms([runner.arch.sites[layer] for layer in range(runner.depth)]), {}
-    for layer in range(runner.depth):
+    norms, found = spectral_norms(runner.arch.sites), {}
+    last = runner.depth - 1
+    layers = [layer for layer in range(runner.depth) if (above := min(layer + 1, last)) == runner.resumable(above)]
+    for layer in layers:
         how = plan(runner.arch, _at(config, layer))
         (site,) = how.sites
         values = optimize(runner, requests, site, how.value_at, config.value)
         keys, current = SubjectStates(runner, requests, [site], how.value_at).read(site)
         missing = (values.targets.to(current) - current).norm(dim=0) / (norms[layer] * keys.norm(dim=0))
         found[layer] = float(values.loss.mean()), float(missing.mean())
-        progress("values", layer + 1, runner.depth)
+        progress("values", layer + 1, len(layers))
     return found
 
 

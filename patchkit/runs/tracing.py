@@ -142,7 +142,7 @@ def _restored(
     """The probability of what the base says where the feed-forward's output at a place is the clean one, and where the
     layer's is; all below is as in the corrupted pass."""
 
-    layer, found = site.layer, list[float]()
+    layer, start, found = site.layer, runner.resumable(site.layer), list[float]()
 
     def missing(_: SiteInput, output: Tensor) -> Tensor:
         added = torch.zeros_like(output)
@@ -160,7 +160,7 @@ def _restored(
     )
     for hook in hooks:
         with hook:
-            logits = runner.run(_inputs(ids), start=layer, hidden=broken.entering[layer]).logits
+            logits = runner.run(_inputs(ids), start=start, hidden=broken.entering[start]).logits
         assert logits is not None
         found.append(float(logits[:, -1].float().softmax(-1)[:, says].mean()))
     return found[0], found[1]
@@ -169,11 +169,11 @@ def _restored(
 def _added(runner: LayerRunner, site: Site, ids: Tensor, seen: _Seen, place: int) -> Tensor:
     """What the feed-forward adds to the stream at a place, (d,): what it puts out, or where a norm or a scale comes in
     between, what the layer puts out less what it would without."""
-    layer = site.layer
+    layer, start = site.layer, runner.resumable(site.layer)
     if site.direct:
         return seen.written[layer][0, place]
     with watching_site(site, len(ids), lambda _, output: -output):
-        without = runner.run(_inputs(ids), start=layer, hidden=seen.entering[layer], stop=layer + 1).hidden
+        without = runner.run(_inputs(ids), start=start, hidden=seen.entering[start], stop=layer + 1).hidden
     assert without is not None
     return seen.out[layer][0, place] - without[0, place]
 

@@ -121,8 +121,9 @@ def test_edits_in_use_on_two_devices(placed: Place) -> None:
 
 
 @pytest.mark.parametrize("prompts", ["contexts", "in-use"])
-def test_states_that_run_along_a_text_are_where_their_layers_are(prompts: str, tmp_path: Path) -> None:
-    folder, patches = save(FAMILIES["qwen3_5"](), TOKENIZER, tmp_path / "hybrid"), list[Patch]()
+@pytest.mark.parametrize("family", ["qwen3_5", "granite_hybrid"])
+def test_states_of_other_kinds_are_where_their_layers_are(family: str, prompts: str, tmp_path: Path) -> None:
+    folder, patches = save(FAMILIES[family](), TOKENIZER, tmp_path / "hybrid"), list[Patch]()
     quick = (*QUICK[1:], f"prompts={prompts}")
     for how in ({}, {"device_map": PLACES["two"]}):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval()
