@@ -21,7 +21,8 @@ from patchkit.words import counted, listed
 
 
 def arities(arch: Architecture) -> list[int]:
-    """Per layer 0 for a bare tensor, else the length of the tuple it returns.
+    """Per layer 0 for a bare tensor, else the length of the tuple it returns. Of a model that says no numbers nothing
+    can be told, and nothing is refused.
 
     Raises:
         InputError: layers take more from each other than hidden states, or what they keep of a text is nothing to go
@@ -87,7 +88,8 @@ def _goes_on(model: PreTrainedModel, ids: Tensor, depth: int) -> bool:
     together = _said(model, ids[:, -2:], past_key_values=known, use_cache=True)
     for token in (ids[:, -2:-1], ids[:, -1:]):
         in_turn = _said(model, token, past_key_values=grown, use_cache=True)
-    return bool((together - whole).norm() <= 10 * (in_turn - whole).norm() + 1e-4 * (alone - whole).norm())
+    allowed = 10 * (in_turn - whole).norm() + 1e-4 * (alone - whole).norm()
+    return bool((together - whole).norm() <= allowed) or not whole.isfinite().all()
 
 
 def _runs_in_spans(model: PreTrainedModel, layers: list[nn.Module], arity: list[int], ids: Tensor) -> bool:
@@ -112,7 +114,8 @@ def _runs_in_spans(model: PreTrainedModel, layers: list[nn.Module], arity: list[
     for layer, returned in zip(layers[:start], arity, strict=False):
         layer.forward = pass_through(returned)
     eps = torch.finfo(entering[0].dtype).eps
-    return bool((_said(model, ids, use_cache=False) - whole).norm() <= max(8 * eps, 1e-4) * whole.norm())
+    off = (_said(model, ids, use_cache=False) - whole).norm()
+    return bool(off <= max(8 * eps, 1e-4) * whole.norm()) or not whole.isfinite().all()
 
 
 def _said(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
