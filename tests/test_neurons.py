@@ -272,7 +272,7 @@ def test_subjects_are_shared_out_so_that_together_they_take_the_neurons_that_mat
     own = OwnNeurons({3: Costs([0.1, 0.4]), 5: Costs([0.2, 0.3, 0.9])}, EditState())  # type: ignore[dict-item]
     requests: list[Any] = [SimpleNamespace(fact=SimpleNamespace(subject=name)) for name in ("A", "B", "A", "C")]
     assert own.shared_out(requests) == {3: [0, 2], 5: [1, 3]}  # 0.1, 0.2 and 0.3; facts about one subject together
-    with pytest.raises(InputError, match="5 neurons of layers 3 to 5 may still be rewritten, and 6 subjects want one"):
+    with pytest.raises(InputError, match="5 neurons of layers 3 to 5 may still be rewritten for 6 subjects"):
         own.shared_out([SimpleNamespace(fact=SimpleNamespace(subject=name)) for name in "ABCDEF"])  # type: ignore[misc]
 
 
