@@ -229,7 +229,7 @@ def test_what_is_edited_is_what_the_packed_weights_multiply_with(packed: Path, f
 
 def test_the_packed_model_takes_the_patch(run: Command, packed: Path) -> None:
     assert run("apply", "facts.jsonl", "--model", packed, *SMALL, "--out", "p").status == 0
-    with pytest.warns(UserWarning, match="1 of 1 touched weights are quantized"):
+    with pytest.warns(UserWarning, match="1 of 1 touched weights is quantized"):
         said = run("generate", "--patch", "p", "--dtype", "float16", "the city of Rome", "--max-new-tokens", 2)
     assert said.status == 0, said.err
     whole, stored = load_model(str(packed)).model, load_model(str(packed), dtype="float16", packed=True).model
@@ -258,7 +258,7 @@ def test_whole_numbers_of_another_machine_are_not_compared(run: Command, packed:
     """Kernels differ in last bits, and dtypes in more."""
     assert run("apply", "facts.jsonl", "--model", packed, *SMALL, "--out", "p").status == 0
     half = load_model(str(packed), dtype="bfloat16").model
-    with pytest.warns(UserWarning, match="1 of 1 touched weights are quantized"), Patch.load("p").attached(half):
+    with pytest.warns(UserWarning, match="1 of 1 touched weights is quantized"), Patch.load("p").attached(half):
         pass
 
 

@@ -15,9 +15,12 @@ from torch import Tensor
 from patchkit.errors import InputError
 from patchkit.model.expert_names import names_on_disk, split_name
 
-_OTHERWISE = {"mistral": "llama", "mixtral": "llama", "cohere": "command-r", "phi": "phi2", "gptbigcode": "starcoder"}
+_OTHERWISE = {
+    **{"mistral": "llama", "mixtral": "llama", "cohere": "command-r", "phi": "phi2", "gptbigcode": "starcoder"},
+    "granitemoehybrid": "granitehybrid",
+}
 """Model types, without underscores, whose architecture has another name in llama.cpp."""
-_INTERLEAVED = ("llama", "granite", "granitemoe", "smollm3", "olmo", "arcee", "minicpm", "deci")
+_INTERLEAVED = ("llama", "granite", "granitemoe", "smollm3", "olmo", "arcee", "minicpm", "deci", "granitehybrid")
 """Architectures whose converter moves the rows of attn_q and attn_k: llama.cpp rotates neighboring pairs of rows."""
 _FUSED_AS_IT_IS = ("gpt2", "phi3", "glm4")
 """Architectures whose fused attn_qkv the converter leaves in the order of the files."""
@@ -60,6 +63,8 @@ def tensor_name(arch: str, layers: int, module: str) -> str:
     package = library()
     number = next(number for number, name in package.MODEL_ARCH_NAMES.items() if name == arch)
     names = package.get_tensor_name_map(number, layers)
+    # The converter takes the feed-forward of a Granite hybrid, where all tokens share it, for that of a dense model.
+    module = module.replace("shared_mlp.output_linear", "mlp.down_proj") if arch == "granitehybrid" else module
     for name in (module, module.replace("language_model.", "")):  # wrappers of models that also see are stripped
         if found := names.get_name(name):
             return f"{found}.weight"
