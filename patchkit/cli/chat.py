@@ -60,10 +60,12 @@ def command(
     `patchkit merge` has written.
     """
     from patchkit.patch.patch import Patch
+    from patchkit.patch.together import refuse_shared_neurons
     from patchkit.serve.session import Session
     from patchkit.serve.talker import Length, Talker
 
     read = [Patch.load(patch) for patch in patches]
+    refuse_shared_neurons({f"{place}": patch.manifest for place, patch in enumerate(read, 1)})
     chosen = model.choice(read[0].manifest.base if read else None)
     loaded = chosen.load(packed=True)
     talker = Talker(loaded.model, loaded.tokenizer)

@@ -107,8 +107,11 @@ def stacked(model: Any, patches: Sequence[Patch]) -> Iterator[None]:
     """Inside the block the model has `patches` on top of one another; afterward it is as it was.
 
     Raises:
-        InputError: a patch is for another base.
+        InputError: a patch is for another base, or two have rewritten the same neuron.
     """
+    from patchkit.patch.together import refuse_shared_neurons
+
+    refuse_shared_neurons({f"{place}": patch.manifest for place, patch in enumerate(patches, 1)})
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch.attached(model))

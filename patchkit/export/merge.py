@@ -31,6 +31,7 @@ from patchkit.io.checkpoint import (
 from patchkit.io.files import refuse_unwritable
 from patchkit.patch.bases import public_name
 from patchkit.patch.patch import Patch
+from patchkit.patch.together import refuse_shared_neurons
 from patchkit.version import patchkit_version
 
 Say = Callable[[str], None]
@@ -61,9 +62,11 @@ def merge(
         link: hard-link weight files no patch touches, where they lie in the folder itself, instead of copying them.
 
     Raises:
-        InputError: a base that is not the patches', not there or not in safetensors; an `out` that is in use.
+        InputError: a base that is not the patches', not there or not in safetensors; an `out` that is in use; two
+            patches that have rewritten the same neuron.
         PatchkitError: `out` cannot be written.
     """
+    refuse_shared_neurons({f"{place}": patch.manifest for place, patch in enumerate(patches, 1)})
     source, target = find_base(str(base), _commit(patches, str(base)), out), Path(out)
     checkpoint = stored_tensors(source)
     edits = collect_edits(patches, checkpoint, source)

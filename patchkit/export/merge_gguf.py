@@ -27,6 +27,7 @@ from patchkit.model.reference import is_gguf
 from patchkit.patch.bases import base_to_load, public_name
 from patchkit.patch.manifest import Manifest
 from patchkit.patch.patch import Patch
+from patchkit.patch.together import refuse_shared_neurons
 from patchkit.version import patchkit_version
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
@@ -67,8 +68,10 @@ def merge_gguf(
     It is known for the patches' base by architecture, names and shapes only: GGUF keeps few models' exact numbers.
 
     Raises:
-        InputError: another model's file, a type that cannot be written, or an `out` that exists.
+        InputError: another model's file, a type that cannot be written, an `out` that exists, or two patches that have
+            rewritten the same neuron.
     """
+    refuse_shared_neurons({f"{place}": patch.manifest for place, patch in enumerate(patches, 1)})
     source, target = Path(file), Path(out)
     if target.exists():
         raise InputError(f"{target}: exists; choose another name for the merged file")

@@ -33,6 +33,7 @@ from patchkit.patch.patched import (
     check_base,
     made_for,
 )
+from patchkit.patch.together import refuse_shared_neurons
 
 _ATTRIBUTE = "patchkit"
 
@@ -61,7 +62,8 @@ def load(
         The model's patches, also found as `model.patchkit` while there are any.
 
     Raises:
-        InputError: no such patch, a patch for another base, a name that is taken, or weights that cannot be merged.
+        InputError: no such patch, a patch for another base, a name that is taken, weights that cannot be merged, or an
+            active patch that has rewritten the same neuron.
 
     Examples:
         With `model` and `patch` as in the example of `patchkit.apply`:
@@ -233,7 +235,7 @@ class PatchStack:
         """Activate just these patches, in this order; the others stay attached but inactive.
 
         Raises:
-            InputError: there is no such patch on the model, or one is named twice.
+            InputError: there is no such patch on the model, one is named twice, or two have rewritten the same neuron.
         """
         chosen = (names,) if isinstance(names, str) else tuple(names)
         with self._lock:
@@ -314,9 +316,10 @@ class PatchStack:
         """Let the patches act as `state` says, or leave all as it was. `more` are modules not touched before.
 
         Raises:
-            InputError: weights are to be written that cannot be.
+            InputError: weights are to be written that cannot be, or active patches have rewritten the same neuron.
         """
         touched, before = {**self._touched, **more}, self._state
+        refuse_shared_neurons({name: state.attached[name].manifest for name in state.active})
         for place in touched.values() if state.merged else ():
             place.check_writable()
         totals = {name: place.total(state.updates(name)) for name, place in touched.items()}

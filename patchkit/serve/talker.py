@@ -17,6 +17,7 @@ from patchkit.facts.limits import Limits
 from patchkit.model.devices import home_of
 from patchkit.patch.patch import Patch
 from patchkit.patch.stack import PatchStack
+from patchkit.patch.together import refuse_shared_neurons
 
 USUAL_TOKENS = 256
 """What an answer may have where nobody says."""
@@ -106,6 +107,8 @@ class Talker:
         tokens = length.tokens or room
         if fault := limits.fault(ids, tokens):
             raise InputError(fault)
+        known = PatchStack.of(self._model).manifests
+        refuse_shared_neurons({name: known[name] for name in patches})
         return Reply(self, ids, tuple(patches), length, tokens)
 
     def generate(self, reply: Reply, streamer: TextIteratorStreamer) -> int:
