@@ -25,6 +25,7 @@ from tests.benchmarks import (
     text_statistics,
     value_engine,
     value_steps,
+    warm_starts,
 )
 from tests.test_oracle import FACTS
 from tests.test_serve import TEMPLATE
@@ -173,6 +174,26 @@ def test_value_steps(
     heading, *found = rows(capsys)
     assert [float(row[heading.index("steps")]) for row in found] == [2, 3]
     assert seen == [prompts == "in-use"] * 2
+
+
+def test_warm_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Values that begin elsewhere end elsewhere, and further the more of the others' change they begin with."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    model, facts = save(FAMILIES["llama"](), tokenizer, tmp_path / "model"), tmp_path / "facts.jsonl"
+    people = ("Ada Lovelace", "Alan Turing", "Marie Curie", "Rome")
+    asked = ({"prompt": f"{name} was born in", "subject": name, "target_new": "Paris"} for name in people)
+    facts.write_text("".join(json.dumps(fact) + "\n" for fact in asked))
+    settings = [*value_steps.BASES["contexts"], "layers=1-2", "value.steps=1"]
+    monkeypatch.setitem(value_steps.BASES, "contexts", settings)
+    given = ["--model", str(model), "--facts", str(facts), "--count", "2", "--relations", "1", "--prompts", "contexts"]
+    monkeypatch.setattr("sys.argv", ["benchmark", *given])
+    warm_starts.main()
+    heading, *found = rows(capsys)
+    assert [row[0] for row in found] == [name for name, *_ in warm_starts.ROWS]
+    lengths = {row[0]: float(row[heading.index("length")]) for row in found}
+    assert lengths["cold"] < lengths["0.5 of relation"] < lengths["1 of relation"]
+    assert lengths["1 of all"] == lengths["1 of relation"]  # there is but one
 
 
 def test_in_use_names_the_layers_that_tracing_found() -> None:

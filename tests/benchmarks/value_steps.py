@@ -13,6 +13,7 @@ the first row, in the same run.
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,15 +73,20 @@ def main() -> None:
     known.add_argument("--prompts", choices=BASES, default="in-use", help="how the facts are edited")
     known.add_argument("--row", dest="rows", action="append", metavar="KEY=VALUE,...")
     options = known.parse_args()
+    model = loaded(options)
+    facts = patchkit.read_facts(options.facts, skip_bad=True).facts[options.skip : options.skip + options.count]
+    with frozen(model.runner.arch.model):
+        measure(model, facts, options.rows or ROWS, BASES[options.prompts])
+
+
+def loaded(options: argparse.Namespace) -> Model:
+    """The model that is asked for, on so many threads."""
     torch.set_num_threads(options.threads)
-    loaded = load_model(options.model, options.device)
-    chat = chat_template(loaded.tokenizer)
+    found = load_model(options.model, options.device)
+    chat = chat_template(found.tokenizer)
     if chat is None:
         raise SystemExit(f"{options.model}: no chat template, so that nothing is edited in use by itself")
-    model = Model(LayerRunner(inspect_model(loaded.model)), loaded.tokenizer, chat)
-    facts = patchkit.read_facts(options.facts, skip_bad=True).facts[options.skip : options.skip + options.count]
-    with frozen(loaded.model):
-        measure(model, facts, options.rows or ROWS, BASES[options.prompts])
+    return Model(LayerRunner(inspect_model(found.model)), found.tokenizer, chat)
 
 
 def measure(model: Model, facts: Sequence[Fact], rows: Sequence[str], base: Sequence[str]) -> None:

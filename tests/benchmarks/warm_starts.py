@@ -24,15 +24,11 @@ from patchkit.editing.editor import frozen, requests_of
 from patchkit.editing.recipe import load_recipe
 from patchkit.editing.session import plan
 from patchkit.editing.values import Values, _Optimizer, optimize
-from patchkit.facts.chat import chat_template
 from patchkit.facts.schema import Fact
-from patchkit.model.arch import inspect_model
-from patchkit.model.forward import LayerRunner
-from patchkit.model.loading import load_model
 from patchkit.runs.settle import with_steps
 
 from .common import parser
-from .value_steps import BASES, HEADINGS, Model, acting, held_out
+from .value_steps import BASES, HEADINGS, Model, acting, held_out, loaded
 
 ROWS = (("cold", "", 0.0), *((f"{share:g} of {of}", of, share) for of in ("all", "relation") for share in (0.5, 1.0)))
 
@@ -43,14 +39,9 @@ def main() -> None:
     known.add_argument("--relations", type=int, default=3, help="how many")
     known.add_argument("--prompts", choices=BASES, default="in-use", help="how the facts are edited")
     options = known.parse_args()
-    torch.set_num_threads(options.threads)
-    loaded = load_model(options.model, options.device)
-    chat = chat_template(loaded.tokenizer)
-    if chat is None:
-        raise SystemExit(f"{options.model}: no chat template, in which values are measured")
-    model = Model(LayerRunner(inspect_model(loaded.model)), loaded.tokenizer, chat)
+    model = loaded(options)
     facts = patchkit.read_facts(options.facts, skip_bad=True).facts
-    with frozen(loaded.model):
+    with frozen(model.runner.arch.model):
         measure(model, of_relations(facts, options.relations, 2 * options.count), BASES[options.prompts])
 
 
