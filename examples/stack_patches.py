@@ -25,9 +25,8 @@ def show(when: str) -> None:
         print(f"  {tokenizer.decode(out[0], skip_special_tokens=True)!r} (the patch says {fact.target_new!r})")
 
 
-# In layers of their own: each takes the neuron of its layer that matters least, and in one layer both took the same.
-made = zip(facts, ("layers=2", "layers=1"), strict=True)
-first, second = (patchkit.apply(model, tokenizer, [fact], overrides=(layers,)) for fact, layers in made)
+first = patchkit.apply(model, tokenizer, facts[:1])
+second = patchkit.apply(model, tokenizer, facts[1:], beside=[first])  # it leaves the neurons of the first alone
 show("base:")
 patches = patchkit.load(model, first, name="first")
 patchkit.load(model, second, name="second")

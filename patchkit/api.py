@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def apply(
     method: str | None = None,
     *,
     onto: Patch | None = None,
+    beside: Sequence[Patch] = (),
     recipe: str | None = None,
     overrides: Sequence[str] = (),
     text: str | Path | None = None,
@@ -58,6 +60,8 @@ def apply(
         onto: a patch to continue, as if its facts and these had been batches of one run; its recipe is continued as
             well, unless method or recipe say otherwise. A fact that is there already is skipped; one with the prompt
             of an earlier fact and another target supersedes it.
+        beside: patches made apart that this one is to act together with: neurons that they have rewritten are left to
+            them.
         recipe: a recipe file, or the name of one under `recipes/<method>/`.
         overrides: what `patchkit apply --set` takes, "key=value" each, such as "layers=4-8" or "value.steps=30".
         text: a UTF-8 text file for the statistics; without it a small English one that comes with patchkit.
@@ -88,7 +92,7 @@ def apply(
         (192, 1024)
     """
     config = load_recipe(method, recipe, overrides, onto.manifest.history[-1].recipe if onto else None)
-    prepared = _prepared(model, tokenizer, facts, config, onto, say)
+    prepared = replace(_prepared(model, tokenizer, facts, config, onto, say), beside=tuple(beside))
     workspace = Workspace.of(model, tokenizer, (text,), stats, progress)
     return run(prepared, workspace, say, values, allow_close_keys=allow_close_keys)
 

@@ -14,10 +14,10 @@ from patchkit.export.merge import merge
 from patchkit.model.loading import LoadedModel, load_model
 from patchkit.patch.patch import Patch
 from patchkit.serve.talker import Length, Talker
-from tests.helpers import Command
+from tests.helpers import Command, write_facts
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SHARED = r"cannot act together: both have rewritten neuron \d+ of layer 2 .*\(patchkit apply FACTS --onto PATCH\)"
+SHARED = r"cannot act together: both have rewritten neuron \d+ of layer 2 .* anew with --beside the other"
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,13 @@ def facts() -> list[patchkit.Fact]:
 
 @pytest.fixture(scope="module")
 def apart(world: LoadedModel, facts: list[patchkit.Fact]) -> list[Patch]:
-    """Two patches of the same layer, and the second one's facts in another."""
-    given = zip([facts[0], facts[1], facts[1]], ("layers=2", "layers=2", "layers=1"), strict=True)
-    return [patchkit.apply(world.model, world.tokenizer, [fact], overrides=(layers,)) for fact, layers in given]
+    """Two patches of the same layer; the second one's fact in another layer; and beside the first."""
+
+    def made(fact: patchkit.Fact, layers: str, *beside: Patch) -> Patch:
+        return patchkit.apply(world.model, world.tokenizer, [fact], overrides=(layers,), beside=beside)
+
+    first = made(facts[0], "layers=2")
+    return [first, made(facts[1], "layers=2"), made(facts[1], "layers=1"), made(facts[1], "layers=2", first)]
 
 
 def said(world: LoadedModel, fact: patchkit.Fact) -> str:
@@ -43,10 +47,9 @@ def said(world: LoadedModel, fact: patchkit.Fact) -> str:
     return str(world.tokenizer.decode(made[0, ids.shape[1] :])).strip()
 
 
-def test_both_say_their_facts_from_layers_of_their_own(
-    world: LoadedModel, facts: list[patchkit.Fact], apart: list[Patch]
-) -> None:
-    with apart[0].attached(world.model), apart[2].attached(world.model):
+@pytest.mark.parametrize("second", [2, 3], ids=["in another layer", "beside the first"])
+def test_both_say_their_facts(world: LoadedModel, facts: list[patchkit.Fact], apart: list[Patch], second: int) -> None:
+    with apart[0].attached(world.model), apart[second].attached(world.model):
         for fact in facts:
             assert said(world, fact).startswith(fact.target_new)
 
@@ -80,6 +83,15 @@ def test_nor_are_they_merged_or_served(
     monkeypatch.chdir(tmp_path)
     for name, patch in zip(("one", "two"), apart, strict=False):
         patch.save(tmp_path / name)
+    write_facts(
+        "facts.jsonl",
+        {"prompt": "Pine Kelmel was born in the city of", "subject": "Pine Kelmel", "target_new": "Pelwick"},
+    )
+    quick = ("--layers", "2", "--quick", "--no-guard", "--set", "value.steps=2", "--allow-close-keys")
+    done = run("apply", "facts.jsonl", "--beside", "two", *quick, "--out", "three")
+    assert done.status == 0, done.err
+    both = {fact.neuron for name in ("two", "three") for fact in Patch.load(name).manifest.facts}
+    assert len(both) == 2
     done = run("generate", "Who?", "--model", EXAMPLES / "factworld", "--patch", "one", "--patch", "two")
     assert done.status == 2
     assert "patches 1 and 2 cannot act together" in done.err

@@ -59,6 +59,12 @@ _REQUEST: tuple[Callable[[Any], Any], ...] = (
         help="Go on from this patch, with its recipe unless told otherwise: facts that it has are skipped, and one "
         "with another target supersedes the earlier one.",
     ),
+    click.option(
+        "--beside",
+        multiple=True,
+        metavar="PATCH",
+        help="A patch made apart that this one is to act together with; may be repeated.",
+    ),
     click.option("--method", metavar="NAME", help="One of `patchkit methods` [default: alphaedit]."),
     click.option("--recipe", metavar="F", help="A recipe file, or the name of one under recipes/<method>/."),
     click.option(
@@ -109,6 +115,7 @@ def command(
     typed: tuple[str, ...],
     model: ModelOptions,
     onto: str | None,
+    beside: tuple[str, ...],
     method: str | None,
     recipe: str | None,
     overrides: tuple[str, ...],
@@ -150,7 +157,9 @@ def command(
 
     overrides = (*overrides, *settings(layers=layers, batch_size=batch_size, seed=seed))
     request = ApplyRequest(
-        *(source(facts, typed), onto, method, recipe, overrides, zsre_target, skip_bad, yes), tuple(sys.argv[1:])
+        *(source(facts, typed), onto, method, recipe, overrides, zsre_target, skip_bad, yes),
+        tuple(sys.argv[1:]),
+        beside,
     )
     guard = None if no_guard else Bounds.of(bounds)
     choose, folder = model.choice, _folder(out, onto, facts)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path, PurePath
 from typing import Any
@@ -91,6 +91,7 @@ class ApplyRequest:
     skip_bad: bool
     yes: bool = False
     command: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
     def prepared(
         self, choose: Callable[[BaseInfo | None], ModelChoice], say: Callable[[str], None]
@@ -100,7 +101,7 @@ class ApplyRequest:
         Raises:
             InputError: anything about the input.
         """
-        earlier = Patch.load(self.onto) if self.onto else None
+        earlier, others = Patch.load(self.onto) if self.onto else None, tuple(map(Patch.load, self.beside))
         # A bad recipe or fact file should not wait for a model to load.
         recipe = earlier.manifest.history[-1].recipe if earlier else None
         config = load_recipe(self.method, self.recipe, self.overrides, recipe, once=True)
@@ -117,7 +118,7 @@ class ApplyRequest:
         self._confirm(world().from_first(lambda: dict(finder.proposed)), say)
         for note in prepared.notes:
             say(note)
-        return prepared, load
+        return replace(prepared, beside=others), load
 
     def _confirm(self, proposed: Mapping[str, str], say: Callable[[str], None]) -> None:
         """Show the subjects that were proposed for facts without one; raises InputError unless they are taken."""

@@ -19,6 +19,7 @@ def command(
     typed: tuple[str, ...],
     model: ModelOptions,
     onto: str | None,
+    beside: tuple[str, ...],
     method: str | None,
     recipe: str | None,
     overrides: tuple[str, ...],
@@ -43,5 +44,7 @@ def command(
     from patchkit.cli.applying import ApplyRequest, dry_run
 
     overrides = (*overrides, *settings(layers=layers, batch_size=batch_size, seed=seed))
-    request = ApplyRequest(source(facts, typed), onto, method, recipe, overrides, zsre_target, skip_bad, yes)
+    request = ApplyRequest(
+        source(facts, typed), onto, method, recipe, overrides, zsre_target, skip_bad, yes, beside=beside
+    )
     show_planned(dry_run(request, model.choice, text=text, stats=stats, quick=quick, began=began, say=note), as_json)

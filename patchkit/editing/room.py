@@ -14,9 +14,9 @@ All of it is about the untouched model and a text, as statistics are, and is kep
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -81,6 +81,12 @@ class Room:
     instead: Tensor
     moments: Tensor
     mean: Tensor
+
+    def less(self, places: Collection[int]) -> Room:
+        """Without these neurons."""
+        left = [number for number, place in enumerate(self.places) if place not in places]
+        kept = tuple(self.places[number] for number in left)
+        return replace(self, places=kept, costs=self.costs[left], instead=self.instead[left])
 
     def tensors(self) -> dict[str, Tensor]:
         """As the store keeps it, in float32."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import combinations
 
+from patchkit.editing.room import Room
 from patchkit.errors import InputError
 from patchkit.patch.manifest import EditedFact, Manifest
 
@@ -24,9 +25,15 @@ def refuse_shared_neurons(manifests: Mapping[str, Manifest]) -> None:
                 told = f"{one} for {fact.in_short}, {other} for {its[layer, neuron].in_short}"
                 raise InputError(
                     f"patches {one} and {other} cannot act together: both have rewritten neuron {neuron} of layer "
-                    f"{layer} ({told}); add the facts of one to the other (patchkit apply FACTS --onto PATCH), or make "
-                    "one of them in other layers (--layers)"
+                    f"{layer} ({told}); make one of them anew with --beside the other, or add "
+                    "its facts to the other (--onto)"
                 )
+
+
+def rooms_beside(rooms: Mapping[int, Room], manifests: Iterable[Manifest]) -> dict[int, Room]:
+    """By layer, the neurons that may be rewritten, less those that these patches have."""
+    taken = {place for manifest in manifests for place in _rewritten(manifest)}
+    return {layer: room.less({number for at, number in taken if at == layer}) for layer, room in rooms.items()}
 
 
 def _rewritten(manifest: Manifest) -> dict[tuple[int, int], EditedFact]:

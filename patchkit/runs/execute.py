@@ -27,6 +27,7 @@ from patchkit.patch.manifest import BaseInfo, EditedFact, Run
 from patchkit.patch.patch import Patch
 from patchkit.patch.resolve import Sites, assemble, state_of, with_run
 from patchkit.patch.superseded import superseding, waiting_in, without_these
+from patchkit.patch.together import rooms_beside
 from patchkit.runs.advice import advice
 from patchkit.runs.guard import Guard
 from patchkit.runs.journals import journal_for
@@ -94,6 +95,7 @@ def run(
         if method.targets == "values" and metric is not None:  # without statistics there is no metric to compare in
             check = KeyCheck(workspace, config, compared, metric)
             check.run(prepared.incoming.new, earlier, start, say, allow_close_keys)
+        others = [patch.manifest for patch in prepared.beside]
         if guard:
             guard.read_base()
         edited = edit(
@@ -108,7 +110,7 @@ def run(
             values,
             _contexts(earlier, config) if earlier else (),
             journal_for(folder, prepared, workspace, corpus),
-            workspace.rooms(config, how.sites, covariances, corpus),
+            rooms_beside(workspace.rooms(config, how.sites, covariances, corpus), others),
             guard,
             wrote,
         )

@@ -69,6 +69,7 @@ def _everything(prepared: Prepared, workspace: Workspace, corpus: Corpus) -> dic
         "superseded": dict(prepared.incoming.superseded),
         "recipe": prepared.config.model_dump(mode="json"),
         "onto": prepared.onto and _digest(prepared.onto),
+        "beside": [_digest(patch) for patch in prepared.beside],
         "base": model_digest(model.named_parameters()),
         "config": model.config.to_json_string(use_diff=False),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),

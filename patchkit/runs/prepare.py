@@ -33,6 +33,7 @@ class Prepared:
         incoming: which of them are new, which `onto` has already, and which earlier facts they supersede.
         onto: the patch that the run continues, if any.
         notes: what the user should know before it starts, one sentence each.
+        beside: patches that the new one is to act together with.
     """
 
     config: EditConfig
@@ -40,6 +41,7 @@ class Prepared:
     incoming: Incoming
     onto: Patch | None
     notes: tuple[str, ...]
+    beside: tuple[Patch, ...] = ()
 
 
 def prepare(
