@@ -8,6 +8,7 @@ from itertools import combinations
 from patchkit.editing.room import Room
 from patchkit.errors import InputError
 from patchkit.patch.manifest import EditedFact, Manifest
+from patchkit.patch.patch import Patch
 
 
 def refuse_shared_neurons(manifests: Mapping[str, Manifest]) -> None:
@@ -30,9 +31,9 @@ def refuse_shared_neurons(manifests: Mapping[str, Manifest]) -> None:
                 )
 
 
-def rooms_beside(rooms: Mapping[int, Room], manifests: Iterable[Manifest]) -> dict[int, Room]:
+def rooms_beside(rooms: Mapping[int, Room], patches: Iterable[Patch]) -> dict[int, Room]:
     """By layer, the neurons that may be rewritten, less those that these patches have."""
-    taken = {place for manifest in manifests for place in _rewritten(manifest)}
+    taken = {place for patch in patches for place in _rewritten(patch.manifest)}
     return {layer: room.less({number for at, number in taken if at == layer}) for layer, room in rooms.items()}
 
 

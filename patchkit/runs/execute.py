@@ -95,7 +95,6 @@ def run(
         if method.targets == "values" and metric is not None:  # without statistics there is no metric to compare in
             check = KeyCheck(workspace, config, compared, metric)
             check.run(prepared.incoming.new, earlier, start, say, allow_close_keys)
-        others = [patch.manifest for patch in prepared.beside]
         if guard:
             guard.read_base()
         edited = edit(
@@ -110,7 +109,7 @@ def run(
             values,
             _contexts(earlier, config) if earlier else (),
             journal_for(folder, prepared, workspace, corpus),
-            rooms_beside(workspace.rooms(config, how.sites, covariances, corpus), others),
+            rooms_beside(workspace.rooms(config, how.sites, covariances, corpus), prepared.beside),
             guard,
             wrote,
         )
