@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-for size in ("COLUMNS", "LINES"):  # as in a pipe: a test that wants a terminal's size says so; xdist sets them
-    os.environ.pop(size, None)
+# As in a pipe: a test that wants a terminal's size says so; pytest-xdist sets one.
+os.environ.pop("COLUMNS", None)
+os.environ.pop("LINES", None)
+
 if os.environ.get("PATCHKIT_TEST_DEVICE"):  # before anything imports torch
     from tests.ondevice import fakegpu
 
