@@ -13,6 +13,7 @@ from patchkit.evaluate.answers import Ask
 from patchkit.export.merge import merge
 from patchkit.model.loading import LoadedModel, load_model
 from patchkit.patch.patch import Patch
+from patchkit.patch.together import refuse_shared_neurons
 from patchkit.serve.talker import Length, Talker
 from tests.helpers import Command, write_facts
 
@@ -72,6 +73,14 @@ def test_two_that_have_rewritten_the_same_neuron_never_act_together(world: Loade
         assert stack.active == ("two",)
     finally:
         stack.unload()
+
+
+def test_a_superseded_fact_keeps_its_neuron(apart: list[Patch]) -> None:
+    """Its rows are in the weights still, and whoever takes the same neuron would be silent."""
+    one, two = (patch.manifest for patch in apart[:2])
+    waiting = one.model_copy(update={"superseded": one.facts, "facts": ()})
+    with pytest.raises(InputError, match=SHARED):
+        refuse_shared_neurons({"one": waiting, "two": two})
 
 
 def test_nor_are_they_merged_or_served(

@@ -38,9 +38,10 @@ def rooms_beside(rooms: Mapping[int, Room], patches: Iterable[Patch]) -> dict[in
 
 
 def _rewritten(manifest: Manifest) -> dict[tuple[int, int], EditedFact]:
-    """The facts whose subjects have a neuron of their own, by its layer and number."""
+    """The facts whose subjects have a neuron of their own, by its layer and number. Those of superseded facts are
+    rewritten still."""
     return {
         ((fact.layers or manifest.history[fact.run].layers)[-1], fact.neuron): fact
-        for fact in manifest.facts
+        for fact in (*manifest.superseded, *manifest.facts)
         if fact.neuron is not None
     }
